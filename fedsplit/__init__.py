@@ -1,0 +1,29 @@
+"""Split training across devices that keep their records; see README.md."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsplit.data import DeviceData as DeviceData
+    from fedsplit.model import FirstLayer as FirstLayer
+    from fedsplit.model import SplitModel as SplitModel
+    from fedsplit.simulation import simulate as simulate
+    from fedsplit.strategy import SplitStrategy as SplitStrategy
+
+__version__ = "0.1.0"
+__all__ = ["DeviceData", "FirstLayer", "SplitModel", "SplitStrategy", "simulate"]
+_HOMES = {
+    "DeviceData": "fedsplit.data",
+    "FirstLayer": "fedsplit.model",
+    "SplitModel": "fedsplit.model",
+    "SplitStrategy": "fedsplit.strategy",
+    "simulate": "fedsplit.simulation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used: torch and Flower take seconds."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fedsplit' has no attribute {name!r}")

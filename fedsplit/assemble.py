@@ -1,0 +1,148 @@
+"""From settings to the parts of a run: data source, model, dropping, a node's devices, the server's strategy."""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedsplit.config import Settings
+from fedsplit.data import Source, open_source
+from fedsplit.data.loading import resolve_function
+from fedsplit.device import Node
+from fedsplit.dropping import Dropping, simulation_secret
+from fedsplit.errors import ConfigError
+from fedsplit.first_layer import ADAPTIVE, FirstLayerServer, build_strategy
+from fedsplit.model import SplitModel, build_model
+from fedsplit.schedule import Schedule
+from fedsplit.state import NodeState
+from fedsplit.strategy import ProtocolOptions, SplitStrategy
+from fedsplit.trunk import Trunk, TrunkOptions, seed_of
+
+_CACHED_DEVICES = 256  # of a user's own data, per process; packaged data sets are shared arrays
+
+
+def data_source(settings: Settings) -> Source:
+    """Open the data that the settings name; raises ConfigError or DataError."""
+    data, devices = settings.data, settings.devices
+    return open_source(
+        name=data.name,
+        folder=data.folder,
+        builder=data.builder,
+        task=data.task,
+        outputs=data.outputs,
+        count=devices.count,
+        test=tuple(devices.test) if isinstance(devices.test, list) else devices.test,
+        partition=devices.partition,
+        alpha=devices.alpha,
+        seed=settings.run.seed,
+    )
+
+
+def split_model(settings: Settings, source: Source) -> SplitModel:
+    """Build the model with the run's seed and check that it fits the data; raises ConfigError."""
+    model = settings.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(settings.run.seed, "model"))
+        if model.builder is not None:
+            built = resolve_function(model.builder, "model.builder")()
+            if not isinstance(built, SplitModel):
+                raise ConfigError(
+                    f"model.builder {model.builder!r} must return a SplitModel, not {type(built).__name__}"
+                )
+        else:
+            assert model.name is not None
+            built = build_model(model.name, source.input_shape, source.outputs, model.width, model.activation)
+    _check_fit(built, source)
+    return built
+
+
+def _check_fit(model: SplitModel, source: Source) -> None:
+    first = model.first_layer
+    if first.input_shape != source.input_shape:
+        raise ConfigError(f"the model takes records of shape {first.input_shape}, the data's have {source.input_shape}")
+    model.trunk.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(model.trunk(torch.zeros(2, *first.cut_shape)).shape)
+    except RuntimeError:
+        raise ConfigError(f"the trunk does not take cut activations of shape {first.cut_shape}") from None
+    if shape != (2, source.outputs):
+        raise ConfigError(f"the trunk must return {source.outputs} outputs per record, it returns shape {shape[1:]}")
+
+
+def dropping(settings: Settings) -> Dropping:
+    """Return the dropping policy."""
+    chosen = settings.dropping
+    return Dropping(chosen.policy, keep=chosen.keep or 1.0, k=chosen.k or 0)
+
+
+def num_nodes(settings: Settings, source: Source) -> int:
+    """Return how many nodes a simulation has."""
+    return math.ceil(source.count / settings.devices.per_node)
+
+
+@lru_cache(maxsize=4)
+def _opened(settings_json: str) -> tuple[Settings, Source, SplitModel]:
+    settings = Settings.from_json(settings_json)
+    source = data_source(settings)
+    return settings, source, split_model(settings, source)
+
+
+@lru_cache(maxsize=4096)
+def simulated_node(settings_json: str, partition: int, partitions: int, folder: str) -> Node:
+    """Return a virtual node, the same object as long as this process lives.
+
+    Devices are dealt to nodes in order. Secrets derive from the seed; what must outlive the process is below
+    ``folder``.
+
+    Raises
+    ------
+    ConfigError
+        If there are more nodes than devices.
+    """
+    settings, source, model = _opened(settings_json)
+    if partitions > source.count:
+        raise ConfigError(f"{partitions} nodes for {source.count} devices: lower the number of nodes")
+    pooled = settings.data.name is not None
+    data = source.device if pooled else lru_cache(maxsize=_CACHED_DEVICES)(source.device)
+    seed = settings.run.seed
+    return Node(
+        model.first_layer,
+        dropping(settings),
+        np.array_split(np.arange(source.count), partitions)[partition].tolist(),
+        data,
+        lambda device: simulation_secret(seed, device),
+        lambda run: NodeState(Path(folder) / f"{run:x}" / str(partition)),
+        dtype=settings.protocol.dtype,
+        keyed=settings.dropping.mask == "keyed",
+    )
+
+
+def split_strategy(settings: Settings, source: Source, model: SplitModel, run: int) -> SplitStrategy:
+    """Return the server's strategy before its first round."""
+    chosen, protocol, seed, rounds = settings.first_layer, settings.protocol, settings.run.seed, settings.run.rounds
+    layer = model.first_layer
+    first_layer = None
+    if chosen.strategy != "frozen":
+        strategy = build_strategy(chosen.strategy, chosen.lr, chosen.args)
+        step = 1.0 if chosen.strategy in ADAPTIVE else chosen.lr
+        first_layer = FirstLayerServer(strategy, layer.initial_weights(), step)
+    trunk_options = TrunkOptions(
+        **settings.trunk.model_dump(), batch_size=protocol.batch_size, epochs=protocol.trunk_epochs
+    )
+    trunk = Trunk(model.trunk, layer.cut_shape, source.task, source.outputs, trunk_options, rounds, seed)
+    options = ProtocolOptions(
+        mode=protocol.mode,
+        rounds=rounds,
+        dtype=protocol.dtype,
+        max_staleness=protocol.max_staleness,
+        min_nodes=protocol.min_nodes,
+        timeout=protocol.timeout,
+        devices=source.count,
+        test_devices=source.test_devices,
+        evaluate_every=settings.run.evaluate_every,
+    )
+    schedule = Schedule(protocol.mode, protocol.chunk, settings.devices.fraction, rounds, seed)
+    return SplitStrategy(trunk, first_layer, layer, schedule, options, run)

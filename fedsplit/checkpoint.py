@@ -1,0 +1,140 @@
+"""Checkpoints: everything that a run needs to go on exactly where it was, written in one step.
+
+``first_layer.safetensors`` and ``trunk.safetensors`` hold the weights alone, for use elsewhere; ``state.pt`` holds
+the rest as plain tensors and numbers (read back with ``weights_only``, so nothing in it can run). Replayed releases
+never change, so each round's go into a file of their own, beside the checkpoint.
+"""
+
+import os
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+
+from fedsplit.errors import RunError
+from fedsplit.state import replacing
+from fedsplit.strategy import PendingBlock, Progress, SplitStrategy, Totals
+from fedsplit.trunk import Batches
+from fedsplit.wire import CutGradients
+
+
+def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> None:
+    """Write ``folder`` anew; a process killed at any moment leaves a whole one behind.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's ``checkpoint`` folder.
+    strategy : SplitStrategy
+        Between two rounds.
+    seconds : float
+        Time spent in training so far.
+    """
+    progress = strategy.progress
+    _save_replay(_replay_folder(folder), progress)
+    new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    save_arrays(strategy.weights, new / "first_layer.safetensors")
+    save_tensors({k: v.contiguous() for k, v in strategy.trunk.module.state_dict().items()}, new / "trunk.safetensors")
+    first_layer = strategy.first_layer.state() if strategy.first_layer else {}
+    state = {
+        "run": progress.run,
+        "round": progress.round_number,
+        "replayed": [len(b) for b in progress.replay],
+        "evaluation": progress.evaluation,
+        "totals": asdict(progress.totals),
+        "position": strategy.schedule.position,
+        "pending": [{**vars(b.cut), "records": b.records} for b in progress.pending],
+        "trunk": strategy.trunk.state(),
+        "first_layer": first_layer,
+        "seconds": seconds,
+    }
+    torch.save(_to_tensors(state), new / "state.pt")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path, strategy: SplitStrategy) -> float | None:
+    """Restore a strategy as it was; return the seconds spent in training, or None if there is no checkpoint.
+
+    Raises
+    ------
+    RunError
+        If the checkpoint is damaged.
+    """
+    if not folder.exists():
+        # killed between the two renames: the new one is whole, or else the old one is
+        candidates = [folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")]
+        if not candidates[1].exists():
+            return None
+        folder = candidates[0] if candidates[0].exists() else candidates[1]
+    try:
+        state = _from_tensors(torch.load(folder / "state.pt", weights_only=True))
+        strategy.trunk.load_state(load_tensors(folder / "trunk.safetensors"), state["trunk"])
+        weights = load_arrays(folder / "first_layer.safetensors")
+        replay = _load_replay(_replay_folder(folder), state["replayed"])
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise RunError(f"checkpoint {folder} is damaged: {type(error).__name__}") from None
+    if strategy.first_layer:
+        strategy.first_layer.load_state(weights, state["first_layer"])
+    strategy.schedule.position = state["position"]
+    pending = []
+    for block in state["pending"]:
+        records = block.pop("records")
+        pending.append(PendingBlock(CutGradients(**block), records))
+    strategy.resume(
+        Progress(state["run"], state["round"], pending, replay, state["evaluation"], Totals(**state["totals"]))
+    )
+    return float(state["seconds"])
+
+
+def _replay_folder(folder: Path) -> Path:
+    return folder.with_name("releases")
+
+
+def _save_replay(folder: Path, progress: Progress) -> None:
+    for number, batches in enumerate(progress.replay):
+        path = folder / f"{number:06d}-{len(batches)}.npz"
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            with replacing(path) as new, new.open("wb") as file:
+                np.savez(file, **vars(batches))
+
+
+def _load_replay(folder: Path, sizes: list[int]) -> list[Batches]:
+    replay = []
+    for number, size in enumerate(sizes):
+        with np.load(folder / f"{number:06d}-{size}.npz", allow_pickle=False) as file:
+            loaded = {f.name: file[f.name] for f in fields(Batches)}
+        replay.append(Batches(**{**loaded, "width": int(loaded["width"])}))
+    return replay
+
+
+def _to_tensors(value: Any) -> Any:
+    """Turn numpy arrays, which weights_only refuses, into tensors marked as arrays."""
+    if isinstance(value, np.ndarray):
+        return {"__array__": torch.from_numpy(np.array(value))}
+    if isinstance(value, dict):
+        return {k: _to_tensors(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_tensors(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _from_tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "__array__" in value:
+            return value["__array__"].numpy()
+        return {k: _from_tensors(v) for k, v in value.items()}
+    return [_from_tensors(v) for v in value] if isinstance(value, list) else value

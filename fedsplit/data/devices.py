@@ -1,0 +1,161 @@
+"""Sources whose devices bring their own records: a folder with one file per device, or a user's function."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsplit.data.loading import resolve_function
+from fedsplit.data.records import TASKS, DeviceData, Raw, Records, check_records
+from fedsplit.data.source import Source, choose_test
+from fedsplit.errors import ConfigError, DataError
+
+_KEYS = ("x", "y", "x_test", "y_test")
+
+
+def open_folder(
+    folder: str, *, task: str | None, outputs: int | None, count: int | None, test: int | str | tuple[int, ...]
+) -> Source:
+    """Open a folder of ``.npz`` files, one per device; a device's id is its file's place in the order of names.
+
+    A file holds ``x`` and ``y`` to train with, ``x_test`` and ``y_test`` to test with, or all four.
+
+    Parameters
+    ----------
+    folder : str
+        Path of the folder.
+    task, outputs, count, test
+        As in :func:`fedsplit.data.open_source`.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is missing or does not fit the folder.
+    DataError
+        If there are no such files, or the first one cannot be used.
+    """
+    if not Path(folder).is_dir():
+        raise DataError(f"folder {folder!r} does not exist")
+    files = tuple(sorted(Path(folder).glob("*.npz"), key=lambda path: path.name))
+    if not files:
+        raise DataError(f"folder {folder!r} holds no .npz files")
+    if count not in (None, len(files)):
+        raise ConfigError(f"count must be {len(files)} (the files in {folder!r}) or left out, got {count}")
+    places = tuple(f"device {device} ({path.name})" for device, path in enumerate(files))
+    return _open(partial(_read_file, files, places), places, task=task, outputs=outputs, test=test)
+
+
+def open_builder(
+    builder: str, *, task: str | None, outputs: int | None, count: int | None, test: int | str | tuple[int, ...]
+) -> Source:
+    """Take each device's records from a user's ``function(device_id, num_devices) -> DeviceData``.
+
+    Parameters
+    ----------
+    builder : str
+        ``module:function``.
+    task, outputs, count, test
+        As in :func:`fedsplit.data.open_source`; ``count`` is required.
+
+    Raises
+    ------
+    ConfigError
+        If the function cannot be imported, or a setting is missing or does not fit.
+    DataError
+        If the records of device 0 cannot be used.
+    """
+    if count is None or count < 1:
+        raise ConfigError(f"count must be at least 1 for builder {builder!r}, got {count}")
+    function = resolve_function(builder, "data.builder")
+    places = tuple(f"device {device} ({builder})" for device in range(count))
+    return _open(partial(_call, function, places), places, task=task, outputs=outputs, test=test)
+
+
+def _open(
+    read: Callable[[int], DeviceData],
+    places: tuple[str, ...],
+    *,
+    task: str | None,
+    outputs: int | None,
+    test: int | str | tuple[int, ...],
+) -> Source:
+    task, outputs = _check_task(task, outputs)
+    chosen = choose_test(test, len(places))
+    load = partial(_load, read, places, task, outputs)
+    first = load(None, 0)
+    shape = first.train.x.shape[1:]
+    return Source(task, outputs, shape, len(places), partial(load, shape), chosen)
+
+
+def _check_task(task: str | None, outputs: int | None) -> tuple[str, int]:
+    task = "classification" if task is None else task
+    if task not in TASKS:
+        raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if task == "classification":
+        if outputs is None or outputs < 2:
+            raise ConfigError(f"outputs must be the number of classes, at least 2, got {outputs}")
+        return task, outputs
+    outputs = 1 if outputs is None else outputs
+    if task == "binary" and outputs != 1:
+        raise ConfigError(f"outputs must be 1 or left out for a binary task, got {outputs}")
+    if outputs < 1:
+        raise ConfigError(f"outputs must be at least 1, got {outputs}")
+    return task, outputs
+
+
+def _load(
+    read: Callable[[int], DeviceData],
+    places: tuple[str, ...],
+    task: str,
+    outputs: int,
+    input_shape: tuple[int, ...] | None,
+    device_id: int,
+) -> DeviceData:
+    data, where = read(device_id), places[device_id]
+    if data.train.x.size + data.test.x.size == 0:
+        raise DataError(f"{where}: holds no records, neither to train nor to test")
+    parts = {"train": data.train, "test": data.test}
+    shape = input_shape or max(parts.values(), key=lambda part: part.x.size).x.shape[1:]
+    checked = {
+        name: check_records(part, task=task, outputs=outputs, input_shape=shape or None, where=f"{where}, {name}")
+        for name, part in parts.items()
+    }
+    return DeviceData(**checked)
+
+
+def _read_file(files: tuple[Path, ...], places: tuple[str, ...], device_id: int) -> DeviceData:
+    where = places[device_id]
+    try:
+        # opened here, since numpy leaves a damaged file open; no pickles, since a file may come from anyone
+        with files[device_id].open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            arrays = {key: archive[key] for key in _KEYS if key in archive.files}
+    except Exception as error:  # damage shows as an error of zipfile, zlib, numpy or the file system
+        raise DataError(f"{where}: cannot be read as .npz without pickles ({type(error).__name__})") from None
+    train, test = _pair(arrays, "x", "y", where), _pair(arrays, "x_test", "y_test", where)
+    if train is None and test is None:
+        raise DataError(f"{where}: lacks x and y, or x_test and y_test")
+    if train is None:
+        return DeviceData(Records.empty(Records(*test)), test)
+    return DeviceData(train, test)
+
+
+def _pair(arrays: dict[str, Any], x: str, y: str, where: str) -> tuple[Any, Any] | None:
+    lacking = [key for key in (x, y) if key not in arrays]
+    if len(lacking) == 1:
+        raise DataError(f"{where}: lacks {lacking[0]}, which must come with {x if lacking[0] == y else y}")
+    return None if lacking else (arrays[x], arrays[y])
+
+
+def _call(function: Callable[..., Any], places: tuple[str, ...], device_id: int) -> DeviceData:
+    where = places[device_id]
+    try:
+        data = function(device_id, len(places))
+    except Exception as error:  # only its type: its text could hold records
+        kind = type(error).__name__
+        raise DataError(f"{where}: the function raised {kind}; call it by hand to see why") from None
+    if not isinstance(data, DeviceData):
+        raise DataError(f"{where}: the function must return DeviceData, got {type(data).__name__}")
+    return data

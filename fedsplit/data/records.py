@@ -1,0 +1,186 @@
+"""Records of devices, and the check that every record passes before training sees it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.errors import DataError
+
+TASKS = ("classification", "binary", "regression")
+
+IndexArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Records:
+    """Some records and their targets.
+
+    Attributes
+    ----------
+    x : float32 array (records, *input_shape)
+    y : array
+        int64 ``(records,)`` for classification and binary (0 or 1), float32 ``(records, outputs)`` for regression.
+    """
+
+    x: NDArray[np.float32]
+    y: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, index: NDArray[np.integer[Any]]) -> Self:
+        """Return a copy of the records at ``index``, in its order."""
+        return type(self)(self.x[index], self.y[index])
+
+    @classmethod
+    def empty(cls, like: "Records") -> Self:
+        """Return no records, of the shapes and dtypes of ``like``."""
+        return cls(np.empty((0, *like.x.shape[1:]), like.x.dtype), np.empty((0, *like.y.shape[1:]), like.y.dtype))
+
+
+Raw = Records | tuple[Any, Any]
+"""What a user may give for records: :class:`Records`, or a pair of arrays (x, y)."""
+
+
+@dataclass(frozen=True, init=False)
+class DeviceData:
+    """All records of one device; nothing of it leaves the device as it is.
+
+    Parameters
+    ----------
+    train, test : Records or pair of arrays (x, y)
+        Left out, ``test`` is empty. A device that only tests gives ``train=(x[:0], y[:0])``.
+
+    Raises
+    ------
+    TypeError
+        If one of them is neither.
+
+    Examples
+    --------
+    >>> len(DeviceData(train=(np.zeros((5, 3)), np.zeros(5, int))).test)
+    0
+    """
+
+    train: Records
+    test: Records
+
+    def __init__(self, train: Raw, test: Raw | None = None) -> None:
+        records = _as_records(train)
+        # the class is frozen: this is how a dataclass's own __init__ sets its fields, too
+        object.__setattr__(self, "train", records)
+        object.__setattr__(self, "test", Records.empty(records) if test is None else _as_records(test))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A data set in one piece, to be dealt to devices.
+
+    Attributes
+    ----------
+    x, y : arrays
+        As in :class:`Records`.
+    task : str
+        One of :data:`TASKS`.
+    outputs : int
+        Number of classes; 1 for binary; the targets' width for regression.
+    owners : int array (records,) or None
+        The device that each record comes from, if the data set has natural devices.
+    people : tuple of int or None
+        The person behind each natural device: a person is tested as a whole, or results would not be those of people
+        that training has never seen.
+    held_out : bool array (records,) or None
+        Records that are only ever tested when the partition is not natural; None: any may be.
+    """
+
+    x: NDArray[np.float32]
+    y: NDArray[Any]
+    task: str
+    outputs: int
+    owners: IndexArray | None = None
+    people: tuple[int, ...] | None = None
+    held_out: NDArray[np.bool_] | None = None
+
+
+def check_records(raw: Raw, *, task: str, outputs: int, input_shape: tuple[int, ...] | None, where: str) -> Records:
+    """Convert ``raw`` to the dtypes of :class:`Records` and refuse what training cannot use.
+
+    Parameters
+    ----------
+    raw : Records or pair of arrays (x, y)
+        Regression targets may be ``(records,)`` if there is one output.
+    task : str
+        One of :data:`TASKS`.
+    outputs : int
+        Number of classes; 1 for binary; the targets' width for regression.
+    input_shape : tuple of int or None
+        Shape of one record; None takes it from ``x``.
+    where : str
+        Begins the text of every error, for example ``device 3 (hospital-b.npz), train``.
+
+    Raises
+    ------
+    DataError
+        If x or y holds NaN, infinity or anything but numbers, if their shapes or lengths do not fit, or if a label is
+        not an integer of 0..outputs-1 (0 or 1 for binary). The text never holds a record's values.
+    """
+    try:
+        records = _as_records(raw)
+    except (TypeError, ValueError):  # numpy's ValueError: rows of unequal length
+        raise DataError(f"{where}: must be a pair of arrays (x, y)") from None
+    x, y = records.x, records.y
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+        raise DataError(f"{where}: x and y must have one row per record, got shapes {x.shape} and {y.shape}")
+    if len(x) == 0 and input_shape is not None:
+        x = x.reshape(0, *input_shape)  # no records, however written: np.array([]) has the shape (0,)
+    shape = x.shape[1:] if input_shape is None else input_shape
+    if x.ndim < 2 or math.prod(shape) == 0:
+        raise DataError(f"{where}: x must have shape (records, ...) with no empty side, got {x.shape}")
+    if x.shape[1:] != shape:
+        raise DataError(f"{where}: records must have shape {shape}, got {x.shape[1:]}")
+    targets = _targets(y, outputs, where) if task == "regression" else _labels(y, task, outputs, where)
+    return Records(_finite(x, "x", where), targets)
+
+
+def _as_records(raw: Raw) -> Records:
+    if isinstance(raw, Records):
+        return Records(np.asarray(raw.x), np.asarray(raw.y))
+    if not isinstance(raw, tuple) or len(raw) != 2:
+        raise TypeError(f"must be Records or a pair (x, y), got {type(raw).__name__}")
+    return Records(np.asarray(raw[0]), np.asarray(raw[1]))
+
+
+def _finite(array: NDArray[Any], name: str, where: str) -> NDArray[np.float32]:
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{where}: {name} must hold numbers, got dtype {array.dtype.name}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is refused below
+        converted = np.ascontiguousarray(array, dtype=np.float32)
+    if not np.isfinite(converted).all():
+        raise DataError(f"{where}: {name} holds NaN, infinity or numbers beyond float32")
+    return converted
+
+
+def _targets(y: NDArray[Any], outputs: int, where: str) -> NDArray[np.float32]:
+    if len(y) == 0:
+        return np.empty((0, outputs), np.float32)
+    columns = y.reshape(-1, 1) if y.ndim == 1 else y
+    if columns.shape != (len(y), outputs):
+        raise DataError(f"{where}: y must have shape (records, {outputs}), got {y.shape}")
+    return _finite(columns, "y", where)
+
+
+def _labels(y: NDArray[Any], task: str, outputs: int, where: str) -> NDArray[np.int64]:
+    if len(y) == 0:  # np.array([]) is float64: there is no label that could be wrong
+        return np.empty(0, np.int64)
+    if y.ndim != 1:
+        raise DataError(f"{where}: y must have shape (records,), got {y.shape}")
+    if y.dtype.kind not in "biu":
+        _finite(y, "y", where)  # NaN is the better reason
+        raise DataError(f"{where}: labels must be integers, got dtype {y.dtype.name}")
+    highest = 1 if task == "binary" else outputs - 1
+    if y.min() < 0 or y.max() > highest:
+        raise DataError(f"{where}: labels must be in 0..{highest} for a {task} task with {outputs} outputs")
+    return y.astype(np.int64)

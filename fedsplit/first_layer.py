@@ -1,0 +1,152 @@
+"""The first layer as an ordinary federated model: its aggregation is delegated to any Flower strategy."""
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore.run import Run
+
+from fedsplit.errors import ConfigError, RunError
+from fedsplit.model import Weights
+from fedsplit.packing import FloatArray
+
+ADAPTIVE = ("FedAdam", "FedYogi", "FedAdagrad")
+PER_DEVICE = ("FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
+"""Strategies that are not a weighted mean: they need one contribution per device."""
+STRATEGIES = ("FedAvg", "FedAvgM", *ADAPTIVE, *PER_DEVICE)
+
+
+def build_strategy(name: str, lr: float, args: Mapping[str, Any]) -> Strategy:
+    """Build a Flower strategy by name.
+
+    Parameters
+    ----------
+    name : str
+        One of :data:`STRATEGIES`.
+    lr : float
+        Learning rate of the first layer: an adaptive strategy's ``eta``.
+    args : mapping
+        Further arguments of the strategy's constructor.
+
+    Raises
+    ------
+    ConfigError
+        If the strategy does not take an argument.
+    """
+    kind = getattr(flower, name)
+    allowed = sorted(set(inspect.signature(kind.__init__).parameters) - {"self"})
+    if unknown := sorted(set(args) - set(allowed)):
+        raise ConfigError(f"first-layer.args: {name} takes no {unknown[0]!r}; it takes {', '.join(allowed)}")
+    # Flower's tau (1e-3) is larger than most gradients here and would swamp them: Adam's usual epsilon instead.
+    defaults = {"eta": lr, "tau": 1e-8} if name in ADAPTIVE else {}
+    try:
+        strategy: Strategy = kind(**{**defaults, **args})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"first-layer.args: {error}") from None
+    return strategy
+
+
+class _Stub:
+    """Stands in for a Grid while a strategy configures messages that are never sent."""
+
+    run = Run.create_empty(0)
+
+    def __init__(self, nodes: int) -> None:
+        self._nodes = nodes
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(1, self._nodes + 1)
+
+
+class FirstLayerServer:
+    """Steps the shared first layer.
+
+    Each contribution becomes a pseudo-model ``W - lr * sum / count`` with weight ``count``, which the strategy
+    aggregates like any client's model.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        Any Flower strategy that aggregates one ArrayRecord per reply.
+    weights : dict of float32 arrays
+        The initial parameters.
+    lr : float
+        1 for adaptive strategies, which have their own step size.
+    """
+
+    def __init__(self, strategy: Strategy, weights: Weights, lr: float) -> None:
+        self.strategy = strategy
+        self.weights = weights
+        self.lr = lr
+
+    @property
+    def per_device(self) -> bool:
+        """Whether the strategy needs one contribution per device."""
+        return any(k.__name__ in PER_DEVICE for k in type(self.strategy).__mro__) or not isinstance(
+            self.strategy, flower.FedAvg
+        )
+
+    def step(self, round_number: int, contributions: Sequence[tuple[Weights, int]]) -> None:
+        """Apply (sum of gradients, record count) pairs, in the order given.
+
+        Raises
+        ------
+        RunError
+            If the strategy refuses them, or makes weights that are not finite.
+        """
+        if not contributions:
+            return
+        # Adaptive strategies remember the current weights here; the messages they make are discarded.
+        stub = _Stub(
+            max(getattr(self.strategy, "min_available_nodes", 2), getattr(self.strategy, "min_train_nodes", 2))
+        )
+        list(self.strategy.configure_train(round_number, _arrays(self.weights), ConfigRecord(), stub))  # type: ignore[arg-type]
+        replies = [self._reply(i, total, count) for i, (total, count) in enumerate(contributions, start=1)]
+        try:
+            arrays, _ = self.strategy.aggregate_train(round_number, replies)
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            name = type(self.strategy).__name__
+            raise RunError(
+                f"first-layer strategy {name} cannot aggregate {len(replies)} contributions: {error}"
+            ) from None
+        if arrays is None:
+            return
+        new = {name: array.numpy().astype(np.float32) for name, array in arrays.items()}
+        if not all(np.isfinite(w).all() for w in new.values()):
+            raise RunError(f"round {round_number}: first-layer weights are not finite; lower first-layer.lr")
+        self.weights = {name: new[name] for name in self.weights}
+
+    def _reply(self, node: int, total: Weights, count: int) -> Message:
+        model = {name: w - np.float32(self.lr / count) * total[name] for name, w in self.weights.items()}
+        content = RecordDict({"arrays": _arrays(model), "metrics": MetricRecord({"num-examples": count})})
+        request = Message(RecordDict(), node, MessageType.TRAIN)
+        request.metadata.__dict__["_message_id"] = str(node)  # a reply needs one; only a SuperLink sets it
+        return Message(content, reply_to=request)
+
+    def state(self) -> dict[str, Any]:
+        """Return what training has changed in the strategy (moments and the like), for a checkpoint."""
+        return {k: copy.deepcopy(v) for k, v in vars(self.strategy).items() if _is_state(v)}
+
+    def load_state(self, weights: Weights, state: Mapping[str, Any]) -> None:
+        """Restore the weights and :meth:`state`."""
+        self.weights = weights
+        for name, value in state.items():
+            setattr(self.strategy, name, copy.deepcopy(value))
+
+
+def _is_state(value: Any) -> bool:
+    """Whether an attribute is plain numbers and arrays: moments, momentum, clipping norms, counters."""
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_state(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_state(v) for v in value)
+    return isinstance(value, int | float | np.ndarray)
+
+
+def _arrays(weights: Mapping[str, FloatArray]) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.ascontiguousarray(w)) for name, w in weights.items()})

@@ -1,0 +1,137 @@
+"""Grids: short adaptive polling over any of Flower's, and one that runs the ClientApp in this process."""
+
+import time
+from collections.abc import Iterable
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+_SHORTEST, _LONGEST = 0.002, 0.05  # seconds between two pulls
+_CLIENT_APP_RAISED = 2  # Flower's error code for an exception in a ClientApp
+
+
+class PollingGrid(Grid):
+    """Another Grid with a ``send_and_receive`` that looks for replies often at first, then less often.
+
+    Flower's own grids sleep 0.1 s (simulation) or 3 s (deployment) between two looks.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send messages and return the replies that came within ``timeout`` seconds."""
+        waiting = set(self._grid.push_messages(messages))
+        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+        replies: list[Message] = []
+        pause = _SHORTEST
+        while waiting and time.monotonic() < deadline:
+            new = list(self._grid.pull_messages(waiting))
+            replies.extend(new)
+            waiting -= {reply.metadata.reply_to_message_id for reply in new}
+            pause = _SHORTEST if new else min(1.5 * pause, _LONGEST)
+            if waiting:
+                time.sleep(pause)
+        return replies
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Make a message (deprecated by Flower in favour of ``Message``)."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the nodes that are connected."""
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return the nodes that are connected."""
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages and return their ids."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come."""
+        return self._grid.pull_messages(message_ids)
+
+
+class InProcessGrid(PollingGrid):
+    """Runs a ClientApp in this process, for debugging, tests and short trials.
+
+    Parameters
+    ----------
+    client_app : ClientApp
+    num_nodes : int
+        Virtual nodes, with the partition ids 0..num_nodes-1.
+    """
+
+    def __init__(self, client_app: ClientApp, num_nodes: int) -> None:
+        super().__init__(self)
+        self._app = client_app
+        self._run = Run.create_empty(run_id=1)
+        # Outside a Flower process nobody has said who we are, and a Message cannot be built without it.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        self._contexts = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"partition-id": node - 2, "num-partitions": num_nodes},
+                state=RecordDict(),
+                run_config={},
+            )
+            for node in range(2, num_nodes + 2)
+        }
+        self._replies: dict[str, Message] = {}
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._run = run
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the virtual nodes."""
+        return list(self._contexts)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return the virtual nodes."""
+        return [NodeInfo(node_id=node) for node in self._contexts]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Handle messages at once; the replies wait to be pulled."""
+        ids = []
+        for message in messages:
+            identifier = str(uuid4())
+            message.metadata.__dict__["_message_id"] = identifier
+            self._replies[identifier] = self._handle(message)
+            ids.append(identifier)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to some messages, each once."""
+        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+
+    def _handle(self, message: Message) -> Message:
+        try:
+            return self._app(message, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:  # as Flower does: the exception's text becomes the reply's reason
+            return Message(Error(_CLIENT_APP_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)

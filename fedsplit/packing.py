@@ -1,0 +1,145 @@
+"""The container that messages travel in, and the coding of values in it.
+
+A payload is ``b"fs"``, a version byte, a kind byte, a count of arrays, a table of (dtype, axes, sizes) and the raw
+little-endian arrays behind one another: no pickle, no names, no second copy.
+
+float16 values carry one power-of-two scale per device and chunk: without it most cut gradients would become
+subnormal and some flush to zero.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.errors import WireError
+
+VERSION = 1
+MAX_DEVICES = 10_000_000
+VALUE_DTYPES = ("float16", "float32")
+_MAGIC = b"fs"
+_DTYPES = [np.dtype(f"<{c}") for c in ("f4", "f2", "i4", "i8", "u1", "u2", "u4")]
+_TOP = 15  # the largest value of a chunk is scaled into [2^14, 2^15): float16 ends below 2^16
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+
+def quantise(values: FloatArray, lengths: IntArray, dtype: str) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """Return the values as wire codes and one power-of-two exponent per group: value = code * 2^exponent.
+
+    Parameters
+    ----------
+    values : float32 array
+        The groups' values behind one another.
+    lengths : int array (groups,)
+    dtype : str
+        ``float16`` or ``float32``; float32 is sent as it is, with exponent 0.
+    """
+    exponents = np.zeros(len(lengths), dtype=np.int32)
+    if dtype == "float32":
+        return values.astype("<f4", copy=False), exponents
+    filled = np.flatnonzero(lengths)
+    if len(filled):
+        starts = (np.cumsum(lengths) - lengths)[filled]
+        largest = np.maximum.reduceat(np.abs(values), starts)
+        exponents[filled] = np.where(largest > 0, np.frexp(largest)[1] - _TOP, 0)
+    return np.ldexp(values, -np.repeat(exponents, lengths)).astype("<f2"), exponents
+
+
+def dequantise(codes: NDArray[Any], lengths: IntArray, exponents: NDArray[np.int32]) -> FloatArray:
+    """Undo :func:`quantise`, as float32."""
+    values = codes.astype(np.float32)
+    return np.ldexp(values, np.repeat(exponents, lengths)) if exponents.any() else values
+
+
+def sum_groups(counts: IntArray, lengths: IntArray) -> IntArray:
+    """Sum ``counts`` over consecutive groups of the given ``lengths``."""
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    stops = np.cumsum(lengths)
+    return np.asarray(ends[stops] - ends[stops - lengths], dtype=np.int64)
+
+
+def pack_arrays(kind: int, arrays: Sequence[NDArray[Any]]) -> bytes:
+    """Put some arrays of one or two axes into a payload of the given kind."""
+    table = [struct.pack("<2sBBH", _MAGIC, VERSION, kind, len(arrays))]
+    for array in arrays:
+        code = _DTYPES.index(array.dtype.newbyteorder("<"))
+        table.append(struct.pack(f"<BB{array.ndim}I", code, array.ndim, *array.shape))
+    return b"".join(table + [np.ascontiguousarray(a).data.cast("B") if a.size else b"" for a in arrays])
+
+
+def check(field: str, holds: bool, rule: str) -> None:
+    """Raise WireError with the field and the rule it breaks."""
+    if not holds:
+        raise WireError(f"{field} {rule}")
+
+
+def check_ids(field: str, ids: IntArray) -> None:
+    """Refuse device ids that repeat, are out of order or out of range."""
+    ascending = bool((np.diff(ids) > 0).all()) and (not len(ids) or 0 <= ids[0] <= ids[-1] < MAX_DEVICES)
+    check(field, ascending, f"must be ascending device ids in 0..{MAX_DEVICES - 1}")
+
+
+def check_scaled(codes: NDArray[Any], exponents: NDArray[np.int32]) -> None:
+    """Refuse codes and exponents that do not give finite float32 values."""
+    check("values", bool(np.isfinite(codes).all()), "must be finite")
+    # float16 codes stay below 2^16, so 2^111 keeps every value within float32; float32 codes are the values
+    low, high = (-200, 111) if codes.dtype.itemsize == 2 else (0, 0)
+    check("exponents", bool(((exponents >= low) & (exponents <= high)).all()), f"must be in {low}..{high}")
+
+
+class Reader:
+    """Walks over a payload's arrays, checking each against what must come next."""
+
+    def __init__(self, payload: bytes, kind: int) -> None:
+        self.total = len(payload)
+        self._payload = payload
+        try:
+            magic, version, found, count = struct.unpack_from("<2sBBH", payload, 0)
+            check("magic", magic == _MAGIC, "must be b'fs': not a fedsplit message")
+            check("version", version == VERSION, f"must be {VERSION}, got {version}")
+            check("kind", found == kind, f"must be {kind}, got {found}")
+            self._table = self._read_table(payload, count)
+        except struct.error:
+            raise WireError(f"length {len(payload)} is too short for the table of arrays") from None
+        used = sum(dtype.itemsize * int(np.prod(shape, dtype=object)) for dtype, shape in self._table)
+        check(
+            "length",
+            self._offset + used == len(payload),
+            f"is {len(payload)}, the table says {self._offset + used}",
+        )
+        self._next = 0
+
+    def _read_table(self, payload: bytes, count: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+        offset, table = struct.calcsize("<2sBBH"), []
+        for _ in range(count):
+            code, ndim = struct.unpack_from("<BB", payload, offset)
+            check("table", code < len(_DTYPES) and 1 <= ndim <= 2, "has an unknown dtype or number of axes")
+            table.append((_DTYPES[code], struct.unpack_from(f"<{ndim}I", payload, offset + 2)))
+            offset += 2 + 4 * ndim
+        self._offset = offset
+        return table
+
+    def array(
+        self, field: str, dtypes: str | tuple[str, ...], ndim: int | tuple[int, ...], size: int | None = None
+    ) -> NDArray[Any]:
+        """Return the next array (a read-only view), which must have one of the dtypes and ``size`` rows."""
+        check(field, self._next < len(self._table), "is missing")
+        dtype, shape = self._table[self._next]
+        allowed = (dtypes,) if isinstance(dtypes, str) else dtypes
+        check(field, dtype.str[1:] in allowed, f"must be of dtype {' or '.join(allowed)}, got {dtype.str[1:]}")
+        axes = (ndim,) if isinstance(ndim, int) else ndim
+        check(field, len(shape) in axes, f"must have {' or '.join(map(str, axes))} axes, got {len(shape)}")
+        check(field, size is None or shape[0] == size, f"must have {size} rows, got {shape[0]}")
+        items = int(np.prod(shape, dtype=object))
+        found = np.frombuffer(self._payload, dtype=dtype, count=items, offset=self._offset).reshape(shape)
+        self._offset += items * dtype.itemsize
+        self._next += 1
+        return found
+
+    def finish(self) -> None:
+        """Refuse arrays that nothing asked for."""
+        check("arrays", self._next == len(self._table), f"must be {self._next}, got {len(self._table)}")

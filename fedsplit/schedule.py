@@ -1,0 +1,77 @@
+"""Which devices take part in a round, and which of their records they are asked to release."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedsplit.trunk import seed_of
+
+Row = tuple[int, int, int, int]
+
+
+@dataclass
+class Schedule:
+    """Asks each device for the next part of its own random order of its records.
+
+    Attributes
+    ----------
+    mode : str
+        In ``single-pass`` no record is asked for twice.
+    chunk : int or str
+        Records per device and round; ``epoch``: all of them; ``spread`` (single-pass): an even share of each
+        device's records in every round.
+    fraction : float
+        Of the devices that have training records, sampled anew in each round.
+    rounds, seed : int
+        Of the run.
+    position : dict
+        By device: records asked for so far (single-pass) or chunks (other modes).
+    """
+
+    mode: str
+    chunk: int | str
+    fraction: float
+    rounds: int
+    seed: int
+    position: dict[int, int] = field(default_factory=dict)
+    _counts: dict[int, int] = field(default_factory=dict)
+
+    def set_counts(self, counts: Mapping[int, int]) -> None:
+        """Say which devices are there and how many training records each has."""
+        self._counts = {int(d): int(n) for d, n in counts.items() if n}
+
+    def rows(self, round_number: int) -> dict[int, Row]:
+        """Return (device, pass, start, stop) by device, and advance the positions."""
+        rows = {}
+        for device in self._sample(round_number):
+            row = self._row(device, self._counts[device], round_number)
+            if row[2] < row[3]:
+                rows[device] = row
+                self.position[device] = row[3] if self.mode == "single-pass" else self.position.get(device, 0) + 1
+        return rows
+
+    def _sample(self, round_number: int) -> list[int]:
+        devices = sorted(self._counts)
+        if self.fraction == 1.0 or not devices:
+            return devices
+        rng = np.random.default_rng(seed_of(self.seed, "cohort", round_number))
+        size = max(1, round(self.fraction * len(devices)))
+        return sorted(rng.choice(devices, size, replace=False).tolist())
+
+    def _row(self, device: int, count: int, round_number: int) -> Row:
+        at = self.position.get(device, 0)
+        if self.mode == "single-pass":
+            return device, 0, at, self._single_pass_stop(at, count, round_number)
+        if isinstance(self.chunk, str):
+            return device, at, 0, count
+        chunks = -(-count // self.chunk)
+        start = at % chunks * self.chunk
+        return device, at // chunks, start, min(start + self.chunk, count)
+
+    def _single_pass_stop(self, at: int, count: int, round_number: int) -> int:
+        if self.chunk == "epoch":
+            return count
+        if isinstance(self.chunk, str):
+            return count * round_number // self.rounds
+        return min(at + self.chunk, count)

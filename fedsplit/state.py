@@ -1,0 +1,118 @@
+"""A node's folder of what must outlive a process: the patterns of pending chunks and the count of exposures."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.packing import FloatArray, IntArray
+
+_RECENT = 16  # releases remembered by name: a resumed run repeats at most the last round's
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What the backward half of a released chunk needs; all arrays in the order of the release.
+
+    Attributes
+    ----------
+    digest : int
+        Of the weights that released the chunk.
+    devices, records : int64 arrays (devices,)
+        Device ids, ascending, and how many records each released.
+    index : int64 array (records,)
+        The records' indices on their devices.
+    counts, bitmap
+        Which outputs were sent, as in :class:`fedsplit.dropping.Kept`.
+    slopes : float32 array (sum of counts,) or (0,)
+        The activation's derivative at the sent outputs; empty where it is 1 (relu and identity).
+    """
+
+    digest: int
+    devices: IntArray
+    records: IntArray
+    index: IntArray
+    counts: IntArray
+    bitmap: NDArray[np.uint8]
+    slopes: FloatArray
+
+
+class NodeState:
+    """The state of one node in one run, in files, since processes and Ray actors come and go.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if missing, readable by its owner alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def save_pending(self, round_number: int, pending: Pending) -> None:
+        """Write a chunk's pattern, in place of an earlier one of the same round."""
+        with replacing(self._pending(round_number)) as path, path.open("wb") as file:
+            np.savez(file, **vars(pending))
+
+    def load_pending(self, round_number: int) -> Pending | None:
+        """Return a chunk's pattern, or None if it is missing or damaged."""
+        try:
+            with np.load(self._pending(round_number), allow_pickle=False) as file:
+                return Pending(**{**file, "digest": int(file["digest"])})
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
+            return None
+
+    def forget_before(self, round_number: int) -> None:
+        """Delete the patterns of earlier rounds."""
+        for path in self.folder.glob("pending-*.npz"):
+            if int(path.stem.removeprefix("pending-")) < round_number:
+                path.unlink(missing_ok=True)
+
+    def count_exposures(self, ledger: str, release: int, positions: IntArray, size: int) -> int:
+        """Note, before a release leaves, that it shows something new about some of the node's records.
+
+        A release that was noted lately under the same name is the same bytes again, after a resumed run: it shows
+        nothing new and is not counted twice.
+
+        Parameters
+        ----------
+        ledger : str
+            ``train`` or ``test``: test records have their own.
+        release : int
+            Name of the release: a digest of all that decides its bytes.
+        positions : int64 array (records,)
+            Where each record stands among all of the node's records.
+        size : int
+            How many records the node has.
+
+        Returns
+        -------
+        int
+            The largest count of any record in this ledger.
+        """
+        path = self.folder / f"exposures-{ledger}.npz"
+        counts, recent = np.zeros(size, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        if path.exists():
+            with np.load(path, allow_pickle=False) as file:
+                counts, recent = file["counts"], file["recent"]
+        if release not in recent:
+            np.add.at(counts, positions, 1)
+            with replacing(path) as new, new.open("wb") as file:
+                np.savez(file, counts=counts, recent=np.append(recent, release)[-_RECENT:])
+        return int(counts.max(initial=0))
+
+    def _pending(self, round_number: int) -> Path:
+        return self.folder / f"pending-{round_number}.npz"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file under another name and put it in place in one step, so that a killed process leaves the old."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    yield new
+    os.replace(new, path)

@@ -1,0 +1,456 @@
+"""SplitStrategy: a Flower strategy that trains a trunk on what devices release and steps the first layer they share.
+
+One turn of Flower's loop is one round. In ``synchronous`` mode the forward exchange runs inside ``configure_train``,
+which then returns the backward messages. In ``pipelined`` and ``single-pass`` the cut gradients of round r travel
+with the weights for round r+1, and the last round's are flushed by one backward-only exchange.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedsplit.errors import FedsplitError, RunError, WireError
+from fedsplit.first_layer import FirstLayerServer
+from fedsplit.model import FirstLayer
+from fedsplit.packing import IntArray, sum_groups
+from fedsplit.schedule import Schedule
+from fedsplit.trunk import Batches, Trunk
+from fedsplit.wire import (
+    CutGradients,
+    Download,
+    Registration,
+    Release,
+    Upload,
+    from_record,
+    to_record,
+    weights_digest,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProtocolOptions:
+    """How a run exchanges messages; see the settings of the same names.
+
+    Attributes
+    ----------
+    mode : str
+        ``synchronous``, ``pipelined`` or ``single-pass``.
+    rounds : int
+    dtype : str
+        Of cut gradients on the wire: ``float16`` or ``float32``.
+    max_staleness : int
+        Rounds that cut gradients wait for a node that did not answer.
+    min_nodes : int
+        The run stops when fewer of the nodes that were asked have answered (all of them, if fewer were asked).
+    timeout : float
+        Seconds that a message may take; also how long to wait for devices at the start.
+    devices : int
+        Devices to wait for at the start.
+    test_devices : tuple of int
+        Devices whose test records are released for evaluation.
+    evaluate_every : int
+        Rounds between evaluations; 0 evaluates once, after the last round.
+    """
+
+    mode: str
+    rounds: int
+    dtype: str
+    max_staleness: int
+    min_nodes: int
+    timeout: float
+    devices: int
+    test_devices: tuple[int, ...]
+    evaluate_every: int
+
+
+@dataclass(frozen=True)
+class PendingBlock:
+    """Cut gradients that a node has still to answer, and how many records each of its devices released."""
+
+    cut: CutGradients
+    records: IntArray
+
+
+@dataclass
+class Totals:
+    """What a run has cost so far.
+
+    ``exchanges`` counts messages to nodes, ``samples`` released training records, ``bytes_up`` and ``bytes_down``
+    payloads, ``dense_bytes_up`` the float32 activations of the same records without labels and gradients.
+    """
+
+    exchanges: int = 0
+    samples: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    dense_bytes_up: int = 0
+    exposures_max: int = 0
+    test_exposures_max: int = 0
+
+
+@dataclass
+class Progress:
+    """What a run must remember between rounds, besides weights, trunk and first-layer strategy."""
+
+    run: int
+    round_number: int = 0
+    pending: list[PendingBlock] = field(default_factory=list)
+    replay: list[Batches] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    totals: Totals = field(default_factory=Totals)
+
+
+class SplitStrategy(Strategy):
+    """Split training over the nodes of a Grid.
+
+    Parameters
+    ----------
+    trunk : Trunk
+        Never leaves the server.
+    first_layer : FirstLayerServer or None
+        Steps the shared first layer; None leaves it as it is (frozen), and no cut gradients are sent.
+    layer : FirstLayer
+        Shapes of the first layer, and its initial weights where it is frozen.
+    schedule : Schedule
+        Which records each device releases in which round.
+    options : ProtocolOptions
+    run : int
+        A number that names this run in the nodes' state folders.
+    """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        first_layer: FirstLayerServer | None,
+        layer: FirstLayer,
+        schedule: Schedule,
+        options: ProtocolOptions,
+        run: int,
+    ) -> None:
+        self.trunk = trunk
+        self.first_layer = first_layer
+        self.layer = layer
+        self.schedule = schedule
+        self.options = options
+        self.progress = Progress(run)
+        self.metrics: dict[str, Any] = {}
+        self._resumed_at = 0
+        self._started = False
+        self.nodes: dict[int, Registration] = {}
+        self._sent: dict[int, Download] = {}
+        self._keep_from = 0
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The first layer's current parameters."""
+        return self.first_layer.weights if self.first_layer else self.layer.initial_weights()
+
+    def resume(self, progress: Progress) -> None:
+        """Go on after the rounds that ``progress`` has behind it; Flower's loop will count from 1 again."""
+        self.progress = progress
+        self._resumed_at = progress.round_number
+
+    def summary(self) -> None:
+        """Log the strategy's settings."""
+        log.info("%s over %d devices, %d rounds", self.options.mode, self.options.devices, self.options.rounds)
+
+    # ------------------------------------------------------------------ training
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the round's messages; in synchronous mode after the forward exchange."""
+        round_number = self.progress.round_number = self._resumed_at + server_round
+        self.metrics = {"round": round_number}
+        self._drop_stale(round_number)
+        self._keep_from = min([b.cut.round_number for b in self.progress.pending], default=round_number)
+        self.register(grid)
+        rows = self._cohort(round_number)
+        if self.options.mode != "synchronous":
+            return self._messages(MessageType.TRAIN, rows, self.progress.pending)
+        messages = self._messages(MessageType.TRAIN, rows, [])
+        uploads = self._receive(grid.send_and_receive(messages, timeout=self.options.timeout))
+        self._learn([u.release for u in uploads])
+        return self._messages(MessageType.TRAIN, {}, self.progress.pending)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Step the first layer, and (but for synchronous mode, where it is done) train the trunk."""
+        uploads = self._receive(replies)
+        self._step_first_layer(uploads)
+        if self.options.mode != "synchronous":
+            self._learn([u.release for u in uploads])
+        return None, None  # weights are kept here, since evaluation may come after a flush
+
+    def _learn(self, releases: Sequence[Release]) -> None:
+        """Train the trunk on a round's releases and queue their cut gradients."""
+        progress, round_number = self.progress, self.progress.round_number
+        releases = [r for r in releases if len(r.targets)]
+        new = [Batches.join(releases)] if releases else []
+        progress.totals.samples += sum(len(b) for b in new)
+        replay = progress.replay if self.options.mode == "single-pass" else []
+        if not new and not replay:
+            return
+        fresh = sum(len(b) for b in replay)
+        values, metrics = self.trunk.train(Batches.concat([*replay, *new]), fresh, round_number)
+        self.metrics.update(metrics)
+        if self.options.mode == "single-pass":
+            progress.replay.extend(new)
+        if self.first_layer and new:
+            self._queue(releases, values)
+
+    def _queue(self, releases: Sequence[Release], values: Any) -> None:
+        """Sort cut gradients, which are in canonical order, back to the nodes that wait for them."""
+        devices = np.concatenate([r.devices for r in releases])
+        lengths = np.concatenate([sum_groups(r.counts, r.records) for r in releases])
+        order = np.argsort(devices)
+        stops = np.cumsum(lengths[order])
+        where = {d: slice(stop - n, stop) for d, n, stop in zip(devices[order], lengths[order], stops, strict=True)}
+        digest = weights_digest(self.layer.flatten(self.weights))
+        for release in releases:
+            mine = np.concatenate([values[where[d]] for d in release.devices])
+            own = sum_groups(release.counts, release.records)
+            cut = CutGradients.pack(self.progress.round_number, digest, release.devices, own, mine, self.options.dtype)
+            self.progress.pending.append(PendingBlock(cut, release.records))
+
+    def _step_first_layer(self, uploads: Sequence[Upload]) -> None:
+        if self.first_layer is None:
+            return
+        contributions = []
+        for upload in uploads:
+            sums = upload.gradients
+            for total, count in zip(sums.sums, sums.records.tolist(), strict=True):
+                contributions.append((self.layer.unflatten(total), count))
+        self.first_layer.step(self.progress.round_number, contributions)
+
+    def _drop_stale(self, round_number: int) -> None:
+        oldest = round_number - 1 - self.options.max_staleness
+        self.progress.pending = [b for b in self.progress.pending if b.cut.round_number >= oldest]
+
+    # ---------------------------------------------------------------- evaluation
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Flush the last round's cut gradients, then ask the test devices if an evaluation is due."""
+        round_number, every = self.progress.round_number, self.options.evaluate_every
+        last = round_number == self.options.rounds
+        if last and self.progress.pending:
+            messages = self._messages(MessageType.TRAIN, {}, self.progress.pending)
+            self._step_first_layer(self._receive(grid.send_and_receive(messages, timeout=self.options.timeout)))
+        if not last and (every == 0 or round_number % every):
+            return []
+        rows: dict[int, list[tuple[int, int, int, int]]] = {}
+        for node, registration in self.nodes.items():
+            for device, count in zip(registration.devices.tolist(), registration.test.tolist(), strict=True):
+                if device in self.options.test_devices and count:
+                    rows.setdefault(node, []).append((device, 0, 0, count))
+        return self._messages(MessageType.EVALUATE, rows, [])
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Score the trunk on the released test records."""
+        releases = [u.release for u in self._receive(replies, test=True) if len(u.release.targets)]
+        if not releases:
+            return None
+        self.progress.evaluation = self.trunk.evaluate(Batches.join(releases))
+        self.metrics.update(self.progress.evaluation)
+        return MetricRecord({k: v for k, v in self.progress.evaluation.items() if isinstance(v, float)})
+
+    # ------------------------------------------------------------------- messages
+
+    def register(self, grid: Grid) -> None:
+        """List the nodes anew and ask new ones for their devices; before the first round, wait for all devices.
+
+        Raises
+        ------
+        RunError
+            If there are more nodes than devices, or no device has come within the timeout.
+        """
+        deadline = time.monotonic() + self.options.timeout
+        while True:
+            present = set(grid.get_node_ids())
+            if len(present) > self.options.devices:
+                raise RunError(f"{len(present)} nodes for {self.options.devices} devices: lower the number of nodes")
+            self.nodes = {n: r for n, r in self.nodes.items() if n in present}
+            refusals = self._ask(grid, sorted(present - set(self.nodes)))
+            known = sum(len(r.devices) for r in self.nodes.values())
+            if known >= self.options.devices or (self._started and self.nodes):
+                break
+            if refusals and len(refusals) + len(self.nodes) == len(present):
+                raise RunError(f"a node could not register: {refusals[0]}")
+            if time.monotonic() > deadline:
+                if self.nodes:
+                    log.warning("only %d of %d devices have registered", known, self.options.devices)
+                    break
+                raise RunError(f"no node has registered within {self.options.timeout:g} s")
+            time.sleep(0.05)
+        self._started = True
+        self.schedule.set_counts({d: n for r in self.nodes.values() for d, n in zip(r.devices, r.train, strict=True)})
+
+    def _ask(self, grid: Grid, nodes: Sequence[int]) -> list[str]:
+        """Register nodes; return the refusals' reasons."""
+        content = to_record(b"")
+        messages = [Message(content, n, MessageType.QUERY, ttl=self.options.timeout) for n in nodes]
+        if not messages:
+            return []
+        refusals = []
+        self.progress.totals.exchanges += len(messages)
+        for reply in grid.send_and_receive(messages, timeout=self.options.timeout):
+            try:
+                payload = _payload(reply)
+                registration = Registration.from_bytes(payload)
+                self._check_registration(registration)
+            except (WireError, RunError) as error:
+                refusals.append(str(error))
+                continue
+            self.progress.totals.bytes_up += len(payload)
+            self.nodes[reply.metadata.src_node_id] = registration
+        return refusals
+
+    def _check_registration(self, registration: Registration) -> None:
+        taken = {d for r in self.nodes.values() for d in r.devices.tolist()}
+        if twice := taken.intersection(registration.devices.tolist()):
+            raise WireError(f"devices: {min(twice)} is registered by another node")
+
+    def _cohort(self, round_number: int) -> dict[int, list[tuple[int, int, int, int]]]:
+        """Return the schedule rows of the devices that take part, by node."""
+        rows = self.schedule.rows(round_number)
+        by_node = {}
+        for node, registration in self.nodes.items():
+            if mine := [rows[d] for d in registration.devices.tolist() if d in rows]:
+                by_node[node] = mine
+        return by_node
+
+    def _messages(
+        self, kind: str, rows: dict[int, list[tuple[int, int, int, int]]], pending: Sequence[PendingBlock]
+    ) -> list[Message]:
+        """Build one message per node that has rows or pending blocks, and remember what was asked."""
+        home = {d: node for node, r in self.nodes.items() for d in r.devices.tolist()}
+        blocks: dict[int, list[CutGradients]] = {}
+        for block in pending:
+            nodes = {home.get(d) for d in block.cut.devices.tolist()}
+            if len(nodes) == 1 and (node := nodes.pop()) is not None:
+                blocks.setdefault(node, []).append(block.cut)
+        weights = self.layer.flatten(self.weights)
+        per_device = self.first_layer is not None and self.first_layer.per_device
+        self._sent, messages = {}, []
+        for node in sorted({*rows, *blocks}, key=lambda n: int(self.nodes[n].devices[0])):
+            download = Download(
+                run=self.progress.run,
+                round_number=self.progress.round_number,
+                keep_from=self._keep_from,
+                per_device=per_device,
+                weights=weights,
+                schedule=np.array(rows.get(node, []), dtype=np.int64).reshape(-1, 4),
+                pending=blocks.get(node, []),
+            )
+            payload = download.to_bytes()
+            self._sent[node] = download
+            self.progress.totals.bytes_down += len(payload)
+            messages.append(Message(to_record(payload), node, kind, ttl=self.options.timeout))
+        self.progress.totals.exchanges += len(messages)
+        return messages
+
+    def _receive(self, replies: Iterable[Message], *, test: bool = False) -> list[Upload]:
+        """Check the replies to :meth:`_messages` and return the good ones in the order of their devices.
+
+        Raises
+        ------
+        RunError
+            If fewer nodes answered well than the run needs.
+        """
+        asked, self._sent = self._sent, {}
+        uploads: dict[int, Upload] = {}
+        reasons = []
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            try:
+                payload = _payload(reply)
+                upload = Upload.from_bytes(payload, parameters=self.layer.size)
+                self._check_upload(upload, asked[node])
+            except FedsplitError as error:
+                reasons.append(str(error))
+                log.warning("round %d: a node is left out: %s", self.progress.round_number, error)
+                continue
+            uploads[node] = upload
+            self._account(upload, payload, test=test)
+        needed = min(self.options.min_nodes, len(asked))
+        if len(uploads) < needed:
+            why = f"; first reason: {reasons[0]}" if reasons else ""
+            raise RunError(
+                f"round {self.progress.round_number}: {len(uploads)} of {len(asked)} nodes answered, "
+                f"protocol.min-nodes is {self.options.min_nodes}{why}"
+            )
+        self._settle(asked, uploads)
+        return [uploads[node] for node in asked if node in uploads]
+
+    def _settle(self, asked: dict[int, Download], uploads: dict[int, Upload]) -> None:
+        """Forget the cut gradients that nodes have answered, so that none is applied twice."""
+        answered = {id(block) for node in uploads for block in asked[node].pending}
+        self.progress.pending = [b for b in self.progress.pending if id(b.cut) not in answered]
+
+    def _account(self, upload: Upload, payload: bytes, *, test: bool) -> None:
+        totals = self.progress.totals
+        totals.bytes_up += len(payload)
+        totals.dense_bytes_up += 4 * self.layer.width * len(upload.release.targets)
+        if test:
+            totals.test_exposures_max = max(totals.test_exposures_max, upload.exposures_max)
+        else:
+            totals.exposures_max = max(totals.exposures_max, upload.exposures_max)
+
+    def _check_upload(self, upload: Upload, asked: Download) -> None:
+        """Refuse an upload that does not answer what was asked; raises WireError."""
+        release, task = upload.release, self.trunk.task
+        scheduled = {row[0]: row[3] - row[2] for row in asked.schedule.tolist()}
+        given = dict(zip(release.devices.tolist(), release.records.tolist(), strict=True))
+        if set(given) & set(upload.failed.tolist()) or set(given) | set(upload.failed.tolist()) != set(scheduled):
+            raise WireError("devices must be those that were asked")
+        if wrong := [d for d, n in given.items() if n != scheduled[d]]:
+            raise WireError(f"records: device {wrong[0]} released {given[wrong[0]]}, asked {scheduled[wrong[0]]}")
+        if given and release.width != self.layer.width:
+            raise WireError(f"width must be {self.layer.width}, got {release.width}")
+        if len(release.targets):
+            _check_targets(release, task, self.trunk.outputs)
+        self._check_gradients(upload, asked)
+
+    def _check_gradients(self, upload: Upload, asked: Download) -> None:
+        lost = set(upload.lost.tolist())
+        blocks = {id(b.cut): b for b in self.progress.pending}
+        expected: dict[int, int] = {}
+        for cut in asked.pending:
+            if cut.round_number in lost:
+                continue
+            for device, count in zip(cut.devices.tolist(), blocks[id(cut)].records.tolist(), strict=True):
+                group = device if asked.per_device else -1
+                expected[group] = expected.get(group, 0) + count
+        found = dict(zip(upload.gradients.devices.tolist(), upload.gradients.records.tolist(), strict=True))
+        if found != {group: count for group, count in expected.items() if count}:
+            raise WireError("gradient records must be those of the pending chunks")
+
+
+def _payload(reply: Message) -> bytes:
+    if reply.has_error():
+        # a ClientApp's exception text comes along; fedsplit's own say what happened without any data
+        raise RunError(reply.error.reason.strip().splitlines()[-1][:300] if reply.error.reason else "no reason given")
+    return from_record(reply.content)
+
+
+def _check_targets(release: Release, task: str, outputs: int) -> None:
+    targets = release.targets
+    if task == "regression":
+        if targets.dtype.kind != "f" or targets.shape[1:] != (outputs,):
+            raise WireError(f"targets must be float32 with {outputs} columns")
+        return
+    classes = max(outputs, 2)
+    if targets.dtype.kind != "i" or targets.ndim != 1 or targets.min() < 0 or targets.max() >= classes:
+        raise WireError(f"targets must be classes in 0..{classes - 1}")

@@ -1,0 +1,185 @@
+"""One training run on any Grid: the run folder, its checkpoints, metrics and result."""
+
+import json
+import platform
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import flwr
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+
+from fedsplit.assemble import data_source, split_model, split_strategy
+from fedsplit.checkpoint import load_checkpoint, save_checkpoint
+from fedsplit.config import Settings, load_settings
+from fedsplit.data import Source
+from fedsplit.errors import ConfigError
+from fedsplit.grid import PollingGrid
+from fedsplit.model import SplitModel
+from fedsplit.report import draw_curves
+from fedsplit.state import replacing
+from fedsplit.strategy import SplitStrategy
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:
+    """Make the run folder, or check that the one to resume belongs to these settings.
+
+    Raises
+    ------
+    ConfigError
+        If the folder cannot be written, holds something already, or is of a run with other settings.
+    """
+    config = folder / "config.toml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume:
+            _check_same(config, settings)
+            return
+        if any(folder.iterdir()):
+            raise ConfigError(f"out folder {folder} is not empty: choose another, or continue it with --resume")
+        with replacing(config) as new:
+            new.write_text(settings.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
+
+
+def _check_same(config: Path, settings: Settings) -> None:
+    if not config.exists():
+        raise ConfigError(f"nothing to resume: {config} does not exist")
+    old, new = (_flat(s.model_dump(by_alias=True)) for s in (load_settings(config), settings))
+    differing = sorted(k for k in old | new if old.get(k) != new.get(k) and k != "run.engine")
+    if differing:
+        key = differing[0]
+        raise ConfigError(f"cannot resume with other settings: {key} was {old.get(key)!r}, is {new.get(key)!r}")
+
+
+def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def check_data(source: Source) -> None:
+    """Read every device's records once, so that bad data is refused before anything starts; raises DataError."""
+    for device in range(source.count):
+        source.device(device)
+
+
+class TrainingRun:
+    """A run between settings and result.
+
+    Parameters
+    ----------
+    settings : Settings
+    folder : Path
+        The run folder, opened by :func:`open_run_folder`.
+    report : callable, optional
+        Called after every round with its metrics.
+
+    Raises
+    ------
+    FedsplitError
+        If the settings do not fit together or the data.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, report: Report | None = None) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.source: Source = data_source(settings)
+        self.model: SplitModel = split_model(settings, self.source)
+        run = secrets.randbits(62)
+        self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run)
+        self._report = report
+        self._created = time.perf_counter()
+        self._training = self._round_start = 0.0
+        self._registered = self._created
+        self.result: dict[str, Any] | None = None
+
+    def train(self, grid: Grid) -> dict[str, Any]:
+        """Train (from the last checkpoint, if there is one) and return what ``result.json`` holds."""
+        before = load_checkpoint(self.folder / "checkpoint", self.strategy)
+        self._training = before or 0.0
+        done = self.strategy.progress.round_number
+        self._keep_metrics(done)
+        grid = PollingGrid(grid)
+        if done < self.settings.run.rounds:
+            self.strategy.register(grid)
+        self._registered = self._round_start = time.perf_counter()
+        self.strategy.start(
+            grid,
+            ArrayRecord(),
+            num_rounds=self.settings.run.rounds - done,
+            timeout=self.settings.protocol.timeout,
+            evaluate_fn=self._after_round,
+        )
+        self.result = self._result()
+        with replacing(self.folder / "result.json") as new:
+            new.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
+        draw_curves(self.folder)
+        return self.result
+
+    def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Flower's server-side evaluation hook, called after each round: note its metrics and write a checkpoint."""
+        if server_round == 0:
+            return None
+        now = time.perf_counter()
+        self._training += now - self._round_start
+        metrics = {**self.strategy.metrics, "seconds": round(now - self._round_start, 4)}
+        self._round_start = now
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        save_checkpoint(self.folder / "checkpoint", self.strategy, self._training)
+        if self._report:
+            self._report(metrics)
+        return None
+
+    def _keep_metrics(self, rounds: int) -> None:
+        """Cut off metrics of rounds after the checkpoint: they will be written again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with replacing(path) as new:
+                new.write_text("".join(lines[:rounds]), encoding="utf-8")
+
+    def _result(self) -> dict[str, Any]:
+        progress = self.strategy.progress
+        evaluation = progress.evaluation or {"test_accuracy": None, "test_loss": None}
+        finished = time.perf_counter()
+        totals = vars(progress.totals)
+        return {
+            "name": self.settings.run.name,
+            **evaluation,
+            "rounds": progress.round_number,
+            "devices": self.source.count,
+            "nodes": len(self.strategy.nodes) or -(-self.source.count // self.settings.devices.per_node),
+            **totals,
+            "samples_per_second": round(totals["samples"] / self._training, 1) if self._training else None,
+            "seconds": {
+                "startup": round(self._registered - self._created, 3),
+                "training": round(self._training, 3),
+                "total": round(finished - self._created, 3),
+            },
+            "seed": self.settings.run.seed,
+            "versions": {
+                "fedsplit": version("fedsplit"),
+                "flwr": flwr.__version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+def forget_node_states(folder: Path) -> None:
+    """Delete the virtual nodes' state of a finished run: patterns of chunks that nobody will ask for."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,282 @@
+"""The server's half: released records as mini-batches, trunk steps, cut gradients, evaluation.
+
+The trunk never sees a device, only what devices released.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsplit.dropping import unpack_bitmap
+from fedsplit.metrics import score
+from fedsplit.packing import FloatArray, IntArray
+from fedsplit.wire import Release
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Released records in canonical order (device, record), dense only one mini-batch at a time.
+
+    Attributes
+    ----------
+    devices : int64 array (records,)
+        Which device each record came from.
+    targets : float32 or int64 array (records,) or (records, outputs)
+    starts : int64 array (records + 1,)
+        Where each record's values begin.
+    bitmap : uint8 array (records, ceil(width / 8))
+    values : float32 array (number of sent outputs,)
+    width : int
+    """
+
+    devices: IntArray
+    targets: NDArray[Any]
+    starts: IntArray
+    bitmap: NDArray[np.uint8]
+    values: FloatArray
+    width: int
+
+    @classmethod
+    def join(cls, releases: Sequence[Release]) -> "Batches":
+        """Join the releases of one round, whatever nodes they came from, into canonical order."""
+        devices = np.concatenate([np.repeat(r.devices, r.records) for r in releases])
+        order = np.argsort(devices, kind="stable")  # a device's own records are in order already
+        counts = np.concatenate([r.counts for r in releases])
+        values = np.concatenate([r.values() for r in releases])
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        return cls(
+            devices=devices[order],
+            targets=np.concatenate([r.targets for r in releases])[order],
+            starts=np.concatenate([[0], np.cumsum(counts[order])]),
+            bitmap=np.concatenate([r.bitmap for r in releases])[order],
+            values=values[_ranges(starts, order)],
+            width=releases[0].width,
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence["Batches"]) -> "Batches":
+        """Put rounds behind one another, for replay."""
+        counts = np.concatenate([np.diff(p.starts) for p in parts])
+        return cls(
+            devices=np.concatenate([p.devices for p in parts]),
+            targets=np.concatenate([p.targets for p in parts]),
+            starts=np.concatenate([[0], np.cumsum(counts)]),
+            bitmap=np.concatenate([p.bitmap for p in parts]),
+            values=np.concatenate([p.values for p in parts]),
+            width=parts[0].width,
+        )
+
+    def __len__(self) -> int:
+        return len(self.devices)
+
+    def dense(self, rows: IntArray) -> tuple[FloatArray, NDArray[np.bool_], IntArray]:
+        """Return the outputs ``(rows, width)`` of some records, their pattern, and where their values stand."""
+        pattern = unpack_bitmap(self.bitmap[rows], self.width)
+        positions = _ranges(self.starts, rows)
+        outputs = np.zeros(pattern.shape, dtype=np.float32)
+        outputs[pattern] = self.values[positions]
+        return outputs, pattern, positions
+
+
+def _ranges(starts: IntArray, rows: IntArray) -> IntArray:
+    """Return ``starts[r]..starts[r+1]`` of all rows behind one another."""
+    lengths = starts[rows + 1] - starts[rows]
+    ends = np.cumsum(lengths)
+    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+    return np.asarray(np.repeat(starts[rows], lengths) + within, dtype=np.int64)
+
+
+def seed_of(*parts: int | str) -> int:
+    """Derive a 63-bit seed from a run's seed and what it is for; equal arguments, equal stream."""
+    words = [p if isinstance(p, int) else int.from_bytes(p.encode(), "little") for p in parts]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def minibatches(order: IntArray, size: int) -> Iterator[IntArray]:
+    """Cut an order into mini-batches; a last batch of one record joins the one before (batch norm needs two)."""
+    starts = list(range(0, len(order), size))
+    if len(starts) > 1 and len(order) - starts[-1] == 1:
+        starts.pop()
+    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+        yield order[start:stop]
+
+
+LOSSES = {
+    "classification": nn.CrossEntropyLoss(reduction="sum"),
+    "binary": nn.BCEWithLogitsLoss(reduction="sum"),
+    "regression": nn.MSELoss(reduction="sum"),
+}
+
+
+def summed_loss(task: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss summed over records (and averaged over a regression's outputs)."""
+    if task == "binary":
+        outputs, targets = outputs.squeeze(1), targets.float()
+    loss: Tensor = LOSSES[task](outputs, targets)
+    return loss / targets.shape[1] if task == "regression" else loss
+
+
+@dataclass(frozen=True)
+class TrunkOptions:
+    """How the trunk learns; see the settings of the same names.
+
+    Attributes
+    ----------
+    optimizer : str
+        ``sgd``, ``adam`` or ``adamw``.
+    lr, momentum, weight_decay : float
+    schedule : str
+        Learning rate over rounds: ``constant``, ``cosine`` (to zero at the last round) or ``step`` (times 0.1
+        after each third of the rounds).
+    batch_size, epochs : int
+        Records per step, and passes over the records in each round.
+    """
+
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: str
+    batch_size: int
+    epochs: int
+
+    def lr_at(self, round_number: int, rounds: int) -> float:
+        """Return the learning rate of a round (counted from 1)."""
+        done = (round_number - 1) / rounds
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        if self.schedule == "step":
+            return float(self.lr * 0.1 ** int(3 * done))
+        return self.lr
+
+
+class Trunk:
+    """The layers after the cut with their optimizer.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Takes ``(batch, *cut_shape)``, returns ``(batch, outputs)``.
+    cut_shape : tuple[int, ...]
+    task : str
+        ``classification``, ``binary`` or ``regression``.
+    outputs : int
+        Columns of the module's output.
+    options : TrunkOptions
+    rounds, seed : int
+        Of the run.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        cut_shape: tuple[int, ...],
+        task: str,
+        outputs: int,
+        options: TrunkOptions,
+        rounds: int,
+        seed: int,
+    ) -> None:
+        self.module = module
+        self.cut_shape = cut_shape
+        self.task = task
+        self.outputs = outputs
+        self.options = options
+        self.rounds = rounds
+        self.seed = seed
+        self.optimizer = _optimizer(module, options)
+
+    def train(self, batches: Batches, fresh: int, round_number: int) -> tuple[FloatArray, dict[str, float]]:
+        """Train on some records and return cut gradients of the newest.
+
+        Parameters
+        ----------
+        batches : Batches
+            Records to learn from; those before ``fresh`` are replayed.
+        fresh : int
+            First record that cut gradients are wanted of.
+
+        Returns
+        -------
+        gradients : float32 array (sent outputs of the fresh records,)
+            Gradients of the summed loss at the outputs sent, each as of the step in which the last pass used it.
+        metrics : dict
+            ``train_loss`` and, for classes, ``train_accuracy`` over the last pass, before each step.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr_at(round_number, self.rounds)
+        self.module.train()
+        gradients = np.zeros(len(batches.values), dtype=np.float32)
+        loss = correct = 0.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, "trunk", round_number))
+            for epoch in range(self.options.epochs):
+                rng = np.random.default_rng(seed_of(self.seed, "order", round_number, epoch))
+                loss = correct = 0.0
+                for rows in minibatches(rng.permutation(len(batches)), self.options.batch_size):
+                    step_loss, step_correct = self._step(batches, rows, gradients)
+                    loss, correct = loss + step_loss, correct + step_correct
+        metrics = {"train_loss": loss / len(batches)}
+        if self.task != "regression":
+            metrics["train_accuracy"] = correct / len(batches)
+        return gradients[batches.starts[fresh] :], metrics
+
+    def _step(self, batches: Batches, rows: IntArray, gradients: FloatArray) -> tuple[float, int]:
+        outputs, pattern, positions = batches.dense(rows)
+        cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
+        targets = torch.from_numpy(batches.targets[rows])
+        predictions = self.module(cut)
+        loss = summed_loss(self.task, predictions, targets)
+        self.optimizer.zero_grad()
+        (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        assert cut.grad is not None
+        gradients[positions] = cut.grad.flatten(1).numpy()[pattern] * len(rows)
+        return loss.item(), _correct(self.task, predictions.detach(), targets)
+
+    def predict(self, batches: Batches) -> FloatArray:
+        """Return the outputs ``(records, outputs)`` for released records."""
+        self.module.eval()
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(batches), 512):
+                outputs, _, _ = batches.dense(np.arange(start, min(start + 512, len(batches))))
+                parts.append(self.module(torch.from_numpy(outputs).reshape(-1, *self.cut_shape)).numpy())
+        return np.concatenate(parts)
+
+    def evaluate(self, batches: Batches) -> dict[str, Any]:
+        """Return ``test_loss`` and the task's scores over released test records; see :func:`score`."""
+        outputs = self.predict(batches)
+        loss = summed_loss(self.task, torch.from_numpy(outputs), torch.from_numpy(batches.targets))
+        return {"test_loss": loss.item() / len(batches), **score(self.task, outputs, batches.targets)}
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that training changes, besides the module's own tensors."""
+        return self.optimizer.state_dict()
+
+    def load_state(self, module: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Restore the module's tensors and :meth:`state`."""
+        self.module.load_state_dict(module)
+        self.optimizer.load_state_dict(state)
+
+
+def _optimizer(module: nn.Module, options: TrunkOptions) -> torch.optim.Optimizer:
+    decay = options.weight_decay
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(module.parameters(), options.lr, momentum=options.momentum, weight_decay=decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
+    built: torch.optim.Optimizer = kind(module.parameters(), options.lr, weight_decay=decay)
+    return built
+
+
+def _correct(task: str, outputs: Tensor, targets: Tensor) -> int:
+    if task == "regression":
+        return 0
+    classes = outputs.argmax(1) if task == "classification" else (outputs.squeeze(1) > 0).long()
+    return int((classes == targets).sum())

@@ -1,0 +1,375 @@
+"""What crosses the network: uploads, downloads and registrations; the only file that names record keys.
+
+Releases are sparse by construction: a count per record, a bitmap of the outputs that were sent, their values.
+Reading a payload checks its arrays against what the kind must hold, then the numbers against each other; a refusal
+names the field. Both sides treat the other's payload as hostile.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedsplit.dropping import Kept
+from fedsplit.errors import WireError
+from fedsplit.packing import (
+    FloatArray,
+    IntArray,
+    Reader,
+    check,
+    check_ids,
+    check_scaled,
+    dequantise,
+    pack_arrays,
+    quantise,
+    sum_groups,
+)
+
+_UPLOAD, _DOWNLOAD, _REGISTRATION = 1, 2, 3
+_RECORD_KEY = "fedsplit"
+
+
+@dataclass(frozen=True)
+class Release:
+    """The dropped activations of some devices' records, as sent; made by :meth:`pack` or read off the wire.
+
+    Attributes
+    ----------
+    devices, records : int64 arrays (devices,)
+        Device ids, ascending, and how many records each contributes.
+    targets : float32 or int64 array (records,) or (records, outputs)
+        The records' labels.
+    counts, bitmap, width
+        As in :class:`fedsplit.dropping.Kept`.
+    codes : float16 or float32 array (sum of counts,)
+    exponents : int32 array (devices,)
+    """
+
+    devices: IntArray
+    records: IntArray
+    targets: NDArray[Any]
+    counts: IntArray
+    bitmap: NDArray[np.uint8]
+    codes: NDArray[Any]
+    exponents: NDArray[np.int32]
+    width: int
+
+    @classmethod
+    def pack(cls, kept: Kept, devices: IntArray, records: IntArray, targets: NDArray[Any], dtype: str) -> "Release":
+        """Make a release of what dropping kept; nothing else can be released.
+
+        Raises
+        ------
+        TypeError
+            If ``kept`` is not a :class:`Kept`: dense activations have no way onto the wire.
+        """
+        if not isinstance(kept, Kept):
+            raise TypeError(f"a release is packed from Kept, not from {type(kept).__name__}")
+        codes, exponents = quantise(kept.values, sum_groups(kept.counts, records), dtype)
+        return cls(devices, records, targets, kept.counts, kept.bitmap, codes, exponents, kept.width)
+
+    def values(self) -> FloatArray:
+        """Return the sent outputs as float32."""
+        return dequantise(self.codes, sum_groups(self.counts, self.records), self.exponents)
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Return the fields as arrays in wire order."""
+        small = np.uint16 if self.width <= 0xFFFF else np.uint32
+        kind = np.float32 if self.targets.dtype.kind == "f" else np.int32
+        return [
+            np.array([self.width], dtype=np.uint32),
+            self.devices.astype(np.int32),
+            self.records.astype(np.int32),
+            self.targets.astype(kind),
+            self.counts.astype(small),
+            self.bitmap,
+            self.codes,
+            self.exponents.astype(np.int32),
+        ]
+
+    @classmethod
+    def read(cls, take: "Reader") -> "Release":
+        """Check and read one release; raises WireError."""
+        width = int(take.array("width", "u4", 1, size=1)[0])
+        devices = take.array("devices", "i4", 1).astype(np.int64)
+        check_ids("devices", devices)
+        records = take.array("records", "i4", 1, size=len(devices)).astype(np.int64)
+        check("records", bool((records >= 0).all()), "must not be negative")
+        n = int(records.sum())
+        targets = take.array("targets", ("f4", "i4"), (1, 2), size=n)
+        counts = take.array("counts", ("u2", "u4"), 1, size=n).astype(np.int64)
+        bitmap = take.array("bitmap", "u1", 2, size=n)
+        check("bitmap", bitmap.shape[1] == -(-width // 8), f"must have {-(-width // 8)} bytes per record")
+        if width % 8:
+            check("bitmap", not (bitmap[:, -1] >> (width % 8)).any(), f"has bits beyond width {width}")
+        same = np.array_equal(np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64), counts)
+        check("counts", same, "must equal the bitmap's set bits")
+        codes = take.array("values", ("f2", "f4"), 1, size=int(counts.sum()))
+        exponents = take.array("exponents", "i4", 1, size=len(devices)).astype(np.int32)
+        integer_targets = targets.dtype.kind == "i"
+        targets = targets.astype(np.int64 if integer_targets else np.float32)
+        check("targets", integer_targets or bool(np.isfinite(targets).all()), "must be finite")
+        release = cls(devices, records, targets, counts, bitmap, codes, exponents, width)
+        check_scaled(codes, exponents)
+        return release
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Sums of first-layer gradients.
+
+    Attributes
+    ----------
+    devices : int64 array (groups,)
+        One id per sum, or -1 for the sum over all of the node's devices.
+    records : int64 array (groups,)
+        How many records each sum is over.
+    sums : float32 array (groups, parameters)
+        dW of the summed loss.
+    """
+
+    devices: IntArray
+    records: IntArray
+    sums: FloatArray
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Everything that leaves a node in one exchange. Nothing else may.
+
+    Attributes
+    ----------
+    release : Release
+        Of the chunk that was asked for; holds no devices when none was.
+    gradients : Gradients
+        Of the pending chunks whose cut gradients came with the download.
+    lost : int64 array
+        Rounds whose pending chunk is missing or belongs to other weights ("pending lost").
+    failed : int64 array
+        Devices that could not take part.
+    exposures_max : int
+        The largest number of releases that any record of this node has had in this run.
+    """
+
+    release: Release
+    gradients: Gradients
+    lost: IntArray
+    failed: IntArray
+    exposures_max: int
+
+    def to_bytes(self) -> bytes:
+        """Pack for the wire."""
+        return pack_arrays(
+            _UPLOAD,
+            [
+                np.array([self.exposures_max], dtype=np.int64),
+                self.lost.astype(np.int64),
+                self.failed.astype(np.int32),
+                *self.release.arrays(),
+                self.gradients.devices.astype(np.int32),
+                self.gradients.records.astype(np.int64),
+                self.gradients.sums,
+            ],
+        )
+
+    @classmethod
+    def from_bytes(cls, payload: bytes, *, parameters: int) -> "Upload":
+        """Check and read an upload; ``parameters`` is the first layer's size. Raises WireError."""
+        take = Reader(payload, _UPLOAD)
+        exposures = int(take.array("exposures", "i8", 1, size=1)[0])
+        check("exposures", exposures >= 0, "must not be negative")
+        lost = take.array("lost", "i8", 1).astype(np.int64)
+        failed = take.array("failed", "i4", 1).astype(np.int64)
+        release = Release.read(take)
+        devices = take.array("gradient devices", "i4", 1).astype(np.int64)
+        records = take.array("gradient records", "i8", 1, size=len(devices)).astype(np.int64)
+        check("gradient records", bool((records > 0).all()), "must be positive")
+        sums = take.array("gradients", "f4", 2, size=len(devices)).astype(np.float32)
+        check("gradients", sums.shape[1] == parameters, f"must have {parameters} parameters")
+        check("gradients", bool(np.isfinite(sums).all()), "must be finite")
+        take.finish()
+        return cls(release, Gradients(devices, records, sums), lost, failed, exposures)
+
+
+@dataclass(frozen=True)
+class CutGradients:
+    """Gradients of the summed loss at the outputs that one node sent in one round.
+
+    Attributes
+    ----------
+    round_number : int
+        The round in which the chunk was released.
+    digest : int
+        Of the weights that released it; see :func:`weights_digest`.
+    devices, lengths : int64 arrays (devices,)
+        Device ids, and how many values each has.
+    codes, exponents
+        As in :class:`Release`: one value per output that was sent, in the same order, no bitmap.
+    """
+
+    round_number: int
+    digest: int
+    devices: IntArray
+    lengths: IntArray
+    codes: NDArray[Any]
+    exponents: NDArray[np.int32]
+
+    @classmethod
+    def pack(
+        cls,
+        round_number: int,
+        digest: int,
+        devices: IntArray,
+        lengths: IntArray,
+        values: FloatArray,
+        dtype: str,
+    ) -> "CutGradients":
+        """Quantise float32 ``values`` per device."""
+        return cls(round_number, digest, devices, lengths, *quantise(values, lengths, dtype))
+
+    def values(self) -> FloatArray:
+        """Return the gradients as float32."""
+        return dequantise(self.codes, self.lengths, self.exponents)
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Return the fields as arrays in wire order."""
+        return [
+            np.array([self.round_number, self.digest], dtype=np.int64),
+            self.devices.astype(np.int32),
+            self.lengths.astype(np.int64),
+            self.codes,
+            self.exponents.astype(np.int32),
+        ]
+
+    @classmethod
+    def read(cls, take: "Reader") -> "CutGradients":
+        """Check and read one block; raises WireError."""
+        round_number, digest = (int(v) for v in take.array("pending round", "i8", 1, size=2))
+        check("pending round", round_number > 0, "must be positive")
+        devices = take.array("pending devices", "i4", 1).astype(np.int64)
+        check_ids("pending devices", devices)
+        lengths = take.array("pending lengths", "i8", 1, size=len(devices)).astype(np.int64)
+        valid = bool((lengths >= 0).all()) and int(lengths.sum()) <= take.total
+        check("pending lengths", valid, "must be counts of the values sent")
+        codes = take.array("cut gradients", ("f2", "f4"), 1, size=int(lengths.sum()))
+        exponents = take.array("exponents", "i4", 1, size=len(devices)).astype(np.int32)
+        check_scaled(codes, exponents)
+        return cls(round_number, digest, devices, lengths, codes, exponents)
+
+
+@dataclass(frozen=True)
+class Download:
+    """Everything that goes to a node in one exchange.
+
+    Attributes
+    ----------
+    run : int
+        Names the run in the node's state folder.
+    round_number : int
+        Of the chunk to release.
+    keep_from : int
+        Pending chunks of earlier rounds will not be asked for again.
+    per_device : bool
+        Whether gradients are to be summed per device instead of over the node.
+    weights : float32 array (parameters,)
+        The first layer's, flat.
+    schedule : int64 array (devices, 4)
+        Device id, pass, start, stop: release the records ``order(pass)[start:stop]``.
+    pending : sequence of CutGradients
+        Chunks to run the backward half of.
+    """
+
+    run: int
+    round_number: int
+    keep_from: int
+    per_device: bool
+    weights: FloatArray
+    schedule: IntArray
+    pending: Sequence[CutGradients] = ()
+
+    def to_bytes(self) -> bytes:
+        """Pack for the wire."""
+        head = [self.run, self.round_number, self.keep_from, int(self.per_device), len(self.pending)]
+        blocks = [array for block in self.pending for array in block.arrays()]
+        return pack_arrays(
+            _DOWNLOAD,
+            [np.array(head, dtype=np.int64), self.weights, self.schedule.astype(np.int32), *blocks],
+        )
+
+    @classmethod
+    def from_bytes(cls, payload: bytes, *, parameters: int) -> "Download":
+        """Check and read a download; ``parameters`` is the first layer's size. Raises WireError."""
+        take = Reader(payload, _DOWNLOAD)
+        run, round_number, keep_from, per_device, blocks = (int(v) for v in take.array("head", "i8", 1, size=5))
+        check("run", run >= 0, "must not be negative")
+        check("round", 0 < round_number < 2**32, "must be in 1..2^32-1")
+        check("per device", per_device in (0, 1), "must be 0 or 1")
+        weights = take.array("weights", "f4", 1, size=parameters).astype(np.float32)
+        check("weights", bool(np.isfinite(weights).all()), "must be finite")
+        schedule = take.array("schedule", "i4", 2).astype(np.int64)
+        check("schedule", schedule.shape[1] == 4, "must have 4 columns")
+        check_ids("schedule", schedule[:, 0])
+        valid = (schedule[:, 1] >= 0) & (schedule[:, 2] >= 0) & (schedule[:, 2] <= schedule[:, 3])
+        check("schedule", bool(valid.all()), "must have pass >= 0 and 0 <= start <= stop")
+        check("pending", 0 <= blocks <= take.total, "must be a count of the blocks sent")
+        pending = tuple(CutGradients.read(take) for _ in range(blocks))
+        take.finish()
+        return cls(run, round_number, keep_from, bool(per_device), weights, schedule, pending)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What a node says of itself before training: its devices and their record counts.
+
+    Attributes
+    ----------
+    devices, train, test : int64 arrays (devices,)
+        Device ids, ascending, and how many training and test records each holds.
+    """
+
+    devices: IntArray
+    train: IntArray
+    test: IntArray
+
+    def to_bytes(self) -> bytes:
+        """Pack for the wire."""
+        return pack_arrays(
+            _REGISTRATION,
+            [self.devices.astype(np.int32), self.train.astype(np.int64), self.test.astype(np.int64)],
+        )
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> "Registration":
+        """Check and read a registration. Raises WireError."""
+        take = Reader(payload, _REGISTRATION)
+        devices = take.array("devices", "i4", 1).astype(np.int64)
+        check_ids("devices", devices)
+        train = take.array("train records", "i8", 1, size=len(devices)).astype(np.int64)
+        test = take.array("test records", "i8", 1, size=len(devices)).astype(np.int64)
+        valid = ((train >= 0) & (train < 2**31) & (test >= 0) & (test < 2**31)).all()
+        check("records", bool(valid), "must be in 0..2^31-1")
+        take.finish()
+        return cls(devices, train, test)
+
+
+def to_record(payload: bytes) -> RecordDict:
+    """Wrap a payload as the content of a Flower message: one packed array, not forty."""
+    array = Array(dtype="uint8", shape=(len(payload),), stype="raw", data=payload)
+    return RecordDict({_RECORD_KEY: ArrayRecord({"packed": array})})
+
+
+def from_record(content: RecordDict) -> bytes:
+    """Return the payload of a Flower message's content. Raises WireError if there is none."""
+    record = content.get(_RECORD_KEY)
+    if not isinstance(record, ArrayRecord) or "packed" not in record:
+        raise WireError(f"message must hold one packed array under {_RECORD_KEY!r}")
+    return record["packed"].data
+
+
+def weights_digest(weights: FloatArray) -> int:
+    """Return a 62-bit name of some weights, by which node and server agree which ones a chunk was made with."""
+    return int.from_bytes(sha256(weights.tobytes()).digest()[:8], "little") >> 2

@@ -187,9 +187,9 @@ class SplitStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Step the first layer, and (but for synchronous mode, where it is done) train the trunk."""
         uploads = self._receive(replies)
-        self._step_first_layer(uploads)
         if self.options.mode != "synchronous":
-            self._learn([u.release for u in uploads])
+            self._learn([u.release for u in uploads])  # before the step: these were released by the old weights
+        self._step_first_layer(uploads)
         return None, None  # weights are kept here, since evaluation may come after a flush
 
     def _learn(self, releases: Sequence[Release]) -> None:
@@ -383,6 +383,8 @@ class SplitStrategy(Strategy):
                 log.warning("round %d: a node is left out: %s", self.progress.round_number, error)
                 continue
             uploads[node] = upload
+            if len(upload.lost):
+                log.warning("a node has lost its pending chunk of round %s", upload.lost.tolist())
             self._account(upload, payload, test=test)
         needed = min(self.options.min_nodes, len(asked))
         if len(uploads) < needed:

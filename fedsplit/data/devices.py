@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedsplit.data.loading import resolve_function
-from fedsplit.data.records import TASKS, DeviceData, Raw, Records, check_records
+from fedsplit.data.records import TASKS, DeviceData, Records, check_records
 from fedsplit.data.source import Source, choose_test
 from fedsplit.errors import ConfigError, DataError
 
@@ -135,11 +135,11 @@ def _read_file(files: tuple[Path, ...], places: tuple[str, ...], device_id: int)
     except Exception as error:  # damage shows as an error of zipfile, zlib, numpy or the file system
         raise DataError(f"{where}: cannot be read as .npz without pickles ({type(error).__name__})") from None
     train, test = _pair(arrays, "x", "y", where), _pair(arrays, "x_test", "y_test", where)
-    if train is None and test is None:
+    if train is not None:
+        return DeviceData(train, test)
+    if test is None:
         raise DataError(f"{where}: lacks x and y, or x_test and y_test")
-    if train is None:
-        return DeviceData(Records.empty(Records(*test)), test)
-    return DeviceData(train, test)
+    return DeviceData(Records.empty(Records(*test)), test)
 
 
 def _pair(arrays: dict[str, Any], x: str, y: str, where: str) -> tuple[Any, Any] | None:

@@ -8,6 +8,7 @@ import io
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsplit.data import loading
 from fedsplit.data.records import Pool, check_records
@@ -48,7 +49,7 @@ STD = np.array(
 
 
 def load() -> Pool:
-    """Return 4,677 windows of 20 devices: device ``2 * (person - 1) + side``, person 1..10, side 0..1.
+    """Return 4,677 windows of 20 devices: device ``2 * (person - 1) + side``, person 1..10, side 0 (left), 1.
 
     Returns
     -------
@@ -90,6 +91,6 @@ def _read() -> dict[str, Any]:
     return recordings
 
 
-def _windows(series: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _windows(series: NDArray[np.float64]) -> NDArray[np.float32]:
     normal = ((series - MEAN) / STD).astype(np.float32)  # (samples, 6)
     return np.lib.stride_tricks.sliding_window_view(normal, WINDOW, axis=0)[::STEP]  # (windows, 6, WINDOW)

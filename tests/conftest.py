@@ -1,0 +1,37 @@
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsplit.config import Settings, check_settings
+
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+_SMALL: dict[str, Any] = {
+    "run": {"name": "small", "rounds": 4, "engine": "inline", "seed": 3},
+    "data": {"builder": "own:linear", "task": "classification", "outputs": 3},
+    "devices": {"count": 5, "test": [3, 4]},
+    "model": {"builder": "own:linear_model"},
+    "dropping": {"policy": "none"},
+    "protocol": {"mode": "pipelined", "dtype": "float32"},
+    "first-layer": {"strategy": "FedAvg", "lr": 0.1},
+    "trunk": {"optimizer": "sgd", "lr": 0.1},
+}
+
+
+def small_settings(**changes: dict[str, Any]) -> Settings:
+    """Return a run over five small devices that takes a moment, with some sections' keys changed."""
+    raw = copy.deepcopy(_SMALL)
+    for section, values in changes.items():
+        raw.setdefault(section.replace("_", "-"), {}).update(values)
+    return check_settings(raw)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run"

@@ -13,12 +13,12 @@ from fedsplit.data.loading import resolve_function
 from fedsplit.device import Node
 from fedsplit.dropping import Dropping, simulation_secret
 from fedsplit.errors import ConfigError
-from fedsplit.first_layer import ADAPTIVE, FirstLayerServer, build_strategy
+from fedsplit.first_layer import FirstLayerServer, build_strategy
 from fedsplit.model import SplitModel, build_model
-from fedsplit.schedule import Schedule
+from fedsplit.schedule import Schedule, seed_of
 from fedsplit.state import NodeState
 from fedsplit.strategy import ProtocolOptions, SplitStrategy
-from fedsplit.trunk import Trunk, TrunkOptions, seed_of
+from fedsplit.trunk import Trunk, TrunkOptions
 
 _CACHED_DEVICES = 256  # of a user's own data, per process; packaged data sets are shared arrays
 
@@ -62,12 +62,13 @@ def _check_fit(model: SplitModel, source: Source) -> None:
     first = model.first_layer
     if first.input_shape != source.input_shape:
         raise ConfigError(f"the model takes records of shape {first.input_shape}, the data's have {source.input_shape}")
-    model.trunk.eval()
+    model.trunk.eval()  # a trial must not change running statistics
     try:
         with torch.no_grad():
             shape = tuple(model.trunk(torch.zeros(2, *first.cut_shape)).shape)
     except RuntimeError:
         raise ConfigError(f"the trunk does not take cut activations of shape {first.cut_shape}") from None
+    model.trunk.train()
     if shape != (2, source.outputs):
         raise ConfigError(f"the trunk must return {source.outputs} outputs per record, it returns shape {shape[1:]}")
 
@@ -126,9 +127,8 @@ def split_strategy(settings: Settings, source: Source, model: SplitModel, run: i
     layer = model.first_layer
     first_layer = None
     if chosen.strategy != "frozen":
-        strategy = build_strategy(chosen.strategy, chosen.lr, chosen.args)
-        step = 1.0 if chosen.strategy in ADAPTIVE else chosen.lr
-        first_layer = FirstLayerServer(strategy, layer.initial_weights(), step)
+        strategy = build_strategy(chosen.strategy, chosen.args)
+        first_layer = FirstLayerServer(strategy, layer.initial_weights(), chosen.lr, chosen.schedule, rounds)
     trunk_options = TrunkOptions(
         **settings.trunk.model_dump(), batch_size=protocol.batch_size, epochs=protocol.trunk_epochs
     )

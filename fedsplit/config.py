@@ -123,15 +123,19 @@ class ProtocolSettings(_Section):
 
 
 class FirstLayerSettings(_Section):
-    """``[first-layer]``: the Flower strategy that aggregates it (or ``frozen``), its learning rate, its arguments."""
+    """``[first-layer]``: the Flower strategy that aggregates it (or ``frozen``), its learning rate, its arguments.
+
+    ``schedule`` as in :func:`fedsplit.schedule.scheduled`.
+    """
 
     strategy: Literal["frozen", *STRATEGIES] = "FedAdam"  # type: ignore[valid-type]
     lr: Rate = 0.003
+    schedule: Literal["constant", "cosine", "step"] = "constant"
     args: dict[str, Any] = Field(default_factory=dict)
 
 
 class TrunkSettings(_Section):
-    """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :class:`fedsplit.trunk.TrunkOptions`."""
+    """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.schedule.scheduled`."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: Rate = 0.001

@@ -14,6 +14,7 @@ from flwr.supercore.run import Run
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.model import Weights
 from fedsplit.packing import FloatArray
+from fedsplit.schedule import scheduled
 
 ADAPTIVE = ("FedAdam", "FedYogi", "FedAdagrad")
 PER_DEVICE = ("FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
@@ -21,15 +22,13 @@ PER_DEVICE = ("FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 STRATEGIES = ("FedAvg", "FedAvgM", *ADAPTIVE, *PER_DEVICE)
 
 
-def build_strategy(name: str, lr: float, args: Mapping[str, Any]) -> Strategy:
+def build_strategy(name: str, args: Mapping[str, Any]) -> Strategy:
     """Build a Flower strategy by name.
 
     Parameters
     ----------
     name : str
         One of :data:`STRATEGIES`.
-    lr : float
-        Learning rate of the first layer: an adaptive strategy's ``eta``.
     args : mapping
         Further arguments of the strategy's constructor.
 
@@ -43,7 +42,7 @@ def build_strategy(name: str, lr: float, args: Mapping[str, Any]) -> Strategy:
     if unknown := sorted(set(args) - set(allowed)):
         raise ConfigError(f"first-layer.args: {name} takes no {unknown[0]!r}; it takes {', '.join(allowed)}")
     # Flower's tau (1e-3) is larger than most gradients here and would swamp them: Adam's usual epsilon instead.
-    defaults = {"eta": lr, "tau": 1e-8} if name in ADAPTIVE else {}
+    defaults = {"tau": 1e-8} if name in ADAPTIVE else {}
     try:
         strategy: Strategy = kind(**{**defaults, **args})
     except (TypeError, ValueError) as error:
@@ -76,20 +75,24 @@ class FirstLayerServer:
     weights : dict of float32 arrays
         The initial parameters.
     lr : float
-        1 for adaptive strategies, which have their own step size.
+        For an adaptive strategy its ``eta``, and the pseudo-model is then made with lr 1.
+    schedule : str
+        Of the learning rate over ``rounds``; see :func:`fedsplit.schedule.scheduled`.
     """
 
-    def __init__(self, strategy: Strategy, weights: Weights, lr: float) -> None:
+    def __init__(
+        self, strategy: Strategy, weights: Weights, lr: float, schedule: str = "constant", rounds: int = 1
+    ) -> None:
         self.strategy = strategy
         self.weights = weights
         self.lr = lr
+        self.schedule = schedule
+        self.rounds = rounds
 
     @property
     def per_device(self) -> bool:
         """Whether the strategy needs one contribution per device."""
-        return any(k.__name__ in PER_DEVICE for k in type(self.strategy).__mro__) or not isinstance(
-            self.strategy, flower.FedAvg
-        )
+        return _is_a(self.strategy, PER_DEVICE) or not isinstance(self.strategy, flower.FedAvg)
 
     def step(self, round_number: int, contributions: Sequence[tuple[Weights, int]]) -> None:
         """Apply (sum of gradients, record count) pairs, in the order given.
@@ -101,12 +104,15 @@ class FirstLayerServer:
         """
         if not contributions:
             return
+        lr = scheduled(self.lr, self.schedule, round_number, self.rounds)
+        if _is_a(self.strategy, ADAPTIVE):
+            self.strategy.eta, lr = lr, 1.0  # type: ignore[attr-defined]
         # Adaptive strategies remember the current weights here; the messages they make are discarded.
         stub = _Stub(
             max(getattr(self.strategy, "min_available_nodes", 2), getattr(self.strategy, "min_train_nodes", 2))
         )
         list(self.strategy.configure_train(round_number, _arrays(self.weights), ConfigRecord(), stub))  # type: ignore[arg-type]
-        replies = [self._reply(i, total, count) for i, (total, count) in enumerate(contributions, start=1)]
+        replies = [self._reply(i, total, lr / count, count) for i, (total, count) in enumerate(contributions, start=1)]
         try:
             arrays, _ = self.strategy.aggregate_train(round_number, replies)
         except (ValueError, IndexError, ZeroDivisionError) as error:
@@ -121,8 +127,8 @@ class FirstLayerServer:
             raise RunError(f"round {round_number}: first-layer weights are not finite; lower first-layer.lr")
         self.weights = {name: new[name] for name in self.weights}
 
-    def _reply(self, node: int, total: Weights, count: int) -> Message:
-        model = {name: w - np.float32(self.lr / count) * total[name] for name, w in self.weights.items()}
+    def _reply(self, node: int, total: Weights, step: float, count: int) -> Message:
+        model = {name: w - np.float32(step) * total[name] for name, w in self.weights.items()}
         content = RecordDict({"arrays": _arrays(model), "metrics": MetricRecord({"num-examples": count})})
         request = Message(RecordDict(), node, MessageType.TRAIN)
         request.metadata.__dict__["_message_id"] = str(node)  # a reply needs one; only a SuperLink sets it
@@ -137,6 +143,10 @@ class FirstLayerServer:
         self.weights = weights
         for name, value in state.items():
             setattr(self.strategy, name, copy.deepcopy(value))
+
+
+def _is_a(strategy: Strategy, names: Sequence[str]) -> bool:
+    return any(kind.__name__ in names for kind in type(strategy).__mro__)
 
 
 def _is_state(value: Any) -> bool:

@@ -181,12 +181,14 @@ class SplitModel:
 
 
 def _sensor_cnn(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
-    """Conv1d over time (kernel 9, stride 2), then two more convolutions, mean over time, one linear layer."""
+    """Conv1d over time (kernel 9, stride 2), then two more convolutions with batch norm, mean over time, one linear layer."""
     first = nn.Conv1d(shape[0], width, kernel_size=9, stride=2, padding=4)
     trunk = nn.Sequential(
         nn.Conv1d(width, 64, kernel_size=5, stride=2, padding=2),
+        nn.BatchNorm1d(64),
         nn.ReLU(),
         nn.Conv1d(64, 64, kernel_size=5, stride=2, padding=2),
+        nn.BatchNorm1d(64),
         nn.ReLU(),
         nn.AdaptiveAvgPool1d(1),
         nn.Flatten(),

@@ -3,7 +3,6 @@
 The trunk never sees a device, only what devices released.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from fedsplit.dropping import unpack_bitmap
 from fedsplit.metrics import score
 from fedsplit.packing import FloatArray, IntArray
+from fedsplit.schedule import scheduled, seed_of
 from fedsplit.wire import Release
 
 
@@ -92,12 +92,6 @@ def _ranges(starts: IntArray, rows: IntArray) -> IntArray:
     return np.asarray(np.repeat(starts[rows], lengths) + within, dtype=np.int64)
 
 
-def seed_of(*parts: int | str) -> int:
-    """Derive a 63-bit seed from a run's seed and what it is for; equal arguments, equal stream."""
-    words = [p if isinstance(p, int) else int.from_bytes(p.encode(), "little") for p in parts]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
-
-
 def minibatches(order: IntArray, size: int) -> Iterator[IntArray]:
     """Cut an order into mini-batches; a last batch of one record joins the one before (batch norm needs two)."""
     starts = list(range(0, len(order), size))
@@ -132,8 +126,7 @@ class TrunkOptions:
         ``sgd``, ``adam`` or ``adamw``.
     lr, momentum, weight_decay : float
     schedule : str
-        Learning rate over rounds: ``constant``, ``cosine`` (to zero at the last round) or ``step`` (times 0.1
-        after each third of the rounds).
+        Of the learning rate over rounds; see :func:`fedsplit.schedule.scheduled`.
     batch_size, epochs : int
         Records per step, and passes over the records in each round.
     """
@@ -145,15 +138,6 @@ class TrunkOptions:
     schedule: str
     batch_size: int
     epochs: int
-
-    def lr_at(self, round_number: int, rounds: int) -> float:
-        """Return the learning rate of a round (counted from 1)."""
-        done = (round_number - 1) / rounds
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * done))
-        if self.schedule == "step":
-            return float(self.lr * 0.1 ** int(3 * done))
-        return self.lr
 
 
 class Trunk:
@@ -210,7 +194,7 @@ class Trunk:
             ``train_loss`` and, for classes, ``train_accuracy`` over the last pass, before each step.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr_at(round_number, self.rounds)
+            group["lr"] = scheduled(self.options.lr, self.options.schedule, round_number, self.rounds)
         self.module.train()
         gradients = np.zeros(len(batches.values), dtype=np.float32)
         loss = correct = 0.0

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fedsplit.assemble import data_source, split_model
 from fedsplit.config import Settings
 from fedsplit.dropping import record_order, simulation_secret
-from fedsplit.trunk import minibatches, seed_of
+from fedsplit.schedule import seed_of
+from fedsplit.trunk import minibatches
 
 Chunk = tuple[Tensor, Tensor]
 

@@ -77,6 +77,7 @@ def test_converts_to_the_dtypes_of_the_task():
 
 
 def test_takes_the_shape_from_x_if_none_is_given():
+    assert check(np.ones((0, 4, 3)), [], shape=None).x.shape == (0, 4, 3)
     assert check(np.ones((5, 4, 3)), np.zeros(5, int), shape=None).x.shape == (5, 4, 3)
 
 
@@ -110,6 +111,7 @@ def test_refuses_targets_that_are_not_finite(bad):
         (np.ones((4, 3)), np.zeros(4, int), r"records must have shape \(2,\), got \(3,\)"),
         (np.ones((4, 2, 1)), np.zeros(4, int), r"records must have shape \(2,\), got \(2, 1\)"),
         (np.ones(4), np.zeros(4, int), r"got \(4,\)"),
+        (np.ones((1, 2)), np.int64(1), r"one row per record, got shapes \(1, 2\) and \(\)"),
         (np.float64(1), np.zeros(1, int), r"one row per record, got shapes \(\)"),
         (np.ones((4, 2)), np.zeros(3, int), r"one row per record, got shapes \(4, 2\) and \(3,\)"),
         (np.ones((4, 2)), np.zeros((4, 1), int), r"y must have shape \(records,\), got \(4, 1\)"),
@@ -231,6 +233,8 @@ def test_partitions_refuse_a_device_without_records():
         partition_module.iid(2, 3, np.random.default_rng(0))
     with pytest.raises(ConfigError, match="'natural' leaves device 1 of 3 without records: use fewer devices"):
         partition_module.natural(np.array([0, 2]), 3)
+    with pytest.raises(ConfigError, match="'natural' leaves device 0 of 1 without records"):
+        partition_module.natural(np.empty(0, int), 1)
     with pytest.raises(ConfigError, match=r"'dirichlet' leaves device \d of 50 .* fewer devices or a larger alpha"):
         partition_module.dirichlet(np.zeros(60, int), 50, 0.01, np.random.default_rng(0))
 
@@ -593,6 +597,11 @@ def test_builder_is_called_for_each_device(builder):
     assert source.count == 4 and source.input_shape == (3,) and source.test_devices == (0, 1, 2, 3)
     data = source.device(2)
     assert data.train.x.dtype == np.float32 and (data.train.x == 2).all() and len(data.test) == 4
+
+
+def test_builder_of_a_first_device_that_only_tests(builder):
+    source = opened(builder=builder("return DeviceData(([], []), (np.ones((2, 3)), [0, 1]))"), outputs=2, count=1)
+    assert source.input_shape == (3,) and source.device(0).train.x.shape == (0, 3)
 
 
 def test_builder_takes_task_binary_without_outputs(builder):

@@ -119,7 +119,7 @@ def _load(
     parts = {"train": data.train, "test": data.test}
     shape = input_shape or max(parts.values(), key=lambda part: part.x.size).x.shape[1:]
     checked = {
-        name: check_records(part, task=task, outputs=outputs, input_shape=shape or None, where=f"{where}, {name}")
+        name: check_records(part, task=task, outputs=outputs, input_shape=shape, where=f"{where}, {name}")
         for name, part in parts.items()
     }
     return DeviceData(**checked)
@@ -128,7 +128,7 @@ def _load(
 def _read_file(files: tuple[Path, ...], places: tuple[str, ...], device_id: int) -> DeviceData:
     where = places[device_id]
     try:
-        # opened here, since numpy leaves a damaged file open; no pickles, since a file may come from anyone
+        # opened here, so that it is closed whatever numpy returns; no pickles, since a file may come from anyone
         with files[device_id].open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             arrays = {key: archive[key] for key in _KEYS if key in archive.files}

@@ -25,8 +25,8 @@ def resolve_function(reference: str, setting: str) -> Callable[..., Any]:
     ConfigError
         If the text has another form, the module cannot be imported, or it has no such function.
     """
-    module_name, colon, name = reference.partition(":")
-    if not (module_name and colon and name):
+    module_name, _, name = reference.partition(":")
+    if not (module_name and name):
         raise ConfigError(f"{setting} must be 'module:function', got {reference!r}")
     try:
         module = importlib.import_module(module_name)

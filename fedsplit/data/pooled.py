@@ -107,8 +107,8 @@ def _test_devices(test: int | str | tuple[int, ...], count: int) -> tuple[int, .
 
 def _check_people(pool: Pool, chosen: tuple[int, ...]) -> None:
     """Refuse a person with one device in training and one in test: results are those of people held out."""
-    for person in sorted(set(pool.people or ())):
-        own = [device for device, owner in enumerate(pool.people or ()) if owner == person]
+    for person in sorted(set(pool.people)):
+        own = [device for device, owner in enumerate(pool.people) if owner == person]
         if 0 < len(set(own) & set(chosen)) < len(own):
             devices = " and ".join(map(str, own))
             raise ConfigError(f"test splits person {person}: name both or neither of the devices {devices}")

@@ -89,9 +89,9 @@ class Pool:
         Number of classes; 1 for binary; the targets' width for regression.
     owners : int array (records,) or None
         The device that each record comes from, if the data set has natural devices.
-    people : tuple of int or None
-        The person behind each natural device: a person is tested as a whole, or results would not be those of people
-        that training has never seen.
+    people : tuple of int
+        The person behind each natural device, if there are such: a person is tested as a whole, or results would not
+        be those of people that training has never seen.
     held_out : bool array (records,) or None
         Records that are only ever tested when the partition is not natural; None: any may be.
     """
@@ -101,7 +101,7 @@ class Pool:
     task: str
     outputs: int
     owners: IndexArray | None = None
-    people: tuple[int, ...] | None = None
+    people: tuple[int, ...] = ()
     held_out: NDArray[np.bool_] | None = None
 
 

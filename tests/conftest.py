@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedsplit.config import Settings, check_settings
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+torch.set_num_threads(1)  # tests share the machine, and threads that wait for each other make them many times slower
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -1,0 +1,294 @@
+"""Dropping: every policy by hand, in distribution and refused; the streams against a slow plain reference."""
+
+import struct
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fedsplit.dropping import Dropping, Kept, keystream, record_order, simulation_secret, unpack_bitmap
+from fedsplit.errors import ConfigError
+
+SECRET, OTHER = simulation_secret(1, 2), simulation_secret(1, 3)
+BY_HAND = np.array([[3.0, -4.0, 1.0]], dtype=np.float32)
+
+
+def outputs(records: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(records, width)).astype(np.float32)
+
+
+def mask(dropping: Dropping, x: np.ndarray, secret: bytes = SECRET, round_number: int = 1) -> np.ndarray:
+    found = dropping.mask(x, secret, round_number, np.arange(len(x)))
+    assert found.dtype == bool
+    assert found.shape == x.shape
+    return found
+
+
+def reference_keystream(secret: bytes, purpose: int, round_number: int, record: int, width: int) -> bytes:
+    """One record's bytes, block by block."""
+    stream = b""
+    for counter in range(-(-width // 16)):
+        block = struct.pack("<4I", purpose, round_number, record, counter)
+        encryptor = Cipher(algorithms.AES(secret), modes.CTR(block)).encryptor()
+        stream += encryptor.update(bytes(16)) + encryptor.finalize()
+    return stream[:width]
+
+
+def reference_top_k(row: np.ndarray, k: int) -> list[bool]:
+    best = sorted(range(len(row)), key=lambda i: -abs(row[i]))[:k]  # sorted() is stable: ties keep the lower index
+    return [i in best for i in range(len(row))]
+
+
+# --- none ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("records", [0, 1, 5])
+def test_none_keeps_everything(records: int) -> None:
+    assert mask(Dropping("none"), outputs(records, 9)).all()
+
+
+def test_none_by_hand_sends_every_value() -> None:
+    kept = Kept.of(BY_HAND, mask(Dropping("none"), BY_HAND), zeros_count=True)
+    assert kept.values.tolist() == [3.0, -4.0, 1.0]
+
+
+def test_none_depends_on_no_stream() -> None:
+    assert np.array_equal(mask(Dropping("none"), BY_HAND), mask(Dropping("none"), BY_HAND, OTHER, 7))
+
+
+@pytest.mark.parametrize("policy", ["", "None", "topk", "random ", "at_most"])
+def test_an_unknown_policy_is_refused(policy: str) -> None:
+    with pytest.raises(ConfigError, match="policy must be one of none, random, at-most, top-k"):
+        Dropping(policy, keep=0.5, k=2)
+
+
+# --- random ----------------------------------------------------------------------------------------------------
+
+
+def test_random_with_keep_1_keeps_everything() -> None:
+    # 65536 draws of 16 bits: a threshold of 65535 instead of 65536 would lose one
+    assert mask(Dropping("random", keep=1.0), outputs(300, 1600)).all()
+
+
+def test_random_by_hand_compares_16_bits_of_the_stream_with_keep() -> None:
+    found = mask(Dropping("random", keep=0.3), outputs(4, 37), round_number=5)
+    for record in range(4):
+        words = struct.unpack("<37H", reference_keystream(SECRET, 0, 5, record, 74))
+        assert found[record].tolist() == [word < round(0.3 * 65536) for word in words]
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.2, 0.5, 0.9])
+def test_random_keeps_the_asked_fraction(keep: float) -> None:
+    found = mask(Dropping("random", keep=keep), outputs(400, 250))
+    error = (keep * (1 - keep) / found.size) ** 0.5
+    assert abs(found.mean() - keep) < 4 * error
+    assert abs(found[:, :125].mean() - keep) < 4 * error * 2**0.5
+    spread = found.sum(axis=1).var() / (250 * keep * (1 - keep))  # 1 for independent outputs
+    assert abs(spread - 1) < 4 * (2 / 399) ** 0.5
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.5, float("nan"), float("inf")])
+def test_random_refuses_keep_outside_0_1(keep: float) -> None:
+    with pytest.raises(ConfigError, match=r"keep must be in \(0, 1\]"):
+        Dropping("random", keep=keep)
+
+
+def test_random_with_the_smallest_keep_can_still_keep() -> None:
+    assert 0 < mask(Dropping("random", keep=1e-9), outputs(300, 1600)).sum() < 40
+
+
+# --- at-most ---------------------------------------------------------------------------------------------------
+
+
+def test_at_most_the_width_keeps_everything() -> None:
+    assert mask(Dropping("at-most", k=9), outputs(5, 9)).all()
+
+
+def test_at_most_by_hand_takes_the_smallest_words_of_the_stream() -> None:
+    found = mask(Dropping("at-most", k=3), outputs(4, 11), round_number=2)
+    for record in range(4):
+        words = struct.unpack("<11I", reference_keystream(SECRET, 0, 2, record, 44))
+        assert np.flatnonzero(found[record]).tolist() == sorted(sorted(range(11), key=words.__getitem__)[:3])
+
+
+def test_at_most_keeps_exactly_k_uniformly_over_positions() -> None:
+    n, width, k = 4000, 20, 5
+    found = mask(Dropping("at-most", k=k), outputs(n, width))
+    assert (found.sum(axis=1) == k).all()
+    share = k / width
+    assert np.abs(found.mean(axis=0) - share).max() < 4 * (share * (1 - share) / n) ** 0.5
+    both = (found[:, 0] & found[:, 1]).mean()  # without replacement
+    expected = share * (k - 1) / (width - 1)
+    assert abs(both - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
+
+
+@pytest.mark.parametrize("policy", ["at-most", "top-k"])
+def test_k_below_1_or_beyond_the_width_is_refused(policy: str) -> None:
+    for k in (0, -1):
+        with pytest.raises(ConfigError, match=f"k must be at least 1, got {k}"):
+            Dropping(policy, k=k)
+    Dropping(policy, k=8).check_width(8)
+    with pytest.raises(ConfigError, match=r"k must be at most 8 \(the first layer's outputs\), got 9"):
+        Dropping(policy, k=9).check_width(8)
+
+
+def test_the_width_limits_no_policy_without_k() -> None:
+    Dropping("none", k=9).check_width(8)
+    Dropping("random", keep=0.5, k=9).check_width(8)
+
+
+def test_at_most_does_not_look_at_the_outputs() -> None:
+    dropping = Dropping("at-most", k=2)
+    assert np.array_equal(mask(dropping, outputs(6, 9, seed=0)), mask(dropping, outputs(6, 9, seed=1)))
+
+
+# --- top-k -----------------------------------------------------------------------------------------------------
+
+
+def test_top_k_the_width_keeps_everything() -> None:
+    assert mask(Dropping("top-k", k=9), np.zeros((5, 9), dtype=np.float32)).all()
+
+
+def test_top_k_by_hand() -> None:
+    assert mask(Dropping("top-k", k=2), BY_HAND).tolist() == [[True, True, False]]
+    assert mask(Dropping("top-k", k=1), BY_HAND).tolist() == [[False, True, False]]
+
+
+def test_top_k_depends_on_no_stream() -> None:
+    dropping, x = Dropping("top-k", k=3), outputs(6, 9)
+    assert np.array_equal(mask(dropping, x), mask(dropping, x, OTHER, 7))
+
+
+few_values = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0])
+rows = st.tuples(st.integers(0, 4), st.integers(1, 12)).flatmap(lambda s: arrays(np.float32, s, elements=few_values))
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows, st.data())
+def test_top_k_ties_keep_the_lower_index(x: np.ndarray, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, x.shape[1]) | st.just(x.shape[1]))
+    assert mask(Dropping("top-k", k=k), x).tolist() == [reference_top_k(row, k) for row in x]
+
+
+# --- streams ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.binary(min_size=32, max_size=32),
+    st.integers(0, 1),
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(0, 2**32 - 1), max_size=4),
+    st.integers(1, 70),
+)
+def test_the_keystream_is_aes_on_the_named_blocks(
+    secret: bytes, purpose: int, round_number: int, records: list[int], width: int
+) -> None:
+    found = keystream(secret, purpose, round_number, np.array(records, dtype=np.int64), width)
+    assert found.shape == (len(records), width)
+    for row, record in zip(found, records, strict=True):
+        assert row.tobytes() == reference_keystream(secret, purpose, round_number, record, width)
+
+
+STREAMED = [Dropping("random", keep=0.5), Dropping("at-most", k=40)]
+
+
+@pytest.mark.parametrize("dropping", STREAMED, ids=lambda d: d.policy)
+def test_a_records_mask_does_not_depend_on_the_other_records_in_the_call(dropping: Dropping) -> None:
+    x = outputs(10, 100)
+    together = mask(dropping, x)
+    some = np.array([7, 2, 9])
+    assert np.array_equal(dropping.mask(x[some], SECRET, 1, some), together[some])
+    for record in range(10):
+        alone = dropping.mask(x[record : record + 1], SECRET, 1, np.array([record]))
+        assert np.array_equal(alone[0], together[record])
+
+
+@pytest.mark.parametrize("dropping", STREAMED, ids=lambda d: d.policy)
+def test_record_round_and_secret_each_change_the_mask(dropping: Dropping) -> None:
+    x = outputs(10, 100)
+    first = mask(dropping, x)
+    assert len({row.tobytes() for row in first}) == 10
+    for other in (mask(dropping, x, OTHER), mask(dropping, x, round_number=2)):
+        agreement = (first == other).mean()  # of independent masks that keep p: p^2 + (1 - p)^2, about a half
+        assert abs(agreement - 0.5) < 0.1
+        assert (first != other).any(axis=1).all()
+
+
+def test_simulation_secrets_are_32_bytes_that_differ_by_seed_and_device() -> None:
+    secrets = {simulation_secret(seed, device) for seed in (0, 1, 2**63 - 1) for device in range(20)}
+    assert {len(s) for s in secrets} == {32}
+    assert len(secrets) == 60
+    assert simulation_secret(5, 6) == simulation_secret(5, 6)
+
+
+@given(st.integers(0, 200), st.integers(0, 5))
+def test_record_order_is_a_permutation(count: int, pass_number: int) -> None:
+    found = record_order(SECRET, pass_number, count)
+    assert sorted(found.tolist()) == list(range(count))
+
+
+def test_record_order_changes_with_the_pass_and_the_secret_and_is_not_a_masks_stream() -> None:
+    orders = [record_order(s, p, 50).tolist() for s in (SECRET, OTHER) for p in (0, 1)]
+    assert len({tuple(o) for o in orders}) == 4
+    assert orders[0] == record_order(SECRET, 0, 50).tolist()
+    words = [struct.unpack("<Q", reference_keystream(SECRET, 1, 0, i, 8))[0] for i in range(50)]
+    assert orders[0] == sorted(range(50), key=words.__getitem__)
+    assert orders[0] != np.argsort([reference_keystream(SECRET, 0, 0, i, 8)[::-1] for i in range(50)]).tolist()
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------
+
+
+def test_relu_zeros_send_nothing() -> None:
+    x = np.array([[0.0, 2.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0]], dtype=np.float32)
+    everything = np.array([[True, True, True, False], [True] * 4])
+    kept = Kept.of(x, everything, zeros_count=False)
+    assert kept.counts.tolist() == [1, 0]
+    assert kept.bitmap.tolist() == [[0b0010], [0]]
+    assert kept.values.tolist() == [2.0]
+    assert kept.width == 4
+
+
+def test_zeros_of_other_activations_are_sent_as_the_mask_says() -> None:
+    x = np.array([[0.0, 2.0, 0.0, 3.0]], dtype=np.float32)
+    kept = Kept.of(x, np.array([[True, True, False, False]]), zeros_count=True)
+    assert kept.counts.tolist() == [2]
+    assert kept.bitmap.tolist() == [[0b0011]]
+    assert kept.values.tolist() == [0.0, 2.0]
+
+
+patterns = st.tuples(st.integers(0, 5), st.integers(1, 40)).flatmap(lambda s: arrays(np.bool_, s))
+
+
+@given(patterns)
+def test_the_bitmap_gives_the_pattern_back(pattern: np.ndarray) -> None:
+    x = outputs(*pattern.shape)
+    kept = Kept.of(x, pattern, zeros_count=True)
+    found = unpack_bitmap(kept.bitmap, kept.width)
+    assert found.dtype == bool
+    assert np.array_equal(found, pattern)
+    dense = np.zeros_like(x)
+    dense[found] = kept.values
+    assert np.array_equal(dense, np.where(pattern, x, 0))
+
+
+@given(patterns, st.integers(0, 5))
+def test_parts_join_to_the_whole(pattern: np.ndarray, at: int) -> None:
+    x, width = outputs(*pattern.shape), pattern.shape[1]
+    whole = Kept.of(x, pattern, zeros_count=True)
+    parts = [Kept.of(x[s], pattern[s], zeros_count=True) for s in (slice(0, at), slice(at, None))]
+    joined = Kept.join(parts, width)
+    for name in ("counts", "bitmap", "values"):
+        found, expected = getattr(joined, name), getattr(whole, name)
+        assert found.dtype == expected.dtype
+        assert np.array_equal(found, expected)
+
+
+def test_no_parts_join_to_no_records() -> None:
+    joined = Kept.join([], 13)
+    assert (joined.counts.shape, joined.bitmap.shape, joined.values.shape) == ((0,), (0, 2), (0,))
+    assert joined.width == 13

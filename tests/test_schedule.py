@@ -1,0 +1,303 @@
+"""What changes between rounds, and what a node's folder remembers of earlier ones."""
+
+import os
+import stat
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsplit.schedule import Schedule, scheduled, seed_of
+from fedsplit.state import NodeState, Pending, replacing
+
+COUNTS = {4: 7, 0: 10, 9: 1, 2: 0}
+
+
+def schedule(mode: str, chunk: int | str, *, fraction: float = 1.0, rounds: int = 12, seed: int = 5) -> Schedule:
+    made = Schedule(mode, chunk, fraction, rounds, seed)
+    made.set_counts(COUNTS)
+    return made
+
+
+# --- learning rates --------------------------------------------------------------------------------------------
+
+
+def test_constant() -> None:
+    assert [scheduled(0.3, "constant", n, 4) for n in (1, 2, 4)] == [0.3] * 3
+
+
+def test_cosine_starts_at_the_rate_and_would_be_zero_after_the_last_round() -> None:
+    found = [scheduled(2.0, "cosine", n, 4) for n in range(1, 6)]
+    np.testing.assert_allclose(found, [2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5, 0.0], atol=1e-12)
+
+
+@pytest.mark.parametrize("rounds", [3, 6, 9, 30, 99, 300])
+def test_step_divides_by_ten_after_each_third(rounds: int) -> None:
+    found = [scheduled(1.0, "step", n, rounds) for n in range(1, rounds + 1)]
+    np.testing.assert_allclose(found, np.repeat([1.0, 0.1, 0.01], rounds // 3))
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_named_by_all_of_their_parts() -> None:
+    seeds = [seed_of(1, "order", 2), seed_of(1, "order", 3), seed_of(2, "order", 2), seed_of(1, "trunk", 2), seed_of(1)]
+    assert len(set(seeds)) == 5
+    assert all(0 <= s < 2**63 for s in seeds)
+    assert seed_of(1, "order", 2) == seeds[0]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------
+
+
+def pieces(made: Schedule, rounds: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """What is asked for, by device and pass."""
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for number in range(1, rounds + 1):
+        for device, row in made.rows(number).items():
+            assert row[0] == device
+            assert 0 <= row[2] < row[3] <= COUNTS[device]
+            found.setdefault(row[:2], []).append(row[2:])
+    return found
+
+
+def positions(parts: list[tuple[int, int]]) -> list[int]:
+    return [i for start, stop in parts for i in range(start, stop)]
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "pipelined"])
+@pytest.mark.parametrize("chunk", [1, 3, 5, 100, "epoch"])
+def test_every_pass_covers_every_record_once(mode: str, chunk: int | str) -> None:
+    found = pieces(schedule(mode, chunk), 25)
+    assert {device for device, _ in found} == {0, 4, 9}  # device 2 has no records
+    for device, count in COUNTS.items():
+        passes = sorted(p for d, p in found if d == device)
+        assert passes == list(range(len(passes)))
+        for number in passes[:-1]:
+            assert positions(found[device, number]) == list(range(count))
+        if passes:
+            assert (
+                positions(found[device, passes[-1]]) == list(range(count))[: len(positions(found[device, passes[-1]]))]
+            )
+    size = 7 if chunk == "epoch" else min(int(chunk), 7)
+    assert found[4, 0][0] == (0, size)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100, "epoch", "spread"])
+def test_single_pass_asks_for_every_record_once_in_the_whole_run(chunk: int | str) -> None:
+    found = pieces(schedule("single-pass", chunk), 12)
+    assert set(found) == {(0, 0), (4, 0), (9, 0)}
+    for (device, _), parts in found.items():
+        assert positions(parts) == list(range(COUNTS[device]))[: 12 * chunk if isinstance(chunk, int) else None]
+
+
+def test_single_pass_is_over_when_the_records_are() -> None:
+    made = schedule("single-pass", 4)
+    assert [sorted(made.rows(n)) for n in range(1, 5)] == [[0, 4, 9], [0, 4], [0], []]
+
+
+def test_spread_asks_for_an_even_share_in_each_round() -> None:
+    made = Schedule("single-pass", "spread", 1.0, 4, 0)
+    made.set_counts({0: 10, 1: 2})
+    rows = [made.rows(n) for n in range(1, 5)]
+    assert [r[0][2:] for r in rows] == [(0, 2), (2, 5), (5, 7), (7, 10)]
+    assert [r[1][2:] if 1 in r else None for r in rows] == [None, (0, 1), None, (1, 2)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(st.integers(0, 50), st.integers(0, 12), max_size=6),
+    st.sampled_from([1, 2, 5, "epoch", "spread"]),
+    st.floats(0.01, 1.0),
+    st.integers(1, 15),
+    st.integers(0, 99),
+)
+def test_single_pass_repeats_no_record_whoever_takes_part(
+    counts: dict[int, int], chunk: int | str, fraction: float, rounds: int, seed: int
+) -> None:
+    made = Schedule("single-pass", chunk, fraction, rounds, seed)
+    made.set_counts(counts)
+    asked: Counter[tuple[int, int]] = Counter()
+    for number in range(1, rounds + 1):
+        for device, pass_number, start, stop in made.rows(number).values():
+            assert pass_number == 0
+            asked.update((device, i) for i in range(start, stop))
+    assert max(asked.values(), default=0) <= 1
+    assert all(i < counts[device] for device, i in asked)
+
+
+def test_positions_are_all_that_a_resumed_schedule_needs() -> None:
+    whole, first = schedule("pipelined", 3, fraction=0.5), schedule("pipelined", 3, fraction=0.5)
+    expected = [whole.rows(n) for n in range(1, 11)]
+    found = [first.rows(n) for n in range(1, 5)]
+    resumed = schedule("pipelined", 3, fraction=0.5)
+    resumed.position.update(first.position)
+    assert found + [resumed.rows(n) for n in range(5, 11)] == expected
+
+
+# --- cohorts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fraction", "size"), [(1.0, 20), (0.5, 10), (0.26, 5), (0.01, 1)])
+def test_a_fraction_of_the_devices_with_records_takes_part(fraction: float, size: int) -> None:
+    def cohorts(seed: int) -> list[list[int]]:
+        made = Schedule("pipelined", "epoch", fraction, 30, seed)
+        made.set_counts({d: 0 if d % 3 == 0 else 5 for d in range(1, 31)})
+        return [list(made.rows(n)) for n in range(1, 31)]
+
+    found = cohorts(0)
+    assert {len(c) for c in found} == {size}
+    assert all(c == sorted(set(c)) for c in found)
+    assert all(d % 3 for c in found for d in c)
+    assert cohorts(0) == found
+    if size < 20:
+        assert cohorts(1) != found
+        assert len({tuple(c) for c in found}) > 5
+
+
+def test_devices_take_part_equally_often() -> None:
+    made = Schedule("pipelined", "epoch", 0.25, 2000, 3)
+    made.set_counts(dict.fromkeys(range(8), 5))
+    turns = Counter(d for n in range(1, 2001) for d in made.rows(n))
+    assert all(abs(turns[d] - 500) < 4 * (2000 * 0.25 * 0.75) ** 0.5 for d in range(8))
+
+
+def test_no_devices_give_no_rows() -> None:
+    made = Schedule("pipelined", "epoch", 0.5, 3, 0)
+    assert made.rows(1) == {}
+    made.set_counts({3: 0})
+    assert made.rows(2) == {}
+
+
+# --- a node's folder -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> NodeState:
+    return NodeState(tmp_path / "run" / "0")
+
+
+def some_pending(digest: int = 2**61 + 1) -> Pending:
+    return Pending(
+        digest=digest,
+        devices=np.array([3, 8]),
+        records=np.array([2, 1]),
+        index=np.array([0, 5, 2]),
+        counts=np.array([1, 0, 2]),
+        bitmap=np.array([[1], [0], [6]], dtype=np.uint8),
+        slopes=np.array([0.5, 1.0, -0.25], dtype=np.float32),
+    )
+
+
+def test_a_nodes_folder_is_its_owners_alone(state: NodeState) -> None:
+    assert stat.S_IMODE(os.stat(state.folder).st_mode) == 0o700
+    NodeState(state.folder)  # may be there already
+
+
+def test_pending_chunks_come_back(state: NodeState) -> None:
+    sent = some_pending()
+    state.save_pending(3, sent)
+    found = NodeState(state.folder).load_pending(3)
+    assert found is not None
+    for field in fields(Pending):
+        a, b = getattr(found, field.name), getattr(sent, field.name)
+        assert type(a) is type(b)
+        assert np.array_equal(a, b)
+        if isinstance(b, np.ndarray):
+            assert a.dtype == b.dtype
+
+
+def test_a_later_chunk_of_the_same_round_takes_the_place_of_the_earlier(state: NodeState) -> None:
+    state.save_pending(3, some_pending(1))
+    state.save_pending(3, some_pending(2))
+    found = state.load_pending(3)
+    assert found is not None
+    assert found.digest == 2
+    assert [p.name for p in state.folder.iterdir()] == ["pending-3.npz"]
+
+
+def test_a_missing_chunk_is_none(state: NodeState) -> None:
+    state.save_pending(3, some_pending())
+    assert state.load_pending(4) is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"not an npz file", b"\x93NUMPY", b"\x80\x04N."])
+def test_a_file_that_is_no_chunk_is_none(state: NodeState, damage: bytes) -> None:
+    (state.folder / "pending-3.npz").write_bytes(damage)
+    assert state.load_pending(3) is None
+
+
+def test_a_chunk_without_a_field_or_with_another_one_is_none(state: NodeState) -> None:
+    values = vars(some_pending())
+    np.savez(state.folder / "pending-3.npz", **{k: v for k, v in values.items() if k != "bitmap"})
+    np.savez(state.folder / "pending-4.npz", **values, extra=np.zeros(1))
+    np.savez(state.folder / "pending-5.npz", **{k: v for k, v in values.items() if k != "digest"})
+    assert [state.load_pending(n) for n in (3, 4, 5)] == [None] * 3
+
+
+def test_a_pickle_is_not_loaded(state: NodeState) -> None:
+    values = vars(some_pending()) | {"slopes": np.array([{}], dtype=object)}
+    np.savez(state.folder / "pending-3.npz", **values)
+    assert state.load_pending(3) is None
+
+
+def test_chunks_of_earlier_rounds_are_forgotten(state: NodeState) -> None:
+    for number in (2, 9, 10, 11):
+        state.save_pending(number, some_pending(number))
+    state.count_exposures("train", 1, np.array([0]), 2)
+    state.forget_before(10)
+    assert [n for n in range(1, 20) if state.load_pending(n)] == [10, 11]
+    assert state.count_exposures("train", 1, np.array([0]), 2) == 1  # the ledger is not forgotten
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(state: NodeState) -> None:
+    state.save_pending(3, some_pending(1))
+    with pytest.raises(KeyboardInterrupt), replacing(state.folder / "pending-3.npz") as new:
+        new.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+    found = state.load_pending(3)
+    assert found is not None
+    assert found.digest == 1
+
+
+# --- exposures -------------------------------------------------------------------------------------------------
+
+
+def ledger(state: NodeState, name: str = "train") -> list[int]:
+    with np.load(state.folder / f"exposures-{name}.npz") as file:
+        return file["counts"].tolist()
+
+
+def test_new_releases_are_counted_by_record(state: NodeState) -> None:
+    found = [state.count_exposures("train", i, np.array(p), 4) for i, p in enumerate([[0, 1], [1, 2], [3], [1]])]
+    assert found == [1, 2, 2, 3]
+    assert ledger(state) == [1, 3, 1, 1]
+
+
+def test_the_same_release_is_counted_once_even_by_another_process(state: NodeState) -> None:
+    found = [NodeState(state.folder).count_exposures("train", r, np.array([0, 1]), 3) for r in (71, 71, 72, 72, 71)]
+    assert found == [1, 1, 2, 2, 2]
+    assert ledger(state) == [2, 2, 0]
+
+
+def test_test_records_have_their_own_ledger(state: NodeState) -> None:
+    assert state.count_exposures("train", 5, np.array([0]), 1) == 1
+    assert state.count_exposures("test", 5, np.array([1]), 2) == 1
+    assert (ledger(state), ledger(state, "test")) == ([1], [0, 1])
+
+
+def test_releases_are_remembered_by_name_for_a_while(state: NodeState) -> None:
+    for name in range(40):
+        state.count_exposures("train", 2**61 + name, np.array([0]), 1)
+    assert state.count_exposures("train", 2**61 + 39, np.array([0]), 1) == 40
+    assert state.count_exposures("train", 2**61 + 30, np.array([0]), 1) == 40
+    with np.load(state.folder / "exposures-train.npz") as file:
+        assert len(file["recent"]) == 16
+
+
+def test_a_node_without_records_has_no_exposures(state: NodeState) -> None:
+    assert state.count_exposures("train", 1, np.zeros(0, dtype=np.int64), 0) == 0

@@ -1,0 +1,203 @@
+"""Whole runs: packing of devices into nodes, engines, resuming, and that every kind of data and model learns."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CONFIGS, small_settings
+from references import largest_difference, moved, trained
+
+from fedsplit import simulate
+from fedsplit.config import Settings, load_settings
+from fedsplit.first_layer import STRATEGIES
+
+EXACT = [
+    "run.rounds=3",
+    "protocol.mode=pipelined",
+    "protocol.chunk=epoch",
+    "protocol.dtype=float32",
+    "first-layer.strategy=FedAvg",
+    "first-layer.lr=0.1",
+    "trunk.optimizer=sgd",
+    "trunk.lr=0.05",
+]
+
+
+def wearables(*overrides: str, engine: str = "inline", config: str = "wearables") -> Settings:
+    return load_settings(CONFIGS / f"{config}.toml", [f"run.engine={engine}", *overrides])
+
+
+@pytest.mark.slow
+def test_packing_and_engine_change_nothing(tmp_path: Path) -> None:
+    """14 training devices (and 6 test devices) as 14 x 1, 7 x 2 and 2 x 7 nodes, and the same on Ray."""
+    settings = wearables(*EXACT, "devices.per-node=1", config="wearables-paper")
+    assert settings.dropping.policy == "random"
+    simulate(settings, out=tmp_path / "1")
+    reference = trained(tmp_path / "1")
+    assert moved(settings, reference) > 1e-3
+    for per_node in (2, 7):
+        simulate(
+            wearables(*EXACT, f"devices.per-node={per_node}", config="wearables-paper"), out=tmp_path / str(per_node)
+        )
+        assert largest_difference(trained(tmp_path / str(per_node)), reference) < 1e-5
+    simulate(wearables(*EXACT, "devices.per-node=7", engine="ray", config="wearables-paper"), out=tmp_path / "ray")
+    assert largest_difference(trained(tmp_path / "ray"), reference) < 1e-5
+
+
+@pytest.mark.slow
+def test_packing_hardly_changes_the_shipped_settings(tmp_path: Path) -> None:
+    """Adaptive steps and float16 magnify rounding, but not to half a point of accuracy."""
+    accuracies = [
+        simulate(wearables(f"devices.per-node={n}", "run.rounds=15"), out=tmp_path / str(n))["test_accuracy"]
+        for n in (1, 2, 7)
+    ]
+    assert max(accuracies) - min(accuracies) <= 0.005
+    assert min(accuracies) > 0.5
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_identically(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    rounds = ["--set", "run.rounds=12", "--engine", "inline"]
+    command = [sys.executable, "-m", "fedsplit.cli", "simulate", str(CONFIGS / "wearables.toml"), *rounds, "--out"]
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = killed / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "result.json").exists()
+    subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, killed)]
+    for result in results:
+        for clocked in ("seconds", "samples_per_second"):
+            del result[clocked]
+    results[1]["exchanges"] -= 10  # the resumed run registers its ten nodes again
+    up = [r.pop("bytes_up") for r in results]
+    assert 0 <= up[1] - up[0] < 2000
+    assert results[0] == results[1]
+    assert largest_difference(trained(whole), trained(killed)) == 0.0
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, killed)]
+    assert [m["train_loss"] for m in lines[0]] == [m["train_loss"] for m in lines[1]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "chunk"), [("synchronous", 4), ("pipelined", "epoch"), ("pipelined", 4), ("single-pass", "spread")]
+)
+def test_an_interrupted_run_resumes_exactly(mode: str, chunk: int | str, tmp_path: Path) -> None:
+    settings = small_settings(
+        run={"rounds": 6},
+        dropping={"policy": "random", "keep": 0.5},
+        protocol={"mode": mode, "chunk": chunk, "dtype": "float16"},
+        first_layer={"strategy": "FedAdam", "lr": 0.01},
+        trunk={"optimizer": "adam", "lr": 0.01},
+    )
+    whole = simulate(settings, out=tmp_path / "whole")
+
+    def interrupt(metrics: dict[str, object]) -> None:
+        if metrics["round"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(settings, out=tmp_path / "cut", report=interrupt)
+    resumed = simulate(settings, out=tmp_path / "cut", resume=True)
+    assert largest_difference(trained(tmp_path / "whole"), trained(tmp_path / "cut")) == 0.0
+    for name in ("test_accuracy", "test_loss", "exposures_max", "test_exposures_max", "samples", "rounds"):
+        assert resumed[name] == whole[name]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_flower_strategy_steps_the_first_layer(strategy: str, tmp_path: Path) -> None:
+    args = {"Krum": {"num_malicious_nodes": 1}, "MultiKrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 2}}
+    settings = small_settings(first_layer={"strategy": strategy, "lr": 0.05, "args": args.get(strategy, {})})
+    result = simulate(settings, out=tmp_path / "run")
+    assert moved(settings, trained(tmp_path / "run"), ["first."]) > 1e-3
+    assert result["test_accuracy"] is not None
+
+
+def test_a_weighted_mean_needs_no_contributions_per_device(tmp_path: Path) -> None:
+    """Per device or per node, FedAvg steps alike: one sum per node is enough, and the same gradients are sent."""
+    trained_by = {}
+    for per_node in (1, 5):
+        simulate(small_settings(devices={"per-node": per_node}), out=tmp_path / str(per_node))
+        trained_by[per_node] = trained(tmp_path / str(per_node))
+    assert largest_difference(trained_by[1], trained_by[5]) < 1e-6
+
+
+def test_frozen_sends_no_cut_gradients(tmp_path: Path) -> None:
+    moving = simulate(small_settings(), out=tmp_path / "moving")
+    settings = small_settings(first_layer={"strategy": "frozen"})
+    frozen = simulate(settings, out=tmp_path / "frozen")
+    assert moved(settings, trained(tmp_path / "frozen"), ["first."]) == 0.0
+    assert frozen["bytes_down"] < 0.7 * moving["bytes_down"]
+
+
+def test_sampling_devices_trains_and_delivers_late_gradients(tmp_path: Path) -> None:
+    settings = small_settings(run={"rounds": 10}, devices={"fraction": 0.4}, protocol={"max-staleness": 2})
+    result = simulate(settings, out=tmp_path / "run")
+    assert moved(settings, trained(tmp_path / "run")) > 1e-3
+    assert result["exposures_max"] < 10
+
+
+@pytest.mark.parametrize(("config", "accuracy"), [("mnist", 0.75), ("digits", 0.75), ("wearables-paper", 0.6)])
+@pytest.mark.slow
+def test_shipped_settings_learn(config: str, accuracy: float, tmp_path: Path) -> None:
+    settings = load_settings(CONFIGS / f"{config}.toml", ["run.engine=inline"])
+    assert simulate(settings, out=tmp_path / "run")["test_accuracy"] > accuracy
+
+
+def test_breast_cancer_learns_as_a_binary_task(tmp_path: Path) -> None:
+    settings = small_settings(
+        run={"rounds": 20},
+        data={"name": "breast-cancer", "builder": None, "task": None, "outputs": None},
+        devices={"count": 6, "test": 2, "partition": "iid"},
+        model={"name": "mlp", "builder": None, "width": 16},
+        dropping={"policy": "random", "keep": 0.5},
+        first_layer={"strategy": "FedAdam", "lr": 0.01},
+        trunk={"optimizer": "adam", "lr": 0.01},
+    )
+    result = simulate(settings, out=tmp_path / "run")
+    assert result["test_accuracy"] > 0.85
+    assert len(result["test_f1"]) == 2
+
+
+def test_a_folder_of_own_files_learns(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    means = np.random.default_rng(0).normal(size=(3, 6))
+    for device in range(4):
+        rng = np.random.default_rng(device + 1)
+        y = rng.integers(0, 3, 60)
+        x = means[y] + 0.5 * rng.normal(size=(60, 6))
+        np.savez(folder / f"site-{device}.npz", x=x[:40], y=y[:40], x_test=x[40:], y_test=y[40:])
+    overrides = [f"data.folder={folder}", "run.engine=inline", "first-layer.lr=0.01", "trunk.lr=0.01"]
+    result = simulate(CONFIGS / "own-data.toml", overrides=overrides, out=tmp_path / "run")
+    assert result["test_accuracy"] > 0.7
+
+
+def test_an_own_model_learns_own_data(tmp_path: Path) -> None:
+    settings = small_settings(run={"rounds": 30}, dropping={"policy": "top-k", "k": 5}, first_layer={"lr": 0.5})
+    result = simulate(settings, out=tmp_path / "run")
+    assert result["test_accuracy"] > 0.7
+
+
+def test_regression_learns(tmp_path: Path) -> None:
+    settings = small_settings(
+        run={"rounds": 40},
+        data={"builder": "own:regression", "task": "regression", "outputs": 1},
+        devices={"test": "all"},
+        model={"builder": "own:regression_model"},
+        first_layer={"strategy": "FedAdam", "lr": 0.02},
+        trunk={"optimizer": "adam", "lr": 0.02},
+    )
+    result = simulate(settings, out=tmp_path / "run")
+    assert result["test_accuracy"] is None
+    assert result["test_r2"] > 0.8

@@ -1,0 +1,578 @@
+"""Messages: they come back as sent, hostile ones are refused by name, and nothing dense can be put in one."""
+
+import dataclasses
+import struct
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsplit.dropping import Dropping, Kept, simulation_secret, unpack_bitmap
+from fedsplit.errors import WireError
+from fedsplit.packing import pack_arrays
+from fedsplit.wire import (
+    CutGradients,
+    Download,
+    Gradients,
+    Registration,
+    Release,
+    Upload,
+    from_record,
+    to_record,
+    weights_digest,
+)
+
+PARAMETERS = 5
+KINDS = {"upload": 1, "download": 2, "registration": 3}
+Arrays = list[np.ndarray]
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def some_ids(rng: np.random.Generator, count: int) -> np.ndarray:
+    return np.sort(rng.choice(1000, count, replace=False)).astype(np.int64)
+
+
+def some_release(
+    rng: np.random.Generator, records: list[int], width: int, dtype: str, targets: str = "classes", keep: float = 0.4
+) -> Release:
+    n = sum(records)
+    x = rng.normal(size=(n, width)).astype(np.float32)
+    kept = Kept.of(x, rng.random((n, width)) < keep, zeros_count=True)
+    y = {
+        "classes": rng.integers(0, 5, n),
+        "column": rng.normal(size=n).astype(np.float32),
+        "columns": rng.normal(size=(n, 2)).astype(np.float32),
+    }[targets]
+    return Release.pack(kept, some_ids(rng, len(records)), ints(*records), y, dtype)
+
+
+def some_upload(
+    rng: np.random.Generator, records: list[int], width: int, dtype: str, targets: str, groups: int, lost: int = 1
+) -> Upload:
+    sums = Gradients(
+        some_ids(rng, groups), rng.integers(1, 99, groups), rng.normal(size=(groups, PARAMETERS)).astype(np.float32)
+    )
+    release = some_release(rng, records, width, dtype, targets)
+    return Upload(release, sums, rng.integers(1, 9, lost), some_ids(rng, lost), int(rng.integers(0, 2**40)))
+
+
+def some_download(rng: np.random.Generator, lengths: list[list[int]], rows: int, dtype: str) -> Download:
+    pending = []
+    for block in lengths:
+        values = (rng.normal(size=sum(block)) * 10.0 ** rng.integers(-20, 9)).astype(np.float32)
+        ids, number, digest = some_ids(rng, len(block)), int(rng.integers(1, 2**32)), int(rng.integers(2**62))
+        pending.append(CutGradients.pack(number, digest, ids, ints(*block), values, dtype))
+    starts = rng.integers(0, 50, rows)
+    table = [some_ids(rng, rows), rng.integers(0, 9, rows), starts, starts + rng.integers(0, 9, rows)]
+    return Download(
+        run=int(rng.integers(2**62)),
+        round_number=int(rng.integers(1, 2**32)),
+        keep_from=int(rng.integers(2**32)),
+        per_device=bool(rng.integers(2)),
+        weights=rng.normal(size=PARAMETERS).astype(np.float32),
+        schedule=np.stack(table, axis=1).astype(np.int64),
+        pending=tuple(pending),
+    )
+
+
+def some_registration(rng: np.random.Generator, devices: int) -> Registration:
+    return Registration(some_ids(rng, devices), *rng.integers(0, 2**31, (2, devices)))
+
+
+def read(kind: str, payload: bytes) -> Any:
+    if kind == "registration":
+        return Registration.from_bytes(payload)
+    return {"upload": Upload, "download": Download}[kind].from_bytes(payload, parameters=PARAMETERS)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Compare messages field by field: types of arrays and every bit of them."""
+    assert type(a) is type(b)
+    if dataclasses.is_dataclass(a):
+        for field in dataclasses.fields(a):
+            assert_same(getattr(a, field.name), getattr(b, field.name))
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert a.tobytes() == b.tobytes()
+    elif isinstance(a, tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# --- there and back --------------------------------------------------------------------------------------------
+
+seeds = st.integers(0, 2**32 - 1)
+dtypes = st.sampled_from(["float16", "float32"])
+sizes = st.lists(st.integers(0, 4), max_size=4)
+widths = st.integers(1, 40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seeds, sizes, widths, dtypes, st.sampled_from(["classes", "column", "columns"]), st.integers(0, 3), sizes)
+def test_uploads_come_back(
+    seed: int, records: list[int], width: int, dtype: str, targets: str, groups: int, more: list[int]
+) -> None:
+    sent = some_upload(np.random.default_rng(seed), records, width, dtype, targets, groups, len(more))
+    found = Upload.from_bytes(sent.to_bytes(), parameters=PARAMETERS)
+    assert_same(found, sent)
+    assert found.release.values().tobytes() == sent.release.values().tobytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds, st.lists(sizes, max_size=3), st.integers(0, 4), dtypes)
+def test_downloads_come_back(seed: int, lengths: list[list[int]], rows: int, dtype: str) -> None:
+    sent = some_download(np.random.default_rng(seed), lengths, rows, dtype)
+    found = Download.from_bytes(sent.to_bytes(), parameters=PARAMETERS)
+    assert_same(found, sent)
+    for a, b in zip(found.pending, sent.pending, strict=True):
+        assert a.values().tobytes() == b.values().tobytes()
+
+
+@settings(max_examples=50, deadline=None)
+@given(seeds, st.integers(0, 9))
+def test_registrations_come_back(seed: int, devices: int) -> None:
+    sent = some_registration(np.random.default_rng(seed), devices)
+    assert_same(Registration.from_bytes(sent.to_bytes()), sent)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("width", [65_535, 65_536, 70_003])
+def test_counts_beyond_16_bits_come_back(width: int, dtype: str) -> None:
+    release = some_release(np.random.default_rng(0), [1, 0, 1], width, dtype, keep=2.0)
+    assert release.counts.tolist() == [width, width]
+    nothing = Gradients(ints(), ints(), np.zeros((0, PARAMETERS), dtype=np.float32))
+    sent = Upload(release, nothing, ints(), ints(), 0)
+    assert_same(Upload.from_bytes(sent.to_bytes(), parameters=PARAMETERS), sent)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2**-10), ("float32", 0)])
+def test_what_was_kept_arrives_where_it_was(dtype: str, tolerance: float) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(7, 13)).astype(np.float32)
+    mask = rng.random(x.shape) < 0.5
+    release = Release.pack(Kept.of(x, mask, zeros_count=True), ints(3, 8), ints(4, 3), np.zeros(7, np.int64), dtype)
+    sent = Upload(release, Gradients(ints(), ints(), np.zeros((0, 5), np.float32)), ints(), ints(), 0)
+    found = Upload.from_bytes(sent.to_bytes(), parameters=5).release
+    pattern = unpack_bitmap(found.bitmap, 13)
+    assert np.array_equal(pattern, mask)
+    np.testing.assert_allclose(found.values(), x[mask], rtol=tolerance, atol=0)
+
+
+def test_float16_payloads_take_the_place_of_two_bytes_per_value() -> None:
+    small, large = (some_release(np.random.default_rng(0), [50], 64, d) for d in ("float16", "float32"))
+    values = int(small.counts.sum())
+    size = [sum(a.nbytes for a in r.arrays()) for r in (small, large)]
+    assert size[1] - size[0] == 2 * values
+
+
+# --- only what was dropped can be sent -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense", [np.ones((2, 8), dtype=np.float32), [[1.0] * 8] * 2, None, {"values": 1}])
+def test_dense_activations_have_no_way_onto_the_wire(dense: Any) -> None:
+    with pytest.raises(TypeError, match="a release is packed from Kept, not from"):
+        Release.pack(dense, ints(0), ints(2), ints(0, 1), "float32")
+
+
+def test_a_look_alike_of_kept_is_not_kept() -> None:
+    class Everything:
+        counts, bitmap = ints(8), np.full((1, 1), 255, dtype=np.uint8)
+        values, width = np.ones(8, dtype=np.float32), 8
+
+    with pytest.raises(TypeError, match="Everything"):
+        Release.pack(Everything(), ints(0), ints(1), ints(0), "float32")  # type: ignore[arg-type]
+
+
+def test_an_upload_is_at_most_an_eighth_of_dense_float32() -> None:
+    records, width = 200, 1600
+    pre = np.random.default_rng(0).normal(size=(records, width)).astype(np.float32)
+    x = np.maximum(pre, 0)
+    mask = Dropping("random", keep=0.2).mask(x, simulation_secret(0, 0), 1, np.arange(records))
+    kept = Kept.of(x, mask, zeros_count=False)
+    assert 0.09 < kept.counts.sum() / x.size < 0.11
+    release = Release.pack(kept, ints(0), ints(records), np.zeros(records, dtype=np.int64), "float16")
+    upload = Upload(release, Gradients(ints(), ints(), np.zeros((0, 5), np.float32)), ints(), ints(), 1)
+    assert len(upload.to_bytes()) <= 4 * records * width / 8
+
+
+# --- hostile payloads ------------------------------------------------------------------------------------------
+
+DTYPES = ("<f4", "<f2", "<i4", "<i8", "<u1", "<u2", "<u4")
+
+
+def message(kind: str, dtype: str = "float16") -> Any:
+    rng = np.random.default_rng(7)
+    if kind == "upload":
+        return some_upload(rng, [2, 0, 3], 13, dtype, "columns" if dtype == "float32" else "classes", groups=2)
+    if kind == "download":
+        return some_download(rng, [[3, 0, 2], [4]], 3, dtype)
+    return some_registration(rng, 4)
+
+
+def unpack(payload: bytes) -> Arrays:
+    """Read a payload's arrays, without any of fedsplit's code."""
+    (count,), offset, table, found = struct.unpack_from("<H", payload, 4), 6, [], []
+    for _ in range(count):
+        code, ndim = payload[offset], payload[offset + 1]
+        table.append((np.dtype(DTYPES[code]), struct.unpack_from(f"<{ndim}I", payload, offset + 2)))
+        offset += 2 + 4 * ndim
+    for dtype, shape in table:
+        items = int(np.prod(shape))
+        found.append(np.frombuffer(payload, dtype, items, offset).reshape(shape).copy())
+        offset += items * dtype.itemsize
+    assert offset == len(payload)
+    return found
+
+
+def flip_bits(payload: bytes, rng: np.random.Generator) -> bytes:
+    changed = bytearray(payload)
+    for _ in range(rng.integers(1, 4)):
+        changed[rng.integers(len(changed))] ^= 1 << rng.integers(8)
+    return bytes(changed)
+
+
+def flip_table_bits(payload: bytes, rng: np.random.Generator) -> bytes:
+    changed = bytearray(payload)
+    changed[rng.integers(table_end(payload))] ^= 1 << rng.integers(8)
+    return bytes(changed)
+
+
+def table_end(payload: bytes) -> int:
+    offset = 6
+    for _ in range(struct.unpack_from("<H", payload, 4)[0]):
+        offset += 2 + 4 * payload[offset + 1]
+    return offset
+
+
+def table_entries(payload: bytes) -> list[bytes]:
+    offset, entries = 6, []
+    while offset < table_end(payload):
+        size = 2 + 4 * payload[offset + 1]
+        entries.append(payload[offset : offset + size])
+        offset += size
+    return entries
+
+
+def truncate(payload: bytes, rng: np.random.Generator) -> bytes:
+    return payload[: rng.integers(len(payload))]
+
+
+def extend(payload: bytes, rng: np.random.Generator) -> bytes:
+    return payload + rng.bytes(int(rng.integers(1, 40)))
+
+
+def swap_entries(payload: bytes, rng: np.random.Generator) -> bytes:
+    entries = table_entries(payload)
+    i, j = rng.choice(len(entries), 2, replace=False)
+    entries[i], entries[j] = entries[j], entries[i]
+    return payload[:6] + b"".join(entries) + payload[table_end(payload) :]
+
+
+def swap_arrays(payload: bytes, rng: np.random.Generator) -> bytes:
+    arrays = unpack(payload)
+    i, j = rng.choice(len(arrays), 2, replace=False)
+    arrays[i], arrays[j] = arrays[j], arrays[i]
+    return pack_arrays(payload[3], arrays)
+
+
+def drop_or_repeat_array(payload: bytes, rng: np.random.Generator) -> bytes:
+    arrays, i = unpack(payload), int(rng.integers(struct.unpack_from("<H", payload, 4)[0]))
+    arrays[i : i + 1] = [arrays[i]] * int(rng.choice([0, 2]))
+    return pack_arrays(payload[3], arrays)
+
+
+def spoil_numbers(payload: bytes, rng: np.random.Generator) -> bytes:
+    """Put NaN, infinity, negative and extreme numbers into one array."""
+    arrays = unpack(payload)
+    array = arrays[rng.choice([i for i, a in enumerate(arrays) if a.size])].reshape(-1)
+    if array.dtype.kind == "f":
+        array[rng.integers(array.size)] = rng.choice([np.nan, np.inf, -np.inf, np.finfo(array.dtype).max])
+    else:
+        limits = np.iinfo(array.dtype)
+        array[rng.integers(array.size)] = rng.choice([limits.min, limits.max, limits.max // 2, 0, 1])
+    return pack_arrays(payload[3], arrays)
+
+
+def claim_sizes(payload: bytes, rng: np.random.Generator) -> bytes:
+    """Put huge sizes into the table; a zero beside them makes the array empty."""
+    entries = table_entries(payload)
+    i = rng.integers(len(entries))
+    code, ndim = entries[i][0], entries[i][1]
+    shape = rng.choice([0, 1, 2**16, 2**31, 2**32 - 1], ndim).tolist()
+    entries[i] = struct.pack(f"<BB{ndim}I", code, ndim, *shape)
+    return payload[:6] + b"".join(entries) + payload[table_end(payload) :]
+
+
+def reshape(payload: bytes, rng: np.random.Generator) -> bytes:
+    """Give an array another number of axes or dtype, consistent with the payload's length."""
+    arrays = unpack(payload)
+    i = int(rng.integers(len(arrays)))
+    arrays[i] = [
+        arrays[i].reshape(1, -1),
+        arrays[i].reshape(-1),
+        np.zeros((2**32 - 1, 0), dtype=arrays[i].dtype),
+        np.zeros((0, 2**32 - 1), dtype=arrays[i].dtype),
+        arrays[i].astype(np.int64 if arrays[i].dtype.kind == "f" else np.float32),
+        arrays[i][:0],
+    ][rng.integers(6)]
+    return pack_arrays(payload[3], arrays)
+
+
+def change_head(payload: bytes, rng: np.random.Generator) -> bytes:
+    """Change magic, version, kind or the number of arrays."""
+    changed = bytearray(payload)
+    changed[rng.integers(6)] = rng.integers(256)
+    return bytes(changed)
+
+
+MUTATIONS = [
+    flip_bits,
+    flip_table_bits,
+    truncate,
+    extend,
+    swap_entries,
+    swap_arrays,
+    drop_or_repeat_array,
+    spoil_numbers,
+    claim_sizes,
+    reshape,
+    change_head,
+]
+
+
+def assert_usable(found: Any) -> None:
+    """Whatever was let through must hold finite numbers and say the same when sent on."""
+    if isinstance(found, Upload):
+        assert np.isfinite(found.release.values()).all()
+        assert np.isfinite(found.release.targets).all()
+        assert np.isfinite(found.gradients.sums).all()
+        assert unpack_bitmap(found.release.bitmap, found.release.width).sum() == len(found.release.values())
+        assert (np.diff(found.release.devices) > 0).all()
+    elif isinstance(found, Download):
+        assert np.isfinite(found.weights).all()
+        assert (found.schedule[:, 2] <= found.schedule[:, 3]).all()
+        for block in found.pending:
+            assert np.isfinite(block.values()).all()
+    else:
+        assert (found.train >= 0).all()
+        assert (found.test >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutated_payloads_are_refused_or_still_valid(
+    kind: str, mutate: Callable[[bytes, np.random.Generator], bytes], dtype: str
+) -> None:
+    payload, rng, refused = message(kind, dtype).to_bytes(), np.random.default_rng(11), 0
+    mutants = [mutate(payload, rng) for _ in range(60)]
+    tracemalloc.start()
+    for mutant in mutants:
+        try:
+            found = read(kind, mutant)
+        except WireError as error:
+            refused += 1
+            assert len(str(error)) < 200
+        else:
+            assert_usable(found)
+            assert_same(read(kind, found.to_bytes()), found)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert refused > 0
+    assert peak < 2_000_000
+    if mutate in (truncate, extend):
+        assert refused == len(mutants)
+
+
+UPLOAD_FIELDS = {
+    "exposures": 0,
+    "lost": 1,
+    "failed": 2,
+    "width": 3,
+    "devices": 4,
+    "records": 5,
+    "targets": 6,
+    "counts": 7,
+    "bitmap": 8,
+    "values": 9,
+    "exponents": 10,
+    "gradient devices": 11,
+    "gradient records": 12,
+    "gradients": 13,
+}
+DOWNLOAD_FIELDS = {
+    "head": 0,
+    "weights": 1,
+    "schedule": 2,
+    "pending round": 3,
+    "pending devices": 4,
+    "pending lengths": 5,
+    "cut gradients": 6,
+    "exponents": 7,
+}
+REGISTRATION_FIELDS = {"devices": 0, "train": 1, "test": 2}
+FIELDS = {"upload": UPLOAD_FIELDS, "download": DOWNLOAD_FIELDS, "registration": REGISTRATION_FIELDS}
+
+
+def put(at: Any, value: Any) -> Callable[[np.ndarray], None]:
+    def change(array: np.ndarray) -> None:
+        array[at] = value
+
+    return change
+
+
+def flip(at: Any, bit: int) -> Callable[[np.ndarray], None]:
+    def change(array: np.ndarray) -> None:
+        array[at] ^= bit
+
+    return change
+
+
+def swap_rows(array: np.ndarray) -> None:
+    array[[0, 1]] = array[[1, 0]]
+
+
+REFUSALS: list[tuple[str, str, str, Callable[[np.ndarray], Any], str]] = [
+    ("upload", "float16", "exposures", put(0, -1), "exposures must not be negative"),
+    ("upload", "float16", "width", put(0, 21), "bitmap must have 3 bytes per record"),
+    ("upload", "float16", "width", put(0, 9), "bitmap has bits beyond width 9"),
+    ("upload", "float16", "devices", swap_rows, "devices must be ascending device ids"),
+    ("upload", "float16", "devices", put(0, -1), "devices must be ascending device ids"),
+    ("upload", "float16", "devices", put(2, 10_000_000), "devices must be ascending device ids"),
+    ("upload", "float16", "devices", lambda a: a[:2], "records must have 2 rows, got 3"),
+    ("upload", "float16", "records", put(0, -1), "records must not be negative"),
+    ("upload", "float16", "records", put(0, 3), "targets must have 6 rows, got 5"),
+    ("upload", "float16", "targets", lambda a: a.astype(np.int64), "targets must be of dtype f4 or i4, got i8"),
+    ("upload", "float32", "targets", put((1, 1), np.nan), "targets must be finite"),
+    ("upload", "float16", "counts", lambda a: a[:4], "counts must have 5 rows, got 4"),
+    ("upload", "float16", "counts", lambda a: a.astype(np.int32), "counts must be of dtype u2 or u4, got i4"),
+    ("upload", "float16", "counts", lambda a: a[::-1], "counts must equal the bitmap's set bits"),
+    ("upload", "float16", "bitmap", flip((0, 0), 1), "counts must equal the bitmap's set bits"),
+    ("upload", "float16", "bitmap", flip((4, 1), 0x20), "bitmap has bits beyond width 13"),
+    ("upload", "float16", "bitmap", lambda a: a[:, :1], "bitmap must have 2 bytes per record"),
+    ("upload", "float16", "values", lambda a: a[1:], "values must have"),
+    ("upload", "float16", "values", put(0, np.nan), "values must be finite"),
+    ("upload", "float32", "values", put(-1, np.inf), "values must be finite"),
+    ("upload", "float16", "exponents", put(0, 112), "exponents must be in -200..111"),
+    ("upload", "float32", "exponents", put(2, 1), "exponents must be in 0..0"),
+    ("upload", "float16", "exponents", lambda a: a[1:], "exponents must have 3 rows, got 2"),
+    ("upload", "float16", "gradient records", put(1, 0), "gradient records must be positive"),
+    ("upload", "float16", "gradient records", put(0, -5), "gradient records must be positive"),
+    ("upload", "float16", "gradients", put((0, 0), np.nan), "gradients must be finite"),
+    ("upload", "float16", "gradients", lambda a: a[:, 1:], "gradients must have 5 parameters"),
+    ("upload", "float16", "gradients", lambda a: a[:1], "gradients must have 2 rows, got 1"),
+    ("download", "float16", "head", lambda a: a[:4], "head must have 5 rows, got 4"),
+    ("download", "float16", "head", put(0, -1), "run must not be negative"),
+    ("download", "float16", "head", put(1, 0), "round must be in"),
+    ("download", "float16", "head", put(1, 2**32), "round must be in"),
+    ("download", "float16", "head", put(3, 2), "per device must be 0 or 1"),
+    ("download", "float16", "head", put(4, -1), "pending must be a count"),
+    ("download", "float16", "head", put(4, 2**62), "pending must be a count"),
+    ("download", "float16", "head", put(4, 3), "pending round is missing"),
+    ("download", "float16", "head", put(4, 1), "arrays must be 8, got 13"),
+    ("download", "float16", "weights", put(0, np.nan), "weights must be finite"),
+    ("download", "float16", "weights", put(4, -np.inf), "weights must be finite"),
+    ("download", "float16", "weights", lambda a: a[:4], "weights must have 5 rows, got 4"),
+    ("download", "float16", "weights", lambda a: a.astype(np.float16), "weights must be of dtype f4, got f2"),
+    ("download", "float16", "schedule", lambda a: a[:, :3], "schedule must have 4 columns"),
+    ("download", "float16", "schedule", swap_rows, "schedule must be ascending device ids"),
+    ("download", "float16", "schedule", put((0, 1), -1), "schedule must have pass >= 0"),
+    ("download", "float16", "schedule", put((0, 2), -1), "schedule must have pass >= 0 and 0 <= start"),
+    ("download", "float16", "schedule", put((0, slice(2, 4)), [5, 4]), "0 <= start <= stop"),
+    ("download", "float16", "pending round", put(0, 0), "pending round must be positive"),
+    ("download", "float16", "pending devices", swap_rows, "pending devices must be ascending"),
+    ("download", "float16", "pending lengths", put(0, -1), "pending lengths must be counts"),
+    ("download", "float16", "pending lengths", put(0, 2**40), "pending lengths must be counts"),
+    ("download", "float16", "pending lengths", put(0, 4), "cut gradients must have 6 rows, got 5"),
+    ("download", "float16", "cut gradients", put(0, np.inf), "values must be finite"),
+    ("download", "float16", "exponents", put(0, -201), "exponents must be in -200..111"),
+    ("download", "float32", "exponents", put(0, -1), "exponents must be in 0..0"),
+    ("registration", "float16", "devices", swap_rows, "devices must be ascending device ids"),
+    ("registration", "float16", "train", put(0, -1), "records must be in 0..2\\^31-1"),
+    ("registration", "float16", "test", put(0, 2**31), "records must be in 0..2\\^31-1"),
+    ("registration", "float16", "test", lambda a: a[1:], "test records must have 4 rows, got 3"),
+    ("registration", "float16", "train", lambda a: a.astype(np.int32), "train records must be of dtype i8, got i4"),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "field", "change", "refusal"), REFUSALS)
+def test_refusals_name_the_field(
+    kind: str, dtype: str, field: str, change: Callable[[np.ndarray], Any], refusal: str
+) -> None:
+    arrays = unpack(message(kind, dtype).to_bytes())
+    read(kind, pack_arrays(KINDS[kind], arrays))  # good until changed
+    at = FIELDS[kind][field]
+    if (changed := change(arrays[at])) is not None:
+        arrays[at] = changed
+    with pytest.raises(WireError, match=refusal):
+        read(kind, pack_arrays(KINDS[kind], arrays))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_versions_and_kinds_are_refused(kind: str) -> None:
+    payload = bytearray(message(kind).to_bytes())
+    payload[2] = 2
+    with pytest.raises(WireError, match="version must be 1, got 2"):
+        read(kind, bytes(payload))
+    for other in set(KINDS) - {kind}:
+        with pytest.raises(WireError, match=f"kind must be {KINDS[kind]}, got {KINDS[other]}"):
+            read(kind, message(other).to_bytes())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_array_too_many_is_refused(kind: str) -> None:
+    arrays = unpack(message(kind).to_bytes())
+    with pytest.raises(WireError, match=f"arrays must be {len(arrays)}, got {len(arrays) + 1}"):
+        read(kind, pack_arrays(KINDS[kind], [*arrays, np.zeros(1, dtype=np.int32)]))
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    with pytest.raises(WireError, match="weights must have 6 rows, got 5"):
+        Download.from_bytes(message("download").to_bytes(), parameters=6)
+    with pytest.raises(WireError, match="gradients must have 6 parameters"):
+        Upload.from_bytes(message("upload").to_bytes(), parameters=6)
+
+
+# --- Flower's records and the digest ---------------------------------------------------------------------------
+
+
+def test_a_payload_travels_as_one_array_of_a_flower_record() -> None:
+    payload = message("download").to_bytes()
+    content = to_record(payload)
+    assert list(content) == ["fedsplit"]
+    assert list(content["fedsplit"]) == ["packed"]
+    assert from_record(content) == payload
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"other": to_record(b"x")["fedsplit"]}),
+        RecordDict({"fedsplit": ArrayRecord()}),
+        RecordDict({"fedsplit": ConfigRecord({"packed": 1})}),
+    ],
+)
+def test_a_record_without_a_payload_is_refused(content: RecordDict) -> None:
+    with pytest.raises(WireError, match="message must hold one packed array under 'fedsplit'"):
+        from_record(content)
+
+
+def test_the_digest_names_weights() -> None:
+    weights = np.array([1.0, 2.0], dtype=np.float32)
+    other = np.array([1.0, np.nextafter(np.float32(2), np.float32(3))], dtype=np.float32)
+    assert weights_digest(weights) == weights_digest(weights.copy())
+    assert weights_digest(weights) != weights_digest(other)
+    assert 0 <= weights_digest(weights) < 2**62

@@ -41,7 +41,7 @@ def data_source(settings: Settings) -> Source:
 
 
 def split_model(settings: Settings, source: Source) -> SplitModel:
-    """Build the model with the run's seed and check that it fits the data; raises ConfigError."""
+    """Build the model with the run's seed and check that data and dropping fit it; raises ConfigError."""
     model = settings.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(settings.run.seed, "model"))
@@ -55,6 +55,7 @@ def split_model(settings: Settings, source: Source) -> SplitModel:
             assert model.name is not None
             built = build_model(model.name, source.input_shape, source.outputs, model.width, model.activation)
     _check_fit(built, source)
+    dropping(settings).check_width(built.first_layer.width)
     return built
 
 
@@ -70,7 +71,9 @@ def _check_fit(model: SplitModel, source: Source) -> None:
         raise ConfigError(f"the trunk does not take cut activations of shape {first.cut_shape}") from None
     model.trunk.train()
     if shape != (2, source.outputs):
-        raise ConfigError(f"the trunk must return {source.outputs} outputs per record, it returns shape {shape[1:]}")
+        raise ConfigError(
+            f"the trunk must return {source.outputs} outputs per record (the data's), it returns shape {shape[1:]}"
+        )
 
 
 def dropping(settings: Settings) -> Dropping:

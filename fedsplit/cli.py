@@ -68,7 +68,7 @@ def _progress(rounds: int) -> Iterator[Any]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[says]}"),
     )
-    with Progress(*columns, console=_stderr, transient=True) as bar:
+    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
         task = bar.add_task("", total=rounds, says="starting")
 
         def report(metrics: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def _quiet(verbose: bool) -> None:
     """Send fedsplit's warnings to stderr; Flower's own logs only if asked for."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     handler = RichHandler(console=_stderr, show_path=False, show_time=False)
-    logging.getLogger("fedsplit").addHandler(handler)
+    logging.getLogger("fedsplit").handlers = [handler]
     logging.getLogger("fedsplit").setLevel(logging.INFO if verbose else logging.WARNING)
     import flwr.supercore  # noqa: F401  sets its own log level when first imported
 

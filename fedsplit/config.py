@@ -90,12 +90,11 @@ class DroppingSettings(_Section):
     @model_validator(mode="after")
     def _budget(self) -> "DroppingSettings":
         needs = {"none": None, "random": "keep", "at-most": "k", "top-k": "k"}[self.policy]
-        for key in ("keep", "k"):
-            given = getattr(self, key) is not None
-            if given and key != needs:
-                raise ValueError(f"{key} has no meaning for policy {self.policy!r}")
-            if not given and key == needs:
-                raise ValueError(f"policy {self.policy!r} needs {key}")
+        given = [key for key in ("keep", "k") if getattr(self, key) is not None]
+        if given != ([needs] if needs else []):
+            raise ValueError(
+                f"policy {self.policy!r} takes {needs or 'neither keep nor k'}, got {' and '.join(given) or 'neither'}"
+            )
         return self
 
 
@@ -167,7 +166,7 @@ class Settings(_Section):
         if self.protocol.mode == "single-pass" and self.run.evaluate_every:
             raise ValueError("run.evaluate-every must be 0 in mode 'single-pass': test records are exposed once too")
         if (self.model.name is None) == (self.model.builder is None):
-            raise ValueError("model needs either a name or a builder")
+            raise ValueError(f"model needs a name or a builder, not {'both' if self.model.name else 'neither'}")
         return self
 
     def to_toml(self) -> str:
@@ -248,7 +247,8 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         allowed = _allowed_keys(steps[:-1])
         near = difflib.get_close_matches(steps[-1], allowed, n=1, cutoff=0.0)
-        return f"{key}: unknown key; nearest valid key is {'.'.join([*steps[:-1], *near])!r}"
+        kind = "key" if len(steps) > 1 else "section"
+        return f"{key}: unknown {kind}; nearest valid key is {'.'.join([*steps[:-1], *near])!r}"
     if first["type"] == "missing":
         choices = _allowed_values(steps)
         return f"{key}: missing{f'; allowed: {choices}' if choices else ''}"

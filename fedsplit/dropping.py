@@ -117,7 +117,7 @@ def _smallest(keys: NDArray[np.uint32] | FloatArray, k: int) -> NDArray[np.bool_
     below = keys < last
     tied = keys == last
     room = k - below.sum(axis=1, keepdims=True)
-    return below | (tied & (np.cumsum(tied, axis=1) <= room))
+    return np.asarray(below | (tied & (np.cumsum(tied, axis=1) <= room)), dtype=np.bool_)
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,10 @@ def build_strategy(name: str, args: Mapping[str, Any]) -> Strategy:
         If the strategy does not take an argument.
     """
     kind = getattr(flower, name)
-    allowed = sorted(set(inspect.signature(kind.__init__).parameters) - {"self"})
+    # what FedAvg takes is about sampling nodes and naming records, which SplitStrategy does; eta is the setting lr
+    allowed = sorted(_parameters(kind) - _parameters(flower.FedAvg) - {"eta", "eta_l"})
     if unknown := sorted(set(args) - set(allowed)):
-        raise ConfigError(f"first-layer.args: {name} takes no {unknown[0]!r}; it takes {', '.join(allowed)}")
+        raise ConfigError(f"first-layer.args: {name} takes no {unknown[0]!r}; it takes {', '.join(allowed) or 'none'}")
     # Flower's tau (1e-3) is larger than most gradients here and would swamp them: Adam's usual epsilon instead.
     defaults = {"tau": 1e-8} if name in ADAPTIVE else {}
     try:
@@ -48,6 +49,10 @@ def build_strategy(name: str, args: Mapping[str, Any]) -> Strategy:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"first-layer.args: {error}") from None
     return strategy
+
+
+def _parameters(kind: type) -> set[str]:
+    return set(inspect.signature(kind).parameters)
 
 
 class _Stub:

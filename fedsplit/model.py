@@ -181,7 +181,7 @@ class SplitModel:
 
 
 def _sensor_cnn(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
-    """Conv1d over time (kernel 9, stride 2), then two more convolutions with batch norm, mean over time, one linear layer."""
+    """Conv1d over time (kernel 9, stride 2), two more convolutions with batch norm, mean over time, a linear layer."""
     first = nn.Conv1d(shape[0], width, kernel_size=9, stride=2, padding=4)
     trunk = nn.Sequential(
         nn.Conv1d(width, 64, kernel_size=5, stride=2, padding=2),

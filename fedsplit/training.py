@@ -39,11 +39,13 @@ def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:
         If the folder cannot be written, holds something already, or is of a run with other settings.
     """
     config = folder / "config.toml"
+    if resume:
+        _check_same(config, settings)
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out folder {folder} is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if resume:
-            _check_same(config, settings)
-            return
         if any(folder.iterdir()):
             raise ConfigError(f"out folder {folder} is not empty: choose another, or continue it with --resume")
         with replacing(config) as new:

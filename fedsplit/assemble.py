@@ -65,9 +65,8 @@ def _check_fit(model: SplitModel, source: Source) -> None:
         raise ConfigError(f"the model takes records of shape {first.input_shape}, the data's have {source.input_shape}")
     model.trunk.eval()  # a trial must not change running statistics
     try:
-        with torch.no_grad():
-            shape = tuple(model.trunk(torch.zeros(2, *first.cut_shape)).shape)
-    except RuntimeError:
+        shape = tuple(model.trunk(torch.zeros(2, *first.cut_shape, requires_grad=True)).shape)
+    except RuntimeError:  # also where it begins with a module that changes them in place
         raise ConfigError(f"the trunk does not take cut activations of shape {first.cut_shape}") from None
     model.trunk.train()
     if shape != (2, source.outputs):

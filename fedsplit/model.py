@@ -1,5 +1,6 @@
 """The network on both sides of the cut: the devices' first layer and the whole model it is cut from."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,14 +45,20 @@ class FirstLayer:
     """
 
     def __init__(self, layer: nn.Module, activation: nn.Module, input_shape: tuple[int, ...]) -> None:
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d):
             raise ConfigError(f"first layer must be Linear, Conv1d or Conv2d, got {type(layer).__name__}")
         if not isinstance(activation, tuple(ACTIVATIONS.values())):
             raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {type(activation).__name__}")
         if not isinstance(layer, nn.Linear) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
             raise ConfigError("first layer must pad with zeros by a number, not by 'same' or another mode")
+        # torch would take records without a channel axis for one record without a batch axis
+        axes = {"Conv1d": 2, "Conv2d": 3}.get(type(layer).__name__, max(1, len(input_shape)))
+        if len(input_shape) != axes:
+            raise ConfigError(f"records of shape {input_shape} do not fit the first layer {layer}")
         self.layer = layer
-        self.activation = activation
+        self.activation = copy.deepcopy(activation)
+        if hasattr(self.activation, "inplace"):
+            self.activation.inplace = False  # type: ignore[assignment]  # pre-activations are needed after it
         self.input_shape = input_shape
         self.cut_shape = self._cut_shape()
         self.width = math.prod(self.cut_shape)
@@ -166,12 +173,14 @@ class SplitModel:
         """
         if cut != 1:
             raise ConfigError(f"cut must be 1 (only the first layer can stay on the device), got {cut}")
-        if not isinstance(net, nn.Sequential) or len(net) < 2:
-            raise ConfigError("from_sequential needs an nn.Sequential with at least two modules")
+        if not isinstance(net, nn.Sequential) or not len(net):
+            raise ConfigError("from_sequential needs an nn.Sequential that is not empty")
         modules: list[nn.Module] = list(net)
-        has_activation = isinstance(modules[1], tuple(ACTIVATIONS.values()))
+        has_activation = len(modules) > 1 and isinstance(modules[1], tuple(ACTIVATIONS.values()))
         activation = modules[1] if has_activation else nn.Identity()
         trunk = nn.Sequential(*modules[1 + has_activation :])
+        if not len(trunk):
+            raise ConfigError("from_sequential needs at least one module after the first layer and its activation")
         return cls(FirstLayer(modules[0], activation, tuple(input_shape)), trunk)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ class NodeState:
         try:
             with np.load(self._pending(round_number), allow_pickle=False) as file:
                 return Pending(**{**file, "digest": int(file["digest"])})
-        except (OSError, ValueError, KeyError, TypeError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile):
             return None
 
     def forget_before(self, round_number: int) -> None:

@@ -187,6 +187,7 @@ class Upload:
         release = Release.read(take)
         devices = take.array("gradient devices", "i4", 1).astype(np.int64)
         records = take.array("gradient records", "i8", 1, size=len(devices)).astype(np.int64)
+        check("gradient devices", bool((np.diff(devices) > 0).all()), "must be ascending")
         check("gradient records", bool((records > 0).all()), "must be positive")
         sums = take.array("gradients", "f4", 2, size=len(devices)).astype(np.float32)
         check("gradients", sums.shape[1] == parameters, f"must have {parameters} parameters")
@@ -253,7 +254,7 @@ class CutGradients:
         devices = take.array("pending devices", "i4", 1).astype(np.int64)
         check_ids("pending devices", devices)
         lengths = take.array("pending lengths", "i8", 1, size=len(devices)).astype(np.int64)
-        valid = bool((lengths >= 0).all()) and int(lengths.sum()) <= take.total
+        valid = bool(((lengths >= 0) & (lengths <= take.total)).all())  # each, since a sum could overflow
         check("pending lengths", valid, "must be counts of the values sent")
         codes = take.array("cut gradients", ("f2", "f4"), 1, size=int(lengths.sum()))
         exponents = take.array("exponents", "i4", 1, size=len(devices)).astype(np.int32)

@@ -225,6 +225,7 @@ def test_simulation_secrets_are_32_bytes_that_differ_by_seed_and_device() -> Non
     assert simulation_secret(5, 6) == simulation_secret(5, 6)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(0, 5))
 def test_record_order_is_a_permutation(count: int, pass_number: int) -> None:
     found = record_order(SECRET, pass_number, count)
@@ -264,6 +265,7 @@ def test_zeros_of_other_activations_are_sent_as_the_mask_says() -> None:
 patterns = st.tuples(st.integers(0, 5), st.integers(1, 40)).flatmap(lambda s: arrays(np.bool_, s))
 
 
+@settings(deadline=None)
 @given(patterns)
 def test_the_bitmap_gives_the_pattern_back(pattern: np.ndarray) -> None:
     x = outputs(*pattern.shape)
@@ -276,6 +278,7 @@ def test_the_bitmap_gives_the_pattern_back(pattern: np.ndarray) -> None:
     assert np.array_equal(dense, np.where(pattern, x, 0))
 
 
+@settings(deadline=None)
 @given(patterns, st.integers(0, 5))
 def test_parts_join_to_the_whole(pattern: np.ndarray, at: int) -> None:
     x, width = outputs(*pattern.shape), pattern.shape[1]

@@ -146,7 +146,7 @@ def test_another_cut_is_refused(cut: int) -> None:
 
 @pytest.mark.parametrize("net", [nn.Sequential(nn.Linear(4, 2)), nn.Sequential(), nn.Linear(4, 2)])
 def test_what_cannot_be_cut_is_refused(net: Any) -> None:
-    with pytest.raises(ConfigError, match=r"needs an nn.Sequential with at least two modules"):
+    with pytest.raises(ConfigError, match="from_sequential needs"):
         SplitModel.from_sequential(net, (4,))
 
 
@@ -209,3 +209,19 @@ def test_built_in_models_follow_torchs_seed(name: str, shape: tuple[int, ...], c
 def test_built_in_models_refuse_records_of_other_axes(name: str, shape: tuple[int, ...], axes: int) -> None:
     with pytest.raises(ConfigError, match=f"model '{name}' takes records of {axes} axes, the data's have shape"):
         build_model(name, shape, outputs=5, width=16, activation="relu")
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Conv1d(1, 6, 3), (16,)), (nn.Conv2d(1, 6, 3), (16, 16))])
+def test_records_without_a_channel_axis_are_refused(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="do not fit"):
+        FirstLayer(layer, nn.ReLU(), shape)
+
+
+def test_an_activation_in_place_is_used_as_if_it_were_not() -> None:
+    layer = FirstLayer(nn.Linear(2, 6), nn.LeakyReLU(0.1, inplace=True), (2,))
+    assert layer.derivative(np.array([-1, 1], np.float32)).tolist() == pytest.approx([0.1, 1.0])
+
+
+def test_a_network_without_a_trunk_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at least one module after"):
+        SplitModel.from_sequential(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), input_shape=(2,))

@@ -71,6 +71,7 @@ def test_devices_of_zeros_and_of_nothing_keep_exponent_0() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20))
 def test_float32_passes_unchanged(drawn: list[float]) -> None:
     values = np.array(drawn, dtype=np.float32)
@@ -102,6 +103,7 @@ def test_the_largest_code_with_the_largest_exponent_is_finite() -> None:
 # --- groups and ids --------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=5))
 def test_sum_groups(drawn: list[list[int]]) -> None:
     counts, lengths = ints(*[c for group in drawn for c in group]), ints(*map(len, drawn))

@@ -103,6 +103,7 @@ def test_rounds_are_put_behind_one_another_for_replay() -> None:
 # --- mini-batches ----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20))
 def test_minibatches_cover_the_order_and_none_but_the_only_one_has_one_record(count: int, size: int) -> None:
     order = np.random.default_rng(count).permutation(count)

@@ -576,3 +576,12 @@ def test_the_digest_names_weights() -> None:
     assert weights_digest(weights) == weights_digest(weights.copy())
     assert weights_digest(weights) != weights_digest(other)
     assert 0 <= weights_digest(weights) < 2**62
+
+
+def test_lengths_whose_sum_overflows_are_refused() -> None:
+    lengths = np.array([2**62] * 4, dtype=np.int64)
+    exponents = np.array([1, 0, 0, 0], dtype=np.int32)
+    block = CutGradients(1, 1, np.arange(4), lengths, np.zeros(0, "<f2"), exponents)
+    down = Download(1, 1, 0, False, np.zeros(2, np.float32), np.zeros((0, 4), np.int64), [block])
+    with pytest.raises(WireError, match="pending lengths"):
+        Download.from_bytes(down.to_bytes(), parameters=2)

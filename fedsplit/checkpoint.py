@@ -9,10 +9,13 @@ import os
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
@@ -23,6 +26,8 @@ from fedsplit.state import replacing
 from fedsplit.strategy import PendingBlock, Progress, SplitStrategy, Totals
 from fedsplit.trunk import Batches
 from fedsplit.wire import CutGradients
+
+_DAMAGE = (SafetensorError, UnpicklingError, BadZipFile)
 
 
 def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> None:
@@ -75,17 +80,22 @@ def load_checkpoint(folder: Path, strategy: SplitStrategy) -> float | None:
     """
     if not folder.exists():
         # killed between the two renames: the new one is whole, or else the old one is
-        candidates = [folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")]
-        if not candidates[1].exists():
+        new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
+        if not old.exists():
+            shutil.rmtree(_replay_folder(folder), ignore_errors=True)
             return None
-        folder = candidates[0] if candidates[0].exists() else candidates[1]
+        os.replace(new if new.exists() else old, folder)
     try:
-        state = _from_tensors(torch.load(folder / "state.pt", weights_only=True))
-        strategy.trunk.load_state(load_tensors(folder / "trunk.safetensors"), state["trunk"])
-        weights = load_arrays(folder / "first_layer.safetensors")
-        replay = _load_replay(_replay_folder(folder), state["replayed"])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        return _restore(folder, strategy)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, *_DAMAGE) as error:
         raise RunError(f"checkpoint {folder} is damaged: {type(error).__name__}") from None
+
+
+def _restore(folder: Path, strategy: SplitStrategy) -> float:
+    state = _from_tensors(torch.load(folder / "state.pt", weights_only=True))
+    strategy.trunk.load_state(load_tensors(folder / "trunk.safetensors"), state["trunk"])
+    weights = load_arrays(folder / "first_layer.safetensors")
+    replay = _load_replay(_replay_folder(folder), state["replayed"])
     if strategy.first_layer:
         strategy.first_layer.load_state(weights, state["first_layer"])
     strategy.schedule.position = state["position"]
@@ -113,6 +123,9 @@ def _save_replay(folder: Path, progress: Progress) -> None:
 
 
 def _load_replay(folder: Path, sizes: list[int]) -> list[Batches]:
+    for path in folder.glob("*.npz"):
+        if int(path.name.split("-")[0]) >= len(sizes):
+            path.unlink()  # of a round that the checkpoint does not have
     replay = []
     for number, size in enumerate(sizes):
         with np.load(folder / f"{number:06d}-{size}.npz", allow_pickle=False) as file:

@@ -39,8 +39,8 @@ def simulate(
     _quiet(verbose)
     from fedsplit import config as configuration
     from fedsplit.report import result_table
-    from fedsplit.simulation import default_folder
     from fedsplit.simulation import simulate as run
+    from fedsplit.training import default_folder
 
     if resume and out is None:
         raise ConfigError("--resume needs --out, the folder of the run to go on with")

@@ -1,6 +1,5 @@
 """The Flower ClientApp: one node's side of every exchange."""
 
-import os
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from fedsplit.errors import FedsplitError
 from fedsplit.wire import Download, from_record, to_record
 
 APP_FOLDER = Path(__file__).parent.parent
+STATE_FOLDER = Path.home() / ".fedsplit" / "state"
 
 
 def client_app(settings_json: str | None = None, state_folder: str | None = None) -> ClientApp:
@@ -47,10 +47,9 @@ def _handle(message: Message, context: Context, *, answer, settings_json, state_
 def _node(context: Context, settings_json: str | None, state_folder: str | None) -> Node:
     if settings_json is None:
         settings_json = load_settings(APP_FOLDER / str(context.run_config["config"])).to_json()
-    if state_folder is None:
-        state_folder = os.environ.get("FEDSPLIT_STATE", str(Path.home() / ".fedsplit" / "state"))
     config = context.node_config
-    return simulated_node(settings_json, int(config["partition-id"]), int(config["num-partitions"]), state_folder)
+    folder = state_folder or str(STATE_FOLDER)
+    return simulated_node(settings_json, int(config["partition-id"]), int(config["num-partitions"]), folder)
 
 
 def _register(node: Node, message: Message) -> bytes:

@@ -78,7 +78,6 @@ class Node:
         self._data = data
         self._secret = secret
         self._state = state
-        self._sizes: dict[int, tuple[int, int]] = {}
 
     def register(self) -> Registration:
         """Return the node's devices and how many records each holds."""
@@ -98,7 +97,7 @@ class Node:
         if len(chunk.devices):
             pending = Pending(digest, chunk.devices, chunk.records, chunk.index, kept.counts, kept.bitmap, slopes)
             state.save_pending(download.round_number, pending)
-        exposures = self._note(state, "train", chunk, download, digest)
+        exposures = self._note(state, "train", chunk, download, digest) if len(chunk.devices) else 0
         return Upload(self._release(kept, chunk), gradients, lost, failed, exposures)
 
     def evaluate(self, download: Download) -> Upload:
@@ -111,14 +110,12 @@ class Node:
         return Upload(self._release(kept, chunk), self._gradients([], []), nothing, failed, exposures)
 
     def _size(self, device: int) -> tuple[int, int]:
-        if device not in self._sizes:
-            try:
-                data = self._data(device)
-                self._sizes[device] = (len(data.train), len(data.test))
-            except Exception as error:  # a device's own code may raise anything; its text could hold records
-                log.warning("device %d cannot take part (%s)", device, type(error).__name__)
-                self._sizes[device] = (0, 0)
-        return self._sizes[device]
+        try:
+            data = self._data(device)
+        except Exception as error:  # a device's own code may raise anything; its text could hold records
+            log.warning("device %d cannot take part (%s)", device, type(error).__name__)
+            return 0, 0
+        return len(data.train), len(data.test)
 
     def _select(self, schedule: IntArray, *, test: bool) -> tuple[_Chunk, IntArray]:
         """Gather the scheduled records of all devices, each device's in ascending order of their index."""
@@ -188,14 +185,10 @@ class Node:
 
     def _note(self, state: NodeState, ledger: str, chunk: _Chunk, download: Download, digest: int) -> int:
         """Count the chunk's exposures in the node's ledger; see :meth:`NodeState.count_exposures`."""
-        column = 0 if ledger == "train" else 1
-        sizes = np.array([self._size(d)[column] for d in self.device_ids.tolist()], dtype=np.int64)
-        offsets = np.cumsum(sizes) - sizes
-        places = np.searchsorted(self.device_ids, chunk.devices)
-        positions = np.repeat(offsets[places], chunk.records) + chunk.index
-        name = b"%d %d %s" % (download.round_number, digest, download.schedule.tobytes())
+        owners = np.repeat(chunk.devices, chunk.records)
+        name = b"%d %d %s %s" % (download.round_number, digest, chunk.devices.tobytes(), chunk.index.tobytes())
         release = int.from_bytes(sha256(name).digest()[:8], "little") >> 2
-        return state.count_exposures(ledger, release, positions, int(sizes.sum()))
+        return state.count_exposures(ledger, release, owners << 32 | chunk.index)
 
     def _backward(self, download: Download, state: NodeState) -> tuple[Gradients, IntArray]:
         """Sum the first-layer gradients of all pending chunks, per device or over the node."""

@@ -69,6 +69,11 @@ class Schedule:
                 self.position[device] = row[3] if self.mode == "single-pass" else self.position.get(device, 0) + 1
         return rows
 
+    def not_released(self, device: int, start: int) -> None:
+        """Ask again for what a device could not release; in other modes than single-pass its turn is over."""
+        if self.mode == "single-pass":
+            self.position[device] = start
+
     def _sample(self, round_number: int) -> list[int]:
         devices = sorted(self._counts)
         if self.fraction == 1.0 or not devices:

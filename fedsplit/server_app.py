@@ -1,14 +1,11 @@
 """The Flower ServerApp, for ``flwr run``: the same training as ``fedsplit simulate``."""
 
-import time
-from pathlib import Path
-
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsplit.client_app import APP_FOLDER
+from fedsplit.client_app import APP_FOLDER, STATE_FOLDER
 from fedsplit.config import load_settings
-from fedsplit.training import TrainingRun, open_run_folder
+from fedsplit.training import TrainingRun, check_data, default_folder, forget_node_states, open_run_folder
 
 app = ServerApp()
 
@@ -17,7 +14,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Train with the settings file that the run config names; write to ``runs/`` of the current folder."""
     settings = load_settings(APP_FOLDER / str(context.run_config["config"]))
-    folder = Path("runs") / f"{settings.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = default_folder(settings)
+    run = TrainingRun(settings, folder)
+    check_data(run.source)
     open_run_folder(folder, settings, resume=False)
-    result = TrainingRun(settings, folder).train(grid)
+    result = run.train(grid)
+    forget_node_states(STATE_FOLDER / f"{run.strategy.progress.run:x}")
     print(f"test accuracy {result['test_accuracy']}, written to {folder.resolve()}")

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,16 @@ from flwr.serverapp import Grid, ServerApp
 from fedsplit.assemble import num_nodes
 from fedsplit.client_app import client_app
 from fedsplit.config import Settings, load_settings
-from fedsplit.errors import RunError
+from fedsplit.errors import ConfigError, RunError
 from fedsplit.grid import InProcessGrid
-from fedsplit.training import Report, TrainingRun, check_data, forget_node_states, open_run_folder
+from fedsplit.training import (
+    Report,
+    TrainingRun,
+    check_data,
+    default_folder,
+    forget_node_states,
+    open_run_folder,
+)
 
 
 def simulate(
@@ -47,6 +53,8 @@ def simulate(
     FedsplitError
         With one line that names what is wrong.
     """
+    if isinstance(config, Settings) and overrides:
+        raise ConfigError("overrides are for a settings file, not for Settings")
     settings = config if isinstance(config, Settings) else load_settings(config, overrides)
     folder = Path(out) if out is not None else default_folder(settings)
     run = TrainingRun(settings, folder, report)
@@ -58,11 +66,6 @@ def simulate(
     result = run.train(InProcessGrid(app, nodes)) if settings.run.engine == "inline" else _on_ray(run, app, nodes)
     forget_node_states(states)
     return result
-
-
-def default_folder(settings: Settings) -> Path:
-    """Return ``runs/NAME-TIMESTAMP``."""
-    return Path("runs") / f"{settings.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _on_ray(run: TrainingRun, app: Any, nodes: int) -> dict[str, Any]:

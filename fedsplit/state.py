@@ -74,7 +74,7 @@ class NodeState:
             if int(path.stem.removeprefix("pending-")) < round_number:
                 path.unlink(missing_ok=True)
 
-    def count_exposures(self, ledger: str, release: int, positions: IntArray, size: int) -> int:
+    def count_exposures(self, ledger: str, release: int, records: IntArray) -> int:
         """Note, before a release leaves, that it shows something new about some of the node's records.
 
         A release that was noted lately under the same name is the same bytes again, after a resumed run: it shows
@@ -86,25 +86,30 @@ class NodeState:
             ``train`` or ``test``: test records have their own.
         release : int
             Name of the release: a digest of all that decides its bytes.
-        positions : int64 array (records,)
-            Where each record stands among all of the node's records.
-        size : int
-            How many records the node has.
+        records : int64 array (records,)
+            A number that names each record on this node.
 
         Returns
         -------
         int
             The largest count of any record in this ledger.
+
+        Raises
+        ------
+        BadZipFile or ValueError
+            If the ledger is damaged: it is never begun anew.
         """
         path = self.folder / f"exposures-{ledger}.npz"
-        counts, recent = np.zeros(size, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        names = counts = recent = np.zeros(0, dtype=np.int64)
         if path.exists():
             with np.load(path, allow_pickle=False) as file:
-                counts, recent = file["counts"], file["recent"]
+                names, counts, recent = file["names"], file["counts"], file["recent"]
         if release not in recent:
-            np.add.at(counts, positions, 1)
+            names, place = np.unique(np.concatenate([names, records]), return_inverse=True)
+            ones = np.ones(len(records), dtype=np.int64)
+            counts = np.bincount(place, weights=np.concatenate([counts, ones])).astype(np.int64)
             with replacing(path) as new, new.open("wb") as file:
-                np.savez(file, counts=counts, recent=np.append(recent, release)[-_RECENT:])
+                np.savez(file, names=names, counts=counts, recent=np.append(recent, release)[-_RECENT:])
         return int(counts.max(initial=0))
 
     def _pending(self, round_number: int) -> Path:

@@ -34,6 +34,7 @@ from fedsplit.wire import (
 )
 
 log = logging.getLogger(__name__)
+_NEWCOMER_TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Totals:
     """What a run has cost so far.
 
     ``exchanges`` counts messages to nodes, ``samples`` released training records, ``bytes_up`` and ``bytes_down``
-    payloads, ``dense_bytes_up`` the float32 activations of the same records without labels and gradients.
+    payloads, ``dense_bytes_up`` the float32 activations of the same records without labels and gradients,
+    ``failures`` how often a device sat out.
     """
 
     exchanges: int = 0
@@ -95,6 +97,7 @@ class Totals:
     dense_bytes_up: int = 0
     exposures_max: int = 0
     test_exposures_max: int = 0
+    failures: int = 0
 
 
 @dataclass
@@ -145,6 +148,7 @@ class SplitStrategy(Strategy):
         self.metrics: dict[str, Any] = {}
         self._resumed_at = 0
         self._started = False
+        self._silent: set[int] = set()
         self.nodes: dict[int, Registration] = {}
         self._sent: dict[int, Download] = {}
         self._keep_from = 0
@@ -174,11 +178,14 @@ class SplitStrategy(Strategy):
         self._drop_stale(round_number)
         self._keep_from = min([b.cut.round_number for b in self.progress.pending], default=round_number)
         self.register(grid)
+        if len(self.nodes) < self.options.min_nodes:
+            raise RunError(f"{len(self.nodes)} nodes are connected, protocol.min-nodes is {self.options.min_nodes}")
         rows = self._cohort(round_number)
         if self.options.mode != "synchronous":
             return self._messages(MessageType.TRAIN, rows, self.progress.pending)
         messages = self._messages(MessageType.TRAIN, rows, [])
-        uploads = self._receive(grid.send_and_receive(messages, timeout=self.options.timeout))
+        replies = grid.send_and_receive(messages, timeout=self.options.timeout)
+        uploads = self._receive(replies, needed=self.options.min_nodes)
         self._learn([u.release for u in uploads])
         return self._messages(MessageType.TRAIN, {}, self.progress.pending)
 
@@ -186,7 +193,7 @@ class SplitStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Step the first layer, and (but for synchronous mode, where it is done) train the trunk."""
-        uploads = self._receive(replies)
+        uploads = self._receive(replies, needed=self.options.min_nodes)
         if self.options.mode != "synchronous":
             self._learn([u.release for u in uploads])  # before the step: these were released by the old weights
         self._step_first_layer(uploads)
@@ -234,7 +241,8 @@ class SplitStrategy(Strategy):
         self.first_layer.step(self.progress.round_number, contributions)
 
     def _drop_stale(self, round_number: int) -> None:
-        oldest = round_number - 1 - self.options.max_staleness
+        delay = 0 if self.options.mode == "synchronous" else 1  # which is the other modes' way
+        oldest = round_number - delay - self.options.max_staleness
         self.progress.pending = [b for b in self.progress.pending if b.cut.round_number >= oldest]
 
     # ---------------------------------------------------------------- evaluation
@@ -247,7 +255,8 @@ class SplitStrategy(Strategy):
         last = round_number == self.options.rounds
         if last and self.progress.pending:
             messages = self._messages(MessageType.TRAIN, {}, self.progress.pending)
-            self._step_first_layer(self._receive(grid.send_and_receive(messages, timeout=self.options.timeout)))
+            replies = grid.send_and_receive(messages, timeout=self.options.timeout)
+            self._step_first_layer(self._receive(replies, needed=0))
         if not last and (every == 0 or round_number % every):
             return []
         rows: dict[int, list[tuple[int, int, int, int]]] = {}
@@ -259,7 +268,7 @@ class SplitStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Score the trunk on the released test records."""
-        releases = [u.release for u in self._receive(replies, test=True) if len(u.release.targets)]
+        releases = [u.release for u in self._receive(replies, needed=0, test=True) if len(u.release.targets)]
         if not releases:
             return None
         self.progress.evaluation = self.trunk.evaluate(Batches.join(releases))
@@ -279,10 +288,10 @@ class SplitStrategy(Strategy):
         deadline = time.monotonic() + self.options.timeout
         while True:
             present = set(grid.get_node_ids())
-            if len(present) > self.options.devices:
+            if not self._started and len(present) > self.options.devices:
                 raise RunError(f"{len(present)} nodes for {self.options.devices} devices: lower the number of nodes")
             self.nodes = {n: r for n, r in self.nodes.items() if n in present}
-            refusals = self._ask(grid, sorted(present - set(self.nodes)))
+            refusals = self._ask(grid, sorted(present - set(self.nodes) - self._silent))
             known = sum(len(r.devices) for r in self.nodes.values())
             if known >= self.options.devices or (self._started and self.nodes):
                 break
@@ -300,12 +309,16 @@ class SplitStrategy(Strategy):
     def _ask(self, grid: Grid, nodes: Sequence[int]) -> list[str]:
         """Register nodes; return the refusals' reasons."""
         content = to_record(b"")
-        messages = [Message(content, n, MessageType.QUERY, ttl=self.options.timeout) for n in nodes]
+        # a newcomer must not hold up the others: once training has begun it is asked once, and briefly
+        timeout = min(self.options.timeout, _NEWCOMER_TIMEOUT) if self._started else self.options.timeout
+        messages = [Message(content, n, MessageType.QUERY, ttl=timeout) for n in nodes]
         if not messages:
             return []
         refusals = []
         self.progress.totals.exchanges += len(messages)
-        for reply in grid.send_and_receive(messages, timeout=self.options.timeout):
+        if self._started:
+            self._silent.update(nodes)
+        for reply in grid.send_and_receive(messages, timeout=timeout):
             try:
                 payload = _payload(reply)
                 registration = Registration.from_bytes(payload)
@@ -321,6 +334,8 @@ class SplitStrategy(Strategy):
         taken = {d for r in self.nodes.values() for d in r.devices.tolist()}
         if twice := taken.intersection(registration.devices.tolist()):
             raise WireError(f"devices: {min(twice)} is registered by another node")
+        if len(registration.devices) and registration.devices[-1] >= self.options.devices:
+            raise WireError(f"devices must be below {self.options.devices}, got {registration.devices[-1]}")
 
     def _cohort(self, round_number: int) -> dict[int, list[tuple[int, int, int, int]]]:
         """Return the schedule rows of the devices that take part, by node."""
@@ -361,8 +376,10 @@ class SplitStrategy(Strategy):
         self.progress.totals.exchanges += len(messages)
         return messages
 
-    def _receive(self, replies: Iterable[Message], *, test: bool = False) -> list[Upload]:
+    def _receive(self, replies: Iterable[Message], *, needed: int, test: bool = False) -> list[Upload]:
         """Check the replies to :meth:`_messages` and return the good ones in the order of their devices.
+
+        ``needed`` is how many nodes must answer well (all of them, if fewer were asked).
 
         Raises
         ------
@@ -386,8 +403,10 @@ class SplitStrategy(Strategy):
             if len(upload.lost):
                 log.warning("a node has lost its pending chunk of round %s", upload.lost.tolist())
             self._account(upload, payload, test=test)
-        needed = min(self.options.min_nodes, len(asked))
-        if len(uploads) < needed:
+            self._note_failures(upload, asked[node], test=test)
+        if len(uploads) < len(asked) - len(reasons):
+            log.warning("round %d: %d of %d nodes answered", self.progress.round_number, len(uploads), len(asked))
+        if len(uploads) < min(needed, len(asked)):
             why = f"; first reason: {reasons[0]}" if reasons else ""
             raise RunError(
                 f"round {self.progress.round_number}: {len(uploads)} of {len(asked)} nodes answered, "
@@ -409,6 +428,16 @@ class SplitStrategy(Strategy):
             totals.test_exposures_max = max(totals.test_exposures_max, upload.exposures_max)
         else:
             totals.exposures_max = max(totals.exposures_max, upload.exposures_max)
+
+    def _note_failures(self, upload: Upload, asked: Download, *, test: bool) -> None:
+        failed = upload.failed.tolist()
+        if not failed:
+            return
+        log.warning("round %d: devices %s sat out", self.progress.round_number, failed)
+        self.progress.totals.failures += len(failed)
+        for device, _, start, _ in asked.schedule.tolist():
+            if device in failed and not test:
+                self.schedule.not_released(device, start)
 
     def _check_upload(self, upload: Upload, asked: Download) -> None:
         """Refuse an upload that does not answer what was asked; raises WireError."""
@@ -443,7 +472,7 @@ class SplitStrategy(Strategy):
 def _payload(reply: Message) -> bytes:
     if reply.has_error():
         # a ClientApp's exception text comes along; fedsplit's own say what happened without any data
-        raise RunError(reply.error.reason.strip().splitlines()[-1][:300] if reply.error.reason else "no reason given")
+        raise RunError(((reply.error.reason or "").strip().splitlines() or ["no reason given"])[-1][:300])
     return from_record(reply.content)
 
 

@@ -16,7 +16,7 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 
-from fedsplit.assemble import data_source, split_model, split_strategy
+from fedsplit.assemble import data_source, num_nodes, split_model, split_strategy
 from fedsplit.checkpoint import load_checkpoint, save_checkpoint
 from fedsplit.config import Settings, load_settings
 from fedsplit.data import Source
@@ -28,6 +28,11 @@ from fedsplit.state import replacing
 from fedsplit.strategy import SplitStrategy
 
 Report = Callable[[dict[str, Any]], None]
+
+
+def default_folder(settings: Settings) -> Path:
+    """Return ``runs/NAME-TIMESTAMP``."""
+    return Path("runs") / f"{settings.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:
@@ -163,7 +168,7 @@ class TrainingRun:
             **evaluation,
             "rounds": progress.round_number,
             "devices": self.source.count,
-            "nodes": len(self.strategy.nodes) or -(-self.source.count // self.settings.devices.per_node),
+            "nodes": len(self.strategy.nodes) or num_nodes(self.settings, self.source),
             **totals,
             "samples_per_second": round(totals["samples"] / self._training, 1) if self._training else None,
             "seconds": {

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsplit.dropping import unpack_bitmap
+from fedsplit.errors import RunError
 from fedsplit.metrics import score
 from fedsplit.packing import FloatArray, IntArray
 from fedsplit.schedule import scheduled, seed_of
@@ -192,6 +193,11 @@ class Trunk:
             Gradients of the summed loss at the outputs sent, each as of the step in which the last pass used it.
         metrics : dict
             ``train_loss`` and, for classes, ``train_accuracy`` over the last pass, before each step.
+
+        Raises
+        ------
+        RunError
+            If loss, gradients or parameters are no longer finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = scheduled(self.options.lr, self.options.schedule, round_number, self.rounds)
@@ -206,6 +212,10 @@ class Trunk:
                 for rows in minibatches(rng.permutation(len(batches)), self.options.batch_size):
                     step_loss, step_correct = self._step(batches, rows, gradients)
                     loss, correct = loss + step_loss, correct + step_correct
+        tensors = self.module.state_dict().values()
+        if not (np.isfinite(loss) and np.isfinite(gradients).all() and all(t.isfinite().all() for t in tensors)):
+            # raised before a checkpoint could replace the last good one
+            raise RunError(f"round {round_number}: the trunk is not finite: lower trunk.lr, or a device sent too much")
         metrics = {"train_loss": loss / len(batches)}
         if self.task != "regression":
             metrics["train_accuracy"] = correct / len(batches)

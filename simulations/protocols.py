@@ -18,10 +18,13 @@ import argparse
 import json
 import logging
 import math
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +53,11 @@ def centralised(settings: Settings) -> dict[str, Any]:
     model = split_model(settings, source)
     seed, policy = settings.run.seed, dropping(settings)
     train = [source.device(d).train for d in range(source.count)]
-    test = [source.device(d).test for d in range(source.count)]
+    test = [source.device(d).test for d in source.test_devices]
     x, y = (torch.from_numpy(np.concatenate([getattr(r, name) for r in train])) for name in "xy")
     first, trunk = model.first_layer, model.trunk
     parameters = [*first.layer.parameters(), *trunk.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=settings.trunk.lr)
+    optimizer = torch.optim.Adam(parameters, lr=settings.trunk.lr)  # both halves alike
     secret = simulation_secret(seed, 0)
 
     def forward(records: torch.Tensor, number: int, rows: np.ndarray[Any, Any]) -> torch.Tensor:
@@ -96,7 +99,7 @@ def protocol(changes: dict[str, dict[str, Any]]) -> Callable[[Settings], dict[st
 
 
 def rows_for(settings: Settings) -> dict[str, Callable[[Settings], dict[str, Any]]]:
-    """Return the rows; the settings' own mode keeps its own rounds and learning rate."""
+    """Return the rows by name; single-pass runs with the settings' own rounds and learning rates."""
     pipelined = {"mode": "pipelined", "chunk": "epoch"}
     # fewest records per device that still make about one mini-batch of all devices together
     source = data_source(settings)
@@ -147,16 +150,32 @@ def summarise(runs: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dic
     }
 
 
+def run_row(name: str, settings: Settings) -> dict[str, Any]:
+    """Run one row with one seed and note its time; for a process of its own."""
+    start = time.perf_counter()
+    return {**rows_for(settings)[name](settings), "wall": time.perf_counter() - start}
+
+
+def _start_worker() -> None:
+    import flwr.supercore  # noqa: F401  sets its own log level when first imported
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+
+
 def measure(settings: Settings, seeds: int, only: list[str] | None) -> dict[str, dict[str, Any]]:
     """Run all rows for all seeds, with and without dropping."""
     variants = {"dropping": {}, "no dropping": {"dropping": {"policy": "none", "keep": None, "k": None}}}
-    rows = {name: row for name, row in rows_for(settings).items() if not only or name in {"centralised", *only}}
+    rows = [name for name in rows_for(settings) if not only or name in {"centralised", *only}]
     jobs = [(v, name, seed) for v in variants for name in rows for seed in range(seeds)]
+    settings_of = [changed(settings, {**variants[v], "run": {"seed": s, "engine": "inline"}}) for v, _, s in jobs]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for variant, name, seed in track(jobs, description="training", console=Console(stderr=True)):
-        start = time.perf_counter()
-        result = rows[name](changed(settings, {**variants[variant], "run": {"seed": seed, "engine": "inline"}}))
-        runs.setdefault((variant, name), []).append({**result, "wall": time.perf_counter() - start})
+    # fresh processes, since a fork of one that has used torch's threads can hang
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+        results = pool.map(run_row, [name for _, name, _ in jobs], settings_of)
+        bar = track(zip(jobs, results, strict=True), "training", len(jobs), console=Console(stderr=True))
+        for (variant, name, _), result in bar:
+            runs.setdefault((variant, name), []).append(result)
     return {v: {name: summarise(runs[v, name], runs[v, "centralised"]) for name in rows} for v in variants}
 
 
@@ -204,7 +223,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="rows besides centralised; default: all")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in fedsplit simulate")
     arguments = parser.parse_args()
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     settings = load_settings(arguments.config, arguments.set)
     results = measure(settings, arguments.seeds, arguments.only)
     print_table(results)

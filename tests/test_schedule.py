@@ -248,10 +248,10 @@ def test_a_pickle_is_not_loaded(state: NodeState) -> None:
 def test_chunks_of_earlier_rounds_are_forgotten(state: NodeState) -> None:
     for number in (2, 9, 10, 11):
         state.save_pending(number, some_pending(number))
-    state.count_exposures("train", 1, np.array([0]), 2)
+    state.count_exposures("train", 1, np.array([0]))
     state.forget_before(10)
     assert [n for n in range(1, 20) if state.load_pending(n)] == [10, 11]
-    assert state.count_exposures("train", 1, np.array([0]), 2) == 1  # the ledger is not forgotten
+    assert state.count_exposures("train", 1, np.array([0])) == 1  # the ledger is not forgotten
 
 
 def test_a_process_killed_while_writing_leaves_the_old_file(state: NodeState) -> None:
@@ -267,37 +267,37 @@ def test_a_process_killed_while_writing_leaves_the_old_file(state: NodeState) ->
 # --- exposures -------------------------------------------------------------------------------------------------
 
 
-def ledger(state: NodeState, name: str = "train") -> list[int]:
+def ledger(state: NodeState, name: str = "train") -> dict[int, int]:
     with np.load(state.folder / f"exposures-{name}.npz") as file:
-        return file["counts"].tolist()
+        return dict(zip(file["names"].tolist(), file["counts"].tolist(), strict=True))
 
 
 def test_new_releases_are_counted_by_record(state: NodeState) -> None:
-    found = [state.count_exposures("train", i, np.array(p), 4) for i, p in enumerate([[0, 1], [1, 2], [3], [1]])]
+    found = [state.count_exposures("train", i, np.array(p)) for i, p in enumerate([[0, 1], [1, 2], [3], [1]])]
     assert found == [1, 2, 2, 3]
-    assert ledger(state) == [1, 3, 1, 1]
+    assert ledger(state) == {0: 1, 1: 3, 2: 1, 3: 1}
 
 
 def test_the_same_release_is_counted_once_even_by_another_process(state: NodeState) -> None:
-    found = [NodeState(state.folder).count_exposures("train", r, np.array([0, 1]), 3) for r in (71, 71, 72, 72, 71)]
+    found = [NodeState(state.folder).count_exposures("train", r, np.array([0, 1])) for r in (71, 71, 72, 72, 71)]
     assert found == [1, 1, 2, 2, 2]
-    assert ledger(state) == [2, 2, 0]
+    assert ledger(state) == {0: 2, 1: 2}
 
 
 def test_test_records_have_their_own_ledger(state: NodeState) -> None:
-    assert state.count_exposures("train", 5, np.array([0]), 1) == 1
-    assert state.count_exposures("test", 5, np.array([1]), 2) == 1
-    assert (ledger(state), ledger(state, "test")) == ([1], [0, 1])
+    assert state.count_exposures("train", 5, np.array([0])) == 1
+    assert state.count_exposures("test", 5, np.array([1])) == 1
+    assert (ledger(state), ledger(state, "test")) == ({0: 1}, {1: 1})
 
 
 def test_releases_are_remembered_by_name_for_a_while(state: NodeState) -> None:
     for name in range(40):
-        state.count_exposures("train", 2**61 + name, np.array([0]), 1)
-    assert state.count_exposures("train", 2**61 + 39, np.array([0]), 1) == 40
-    assert state.count_exposures("train", 2**61 + 30, np.array([0]), 1) == 40
+        state.count_exposures("train", 2**61 + name, np.array([0]))
+    assert state.count_exposures("train", 2**61 + 39, np.array([0])) == 40
+    assert state.count_exposures("train", 2**61 + 30, np.array([0])) == 40
     with np.load(state.folder / "exposures-train.npz") as file:
         assert len(file["recent"]) == 16
 
 
 def test_a_node_without_records_has_no_exposures(state: NodeState) -> None:
-    assert state.count_exposures("train", 1, np.zeros(0, dtype=np.int64), 0) == 0
+    assert state.count_exposures("train", 1, np.zeros(0, dtype=np.int64)) == 0

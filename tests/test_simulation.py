@@ -14,8 +14,11 @@ from conftest import CONFIGS, small_settings
 from references import largest_difference, moved, trained
 
 from fedsplit import simulate
+from fedsplit.checkpoint import load_checkpoint
 from fedsplit.config import Settings, load_settings
+from fedsplit.errors import RunError
 from fedsplit.first_layer import STRATEGIES
+from fedsplit.training import TrainingRun
 
 EXACT = [
     "run.rounds=3",
@@ -201,3 +204,42 @@ def test_regression_learns(tmp_path: Path) -> None:
     result = simulate(settings, out=tmp_path / "run")
     assert result["test_accuracy"] is None
     assert result["test_r2"] > 0.8
+
+
+def test_a_trunk_that_diverges_stops_before_its_checkpoint(tmp_path: Path) -> None:
+    settings = small_settings(run={"rounds": 30}, trunk={"optimizer": "sgd", "lr": 1e38})
+    with pytest.raises(RunError, match=r"the trunk is not finite: lower trunk\.lr"):
+        simulate(settings, out=tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint"
+    assert not checkpoint.exists() or all(t.isfinite().all() for t in trained(tmp_path / "run").values())
+
+
+def test_a_checkpoint_survives_two_kills(tmp_path: Path) -> None:
+    """Killed between the two renames, and again while the next checkpoint is written."""
+    settings = small_settings(run={"rounds": 6})
+    whole = simulate(settings, out=tmp_path / "whole")
+
+    def interrupt(metrics: dict[str, object]) -> None:
+        if metrics["round"] == 3:
+            raise KeyboardInterrupt
+
+    run = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        simulate(settings, out=run, report=interrupt)
+    (run / "checkpoint").rename(run / "checkpoint.new")
+    (run / "checkpoint.old").mkdir()
+    strategy = TrainingRun(settings, run).strategy
+    assert load_checkpoint(run / "checkpoint", strategy) is not None
+    (run / "checkpoint.new").mkdir(exist_ok=True)
+    (run / "checkpoint.new" / "state.pt").write_bytes(b"half")
+    assert simulate(settings, out=run, resume=True)["test_loss"] == whole["test_loss"]
+
+
+@pytest.mark.parametrize("name", ["state.pt", "trunk.safetensors", "first_layer.safetensors"])
+def test_a_damaged_checkpoint_is_named(name: str, tmp_path: Path) -> None:
+    settings = small_settings()
+    simulate(settings, out=tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint" / name
+    path.write_bytes(bytes(len(path.read_bytes())))
+    with pytest.raises(RunError, match=r"checkpoint .* is damaged"):
+        simulate(settings, out=tmp_path / "run", resume=True)

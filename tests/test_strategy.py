@@ -1,0 +1,179 @@
+"""What happens when nodes do not answer, answer late, or lie."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import small_settings
+from flwr.app import Error, Message
+from references import largest_difference, moved, trained
+
+from fedsplit import wire
+from fedsplit.client_app import client_app
+from fedsplit.errors import RunError
+from fedsplit.grid import InProcessGrid
+from fedsplit.training import TrainingRun, open_run_folder
+
+Change = Callable[[int, Message, Message], Message | None]
+
+
+class FaultyGrid(InProcessGrid):
+    """Changes or swallows replies: ``change(round of the message, message, reply)``."""
+
+    change: Change
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            sent = wire.from_record(message.content)
+            (identifier,) = super().push_messages([message])
+            number = 0
+            if message.metadata.message_type != "query":
+                number = int(np.frombuffer(sent[sent.index(self.marker) :], dtype="<i8", count=2)[1])
+            reply = self.change(number, message, self._replies.pop(identifier))
+            if reply is not None:
+                self._replies[identifier] = reply
+            ids.append(identifier)
+        return ids
+
+
+def train(tmp_path: Path, change: Change, nodes: int = 5, **changes: dict[str, Any]) -> TrainingRun:
+    protocol = {"timeout": 0.2, **changes.pop("protocol", {})}
+    settings = small_settings(protocol=protocol, **changes)
+    folder = tmp_path / "run"
+    open_run_folder(folder, settings, resume=False)
+    run = TrainingRun(settings, folder)
+    grid = FaultyGrid(client_app(settings.to_json(), str(folder / "nodes")), nodes)
+    grid.change = change
+    grid.marker = run.strategy.progress.run.to_bytes(8, "little")
+    run.train(grid)
+    return run
+
+
+def kept(number: int, message: Message, reply: Message) -> Message:
+    return reply
+
+
+def node_of(message: Message) -> int:
+    return message.metadata.dst_node_id - 2
+
+
+def test_a_silent_node_is_left_out_and_its_gradients_wait(tmp_path: Path) -> None:
+    seen = []
+
+    def silent_in_round_2(number: int, message: Message, reply: Message) -> Message | None:
+        seen.append(number)
+        return None if number == 2 and node_of(message) == 1 else reply
+
+    run = train(tmp_path, silent_in_round_2)
+    assert run.result is not None and run.result["rounds"] == 4
+    # its chunk of round 2 is missing: the other two training devices' and 3, 4 train in every round
+    assert run.result["samples"] == 4 * sum(7 + 3 * d for d in range(5)) - 10
+    assert run.strategy.progress.pending == []
+
+
+def test_late_gradients_are_applied_once(tmp_path: Path) -> None:
+    """A reply that is lost on its way is asked for again, and counts once: as many gradients as records."""
+    counted = []
+
+    def lose(number: int, message: Message, reply: Message) -> Message | None:
+        if number == 2 and node_of(message) == 1:
+            return None
+        if message.metadata.message_type == "train" and reply.has_content():
+            upload = wire.Upload.from_bytes(wire.from_record(reply.content), parameters=130)
+            counted.append(int(upload.gradients.records.sum()))
+        return reply
+
+    run = train(tmp_path, lose)
+    assert run.result is not None and sum(counted) == run.result["samples"]
+
+
+def test_gradients_too_late_are_dropped(tmp_path: Path) -> None:
+    def never_again(number: int, message: Message, reply: Message) -> Message | None:
+        return None if number >= 2 and node_of(message) == 1 else reply
+
+    run = train(tmp_path, never_again, run={"rounds": 6}, protocol={"max-staleness": 1})
+    assert run.result is not None and run.result["rounds"] == 6
+    assert run.strategy.progress.pending == []
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "pipelined"])
+def test_a_straggler_in_the_last_round_does_not_end_the_run(mode: str, tmp_path: Path) -> None:
+    def silent_at_the_end(number: int, message: Message, reply: Message) -> Message | None:
+        return None if number == 4 and node_of(message) == 1 else reply
+
+    run = train(tmp_path, silent_at_the_end, protocol={"mode": mode})
+    assert run.result is not None and run.result["test_accuracy"] is not None
+
+
+def test_too_few_answers_end_the_run_after_a_checkpoint(tmp_path: Path) -> None:
+    def all_but_one_fall_silent(number: int, message: Message, reply: Message) -> Message | None:
+        return reply if number < 3 or node_of(message) == 0 else None
+
+    with pytest.raises(RunError, match=r"round 3: 1 of 5 nodes answered, protocol\.min-nodes is 2"):
+        train(tmp_path, all_but_one_fall_silent, protocol={"min-nodes": 2})
+    assert trained(tmp_path / "run")
+
+
+def test_more_nodes_needed_than_there_are(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"5 nodes are connected, protocol\.min-nodes is 6"):
+        train(tmp_path, kept, protocol={"min-nodes": 6})
+
+
+@pytest.mark.parametrize("reason", ["", " \n ", "boom"])
+def test_an_error_reply_leaves_the_node_out(reason: str, tmp_path: Path) -> None:
+    def fails(number: int, message: Message, reply: Message) -> Message:
+        return Message(Error(2, reason), reply_to=message) if number == 2 and node_of(message) == 1 else reply
+
+    run = train(tmp_path, fails)
+    assert run.result is not None and run.result["rounds"] == 4
+
+
+def changed(reply: Message, **fields: Any) -> Message:
+    """Return the reply with some of its upload's fields changed."""
+    upload = wire.Upload.from_bytes(wire.from_record(reply.content), parameters=130)
+    reply.content = wire.to_record(wire.Upload(**{**vars(upload), **fields}).to_bytes())
+    return reply
+
+
+def lying_release(reply: Message, **fields: Any) -> Message:
+    upload = wire.Upload.from_bytes(wire.from_record(reply.content), parameters=130)
+    return changed(reply, release=wire.Release(**{**vars(upload.release), **fields}))
+
+
+LIES: dict[str, Callable[[Message], Message]] = {
+    "another node's device": lambda r: lying_release(r, devices=np.array([4])),
+    "a class that does not exist": lambda r: lying_release(r, targets=np.full(10, 3)),
+    "float targets": lambda r: lying_release(r, targets=np.zeros(10, np.float32)),
+    "a device that failed and did not": lambda r: changed(r, failed=np.array([1])),
+    "more records in the gradient": lambda r: changed(
+        r, gradients=wire.Gradients(np.array([-1]), np.array([1000]), np.ones((1, 130), np.float32))
+    ),
+    "a gradient that was not asked for": lambda r: changed(
+        r, gradients=wire.Gradients(np.array([1, 2]), np.array([10, 10]), np.ones((2, 130), np.float32))
+    ),
+    "no upload": lambda r: Message(wire.to_record(b"garbage"), reply_to=r),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lying_node_is_left_out(lie: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def lies(number: int, message: Message, reply: Message) -> Message:
+        if number == 2 and node_of(message) == 1:
+            if lie == "no upload":
+                return Message(wire.to_record(b"garbage"), reply_to=message)
+            return LIES[lie](reply)
+        return reply
+
+    run = train(tmp_path / "lying", lies)
+    assert "a node is left out" in caplog.text
+
+    def silent(number: int, message: Message, reply: Message) -> Message | None:
+        return None if number == 2 and node_of(message) == 1 else reply
+
+    train(tmp_path / "silent", silent)
+    found = trained(tmp_path / "lying" / "run")
+    assert moved(run.settings, found) > 1e-3
+    assert largest_difference(found, trained(tmp_path / "silent" / "run")) == 0.0

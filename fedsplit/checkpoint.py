@@ -21,9 +21,10 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
+from fedsplit.answers import PendingBlock
 from fedsplit.errors import RunError
 from fedsplit.state import replacing
-from fedsplit.strategy import PendingBlock, Progress, SplitStrategy, Totals
+from fedsplit.strategy import Progress, SplitStrategy, Totals
 from fedsplit.trunk import Batches
 from fedsplit.wire import CutGradients
 

@@ -71,6 +71,7 @@ def simulate(
 def _on_ray(run: TrainingRun, app: Any, nodes: int) -> dict[str, Any]:
     """Train on Flower's simulation runtime with a private local Ray."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later versions of Ray do; saves a warning
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     import ray
     from flwr.simulation import run_simulation

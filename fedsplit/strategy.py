@@ -16,10 +16,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedsplit.answers import PendingBlock, check_upload
 from fedsplit.errors import FedsplitError, RunError, WireError
 from fedsplit.first_layer import FirstLayerServer
 from fedsplit.model import FirstLayer
-from fedsplit.packing import IntArray, sum_groups
+from fedsplit.packing import sum_groups
 from fedsplit.schedule import Schedule
 from fedsplit.trunk import Batches, Trunk
 from fedsplit.wire import (
@@ -71,14 +72,6 @@ class ProtocolOptions:
     devices: int
     test_devices: tuple[int, ...]
     evaluate_every: int
-
-
-@dataclass(frozen=True)
-class PendingBlock:
-    """Cut gradients that a node has still to answer, and how many records each of its devices released."""
-
-    cut: CutGradients
-    records: IntArray
 
 
 @dataclass
@@ -394,7 +387,9 @@ class SplitStrategy(Strategy):
             try:
                 payload = _payload(reply)
                 upload = Upload.from_bytes(payload, parameters=self.layer.size)
-                self._check_upload(upload, asked[node])
+                check_upload(
+                    upload, asked[node], self.progress.pending, self.layer.width, self.trunk.task, self.trunk.outputs
+                )
             except FedsplitError as error:
                 reasons.append(str(error))
                 log.warning("round %d: a node is left out: %s", self.progress.round_number, error)
@@ -439,49 +434,9 @@ class SplitStrategy(Strategy):
             if device in failed and not test:
                 self.schedule.not_released(device, start)
 
-    def _check_upload(self, upload: Upload, asked: Download) -> None:
-        """Refuse an upload that does not answer what was asked; raises WireError."""
-        release, task = upload.release, self.trunk.task
-        scheduled = {row[0]: row[3] - row[2] for row in asked.schedule.tolist()}
-        given = dict(zip(release.devices.tolist(), release.records.tolist(), strict=True))
-        if set(given) & set(upload.failed.tolist()) or set(given) | set(upload.failed.tolist()) != set(scheduled):
-            raise WireError("devices must be those that were asked")
-        if wrong := [d for d, n in given.items() if n != scheduled[d]]:
-            raise WireError(f"records: device {wrong[0]} released {given[wrong[0]]}, asked {scheduled[wrong[0]]}")
-        if given and release.width != self.layer.width:
-            raise WireError(f"width must be {self.layer.width}, got {release.width}")
-        if len(release.targets):
-            _check_targets(release, task, self.trunk.outputs)
-        self._check_gradients(upload, asked)
-
-    def _check_gradients(self, upload: Upload, asked: Download) -> None:
-        lost = set(upload.lost.tolist())
-        blocks = {id(b.cut): b for b in self.progress.pending}
-        expected: dict[int, int] = {}
-        for cut in asked.pending:
-            if cut.round_number in lost:
-                continue
-            for device, count in zip(cut.devices.tolist(), blocks[id(cut)].records.tolist(), strict=True):
-                group = device if asked.per_device else -1
-                expected[group] = expected.get(group, 0) + count
-        found = dict(zip(upload.gradients.devices.tolist(), upload.gradients.records.tolist(), strict=True))
-        if found != {group: count for group, count in expected.items() if count}:
-            raise WireError("gradient records must be those of the pending chunks")
-
 
 def _payload(reply: Message) -> bytes:
     if reply.has_error():
         # a ClientApp's exception text comes along; fedsplit's own say what happened without any data
         raise RunError(((reply.error.reason or "").strip().splitlines() or ["no reason given"])[-1][:300])
     return from_record(reply.content)
-
-
-def _check_targets(release: Release, task: str, outputs: int) -> None:
-    targets = release.targets
-    if task == "regression":
-        if targets.dtype.kind != "f" or targets.shape[1:] != (outputs,):
-            raise WireError(f"targets must be float32 with {outputs} columns")
-        return
-    classes = max(outputs, 2)
-    if targets.dtype.kind != "i" or targets.ndim != 1 or targets.min() < 0 or targets.max() >= classes:
-        raise WireError(f"targets must be classes in 0..{classes - 1}")

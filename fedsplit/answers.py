@@ -1,0 +1,80 @@
+"""Whether an upload answers what was asked: the server treats devices' messages as hostile."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedsplit.errors import WireError
+from fedsplit.packing import IntArray
+from fedsplit.wire import CutGradients, Download, Release, Upload
+
+
+@dataclass(frozen=True)
+class PendingBlock:
+    """Cut gradients that a node has still to answer, and how many records each of its devices released."""
+
+    cut: CutGradients
+    records: IntArray
+
+
+def check_upload(
+    upload: Upload, asked: Download, pending: Sequence[PendingBlock], width: int, task: str, outputs: int
+) -> None:
+    """Refuse an upload that does not answer a download.
+
+    Parameters
+    ----------
+    upload : Upload
+        Well-formed in itself.
+    asked : Download
+        What its node was sent.
+    pending : sequence of PendingBlock
+        Holds at least the blocks that went with ``asked``.
+    width : int
+        Outputs of the first layer.
+    task, outputs
+        Which targets there can be.
+
+    Raises
+    ------
+    WireError
+        With the field and what it must be.
+    """
+    release = upload.release
+    scheduled = {row[0]: row[3] - row[2] for row in asked.schedule.tolist()}
+    given = dict(zip(release.devices.tolist(), release.records.tolist(), strict=True))
+    failed = set(upload.failed.tolist())
+    if set(given) & failed or set(given) | failed != set(scheduled):
+        raise WireError("devices must be those that were asked")
+    if wrong := [d for d, n in given.items() if n != scheduled[d]]:
+        raise WireError(f"records: device {wrong[0]} released {given[wrong[0]]}, asked {scheduled[wrong[0]]}")
+    if given and release.width != width:
+        raise WireError(f"width must be {width}, got {release.width}")
+    if len(release.targets):
+        _check_targets(release, task, outputs)
+    _check_gradients(upload, asked, pending)
+
+
+def _check_gradients(upload: Upload, asked: Download, pending: Sequence[PendingBlock]) -> None:
+    lost = set(upload.lost.tolist())
+    records = {id(block.cut): block.records for block in pending}
+    expected: dict[int, int] = {}
+    for cut in asked.pending:
+        if cut.round_number in lost:
+            continue
+        for device, count in zip(cut.devices.tolist(), records[id(cut)].tolist(), strict=True):
+            group = device if asked.per_device else -1
+            expected[group] = expected.get(group, 0) + count
+    found = dict(zip(upload.gradients.devices.tolist(), upload.gradients.records.tolist(), strict=True))
+    if found != {group: count for group, count in expected.items() if count}:
+        raise WireError("gradient records must be those of the pending chunks")
+
+
+def _check_targets(release: Release, task: str, outputs: int) -> None:
+    targets = release.targets
+    if task == "regression":
+        if targets.dtype.kind != "f" or targets.shape[1:] != (outputs,):
+            raise WireError(f"targets must be float32 with {outputs} columns")
+        return
+    classes = max(outputs, 2)
+    if targets.dtype.kind != "i" or targets.ndim != 1 or targets.min() < 0 or targets.max() >= classes:
+        raise WireError(f"targets must be classes in 0..{classes - 1}")

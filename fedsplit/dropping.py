@@ -15,12 +15,11 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from fedsplit.errors import ConfigError
+from fedsplit.packing import FloatArray
 
 POLICIES = ("none", "random", "at-most", "top-k")
 KEYED_ROUND = 0  # training rounds count from 1; keyed masks (all of prediction) ignore the round
 _DROPPING, _ORDER = 0, 1  # purposes: no two uses of a secret share a counter block
-
-FloatArray = NDArray[np.float32]
 
 
 def simulation_secret(seed: int, device_id: int) -> bytes:

@@ -138,6 +138,11 @@ def changed(reply: Message, **fields: Any) -> Message:
     return reply
 
 
+def garbage(reply: Message) -> Message:
+    reply.content = wire.to_record(b"garbage")
+    return reply
+
+
 def lying_release(reply: Message, **fields: Any) -> Message:
     upload = wire.Upload.from_bytes(wire.from_record(reply.content), parameters=130)
     return changed(reply, release=wire.Release(**{**vars(upload.release), **fields}))
@@ -154,7 +159,7 @@ LIES: dict[str, Callable[[Message], Message]] = {
     "a gradient that was not asked for": lambda r: changed(
         r, gradients=wire.Gradients(np.array([1, 2]), np.array([10, 10]), np.ones((2, 130), np.float32))
     ),
-    "no upload": lambda r: Message(wire.to_record(b"garbage"), reply_to=r),
+    "no upload": garbage,
 }
 
 
@@ -162,8 +167,6 @@ LIES: dict[str, Callable[[Message], Message]] = {
 def test_a_lying_node_is_left_out(lie: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def lies(number: int, message: Message, reply: Message) -> Message:
         if number == 2 and node_of(message) == 1:
-            if lie == "no upload":
-                return Message(wire.to_record(b"garbage"), reply_to=message)
             return LIES[lie](reply)
         return reply
 

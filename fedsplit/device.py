@@ -1,8 +1,8 @@
 """One node's devices: the forward half of a chunk, the backward half of a pending one, prediction.
 
 All devices share the first layer, so a node computes the records of all of them in one product. What depends on the
-device (secret, masks, order) is taken per device, so how devices are packed into nodes changes nothing but the
-order of float additions.
+device (secret, masks, order, gradients) is taken per device, and devices are added in float64: how devices are packed
+into nodes changes no release, and a sum of gradients by far less than a float32 can show.
 """
 
 import logging
@@ -192,7 +192,7 @@ class Node:
 
     def _backward(self, download: Download, state: NodeState) -> tuple[Gradients, IntArray]:
         """Sum the first-layer gradients of all pending chunks, per device or over the node."""
-        sums: dict[int, FloatArray] = {}
+        sums: dict[int, NDArray[np.float64]] = {}
         counts: dict[int, int] = {}
         lost: list[int] = []
         for block in download.pending:
@@ -201,54 +201,48 @@ class Node:
                 lost.append(block.round_number)
                 continue
             try:
-                chunk = self._chunk_gradients(pending, block, per_device=download.per_device)
+                chunk = self._chunk_gradients(pending, block)
             except Exception as error:  # see _size
                 log.warning("backward half of round %d failed (%s)", block.round_number, type(error).__name__)
                 lost.append(block.round_number)
                 continue
-            for group, count, total in chunk:
+            for device, count, total in chunk:
+                group = device if download.per_device else _WHOLE_NODE
                 sums[group] = sums[group] + total if group in sums else total
                 counts[group] = counts.get(group, 0) + count
         groups = sorted(sums)
         gradients = self._gradients([sums[g] for g in groups], [counts[g] for g in groups], groups)
         return gradients, np.array(lost, dtype=np.int64)
 
-    def _gradients(self, sums: list[FloatArray], counts: list[int], groups: Sequence[int] = ()) -> Gradients:
+    def _gradients(self, sums: list[NDArray[np.float64]], counts: list[int], groups: Sequence[int] = ()) -> Gradients:
         return Gradients(
             np.array(groups, dtype=np.int64),
             np.array(counts, dtype=np.int64),
-            np.stack(sums) if sums else np.zeros((0, self.first_layer.size), np.float32),
+            np.stack(sums) if sums else np.zeros((0, self.first_layer.size)),
         )
 
-    def _chunk_gradients(
-        self, pending: Pending, block: CutGradients, *, per_device: bool
-    ) -> list[tuple[int, int, FloatArray]]:
-        """Return (group, records, dW of the summed loss) of a pending chunk's groups."""
+    def _chunk_gradients(self, pending: Pending, block: CutGradients) -> list[tuple[int, int, NDArray[np.float64]]]:
+        """Return (device, records, dW of the summed loss) of a pending chunk's devices."""
         delta = block.values()
         if len(pending.slopes):
             delta = delta * pending.slopes
         stops = np.cumsum(pending.records)
         rows = np.concatenate([[0], stops])
         values = np.concatenate([[0], np.cumsum(pending.counts)])
-        x = [
-            self._records(d, test=False).x[pending.index[rows[i] : rows[i + 1]]]
-            for i, d in enumerate(pending.devices.tolist())
-        ]
-        if per_device:
-            bounds = list(zip(pending.devices.tolist(), rows[:-1], rows[1:], strict=True))
-        else:
-            x = [np.concatenate(x)]
-            bounds = [(_WHOLE_NODE, 0, int(rows[-1]))]
-        return [
-            (group, int(stop - start), self._gradient(xs, pending, start, stop, delta[values[start] : values[stop]]))
-            for (group, start, stop), xs in zip(bounds, x, strict=True)
-            if stop > start
-        ]
+        result = []
+        for device, start, stop in zip(pending.devices.tolist(), rows[:-1].tolist(), rows[1:].tolist(), strict=True):
+            if stop > start:
+                x = self._records(device, test=False).x[pending.index[start:stop]]
+                total = self._gradient(x, pending, start, stop, delta[values[start] : values[stop]])
+                result.append((device, stop - start, total))
+        return result
 
-    def _gradient(self, x: FloatArray, pending: Pending, start: int, stop: int, delta: FloatArray) -> FloatArray:
+    def _gradient(
+        self, x: FloatArray, pending: Pending, start: int, stop: int, delta: FloatArray
+    ) -> NDArray[np.float64]:
         """Return dW over the rows ``start:stop`` of a pending chunk; ``delta`` are their values at what was sent."""
         layer, used = self.first_layer, 0
-        total = np.zeros(layer.size, dtype=np.float32)
+        total = np.zeros(layer.size)
         for first in range(start, stop, BLOCK):
             last = min(first + BLOCK, stop)
             pattern = unpack_bitmap(pending.bitmap[first:last], layer.width)

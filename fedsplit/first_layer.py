@@ -10,12 +10,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.run import Run
+from numpy.typing import NDArray
 
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.model import Weights
-from fedsplit.packing import FloatArray
 from fedsplit.schedule import scheduled
 
+Gradient = Mapping[str, NDArray[np.float64]]
 ADAPTIVE = ("FedAdam", "FedYogi", "FedAdagrad")
 PER_DEVICE = ("FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
 """Strategies that are not a weighted mean: they need one contribution per device."""
@@ -71,7 +72,7 @@ class FirstLayerServer:
     """Steps the shared first layer.
 
     Each contribution becomes a pseudo-model ``W - lr * sum / count`` with weight ``count``, which the strategy
-    aggregates like any client's model.
+    aggregates like any client's model; in float64, so that the grouping of contributions does not show in the weights.
 
     Parameters
     ----------
@@ -99,7 +100,7 @@ class FirstLayerServer:
         """Whether the strategy needs one contribution per device."""
         return _is_a(self.strategy, PER_DEVICE) or not isinstance(self.strategy, flower.FedAvg)
 
-    def step(self, round_number: int, contributions: Sequence[tuple[Weights, int]]) -> None:
+    def step(self, round_number: int, contributions: Sequence[tuple[Gradient, int]]) -> None:
         """Apply (sum of gradients, record count) pairs, in the order given.
 
         Raises
@@ -132,8 +133,8 @@ class FirstLayerServer:
             raise RunError(f"round {round_number}: first-layer weights are not finite; lower first-layer.lr")
         self.weights = {name: new[name] for name in self.weights}
 
-    def _reply(self, node: int, total: Weights, step: float, count: int) -> Message:
-        model = {name: w - np.float32(step) * total[name] for name, w in self.weights.items()}
+    def _reply(self, node: int, total: Gradient, step: float, count: int) -> Message:
+        model = {name: w - step * total[name] for name, w in self.weights.items()}
         content = RecordDict({"arrays": _arrays(model), "metrics": MetricRecord({"num-examples": count})})
         request = Message(RecordDict(), node, MessageType.TRAIN)
         request.metadata.__dict__["_message_id"] = str(node)  # a reply needs one; only a SuperLink sets it
@@ -163,5 +164,5 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, int | float | np.ndarray)
 
 
-def _arrays(weights: Mapping[str, FloatArray]) -> ArrayRecord:
+def _arrays(weights: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     return ArrayRecord({name: Array(np.ascontiguousarray(w)) for name, w in weights.items()})

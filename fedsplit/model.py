@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "identity": nn.Identity,
 }
+Number = TypeVar("Number", bound=np.floating[Any])
 Weights = dict[str, NDArray[np.float32]]
+_FEW = 64  # rows; the kernels seen differ below 4 per thread
 
 
 class FirstLayer:
@@ -87,8 +89,11 @@ class FirstLayer:
 
     def pre_activations(self, weights: Mapping[str, NDArray[np.float32]], x: NDArray[np.float32]) -> Tensor:
         """Return Wx + b as float32 ``(records, *cut_shape)``."""
+        # Matrix kernels choose by the number of rows when these are few: rows to spare keep a record's outputs the
+        # same to the last bit, whatever other records it is computed with.
+        spare = np.zeros((max(0, _FEW - len(x)), *self.input_shape), np.float32)
         with torch.no_grad():
-            return self._apply(weights, torch.from_numpy(x))
+            return self._apply(weights, torch.from_numpy(np.concatenate([x, spare])))[: len(x)]
 
     def derivative(self, pre_activations: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the activation's derivative at each value, any shape, float32."""
@@ -122,7 +127,7 @@ class FirstLayer:
         """Join the parameters into one float32 vector, in the layer's own order."""
         return np.concatenate([np.asarray(weights[n], dtype=np.float32).ravel() for n in self.shapes])
 
-    def unflatten(self, vector: NDArray[np.float32]) -> Weights:
+    def unflatten(self, vector: NDArray[Number]) -> dict[str, NDArray[Number]]:
         """Undo :meth:`flatten`; the vector's length must be :attr:`size`."""
         ends = np.cumsum([math.prod(s) for s in self.shapes.values()])
         pieces = np.split(vector, ends[:-1])

@@ -20,7 +20,7 @@ VERSION = 1
 MAX_DEVICES = 10_000_000
 VALUE_DTYPES = ("float16", "float32")
 _MAGIC = b"fs"
-_DTYPES = [np.dtype(f"<{c}") for c in ("f4", "f2", "i4", "i8", "u1", "u2", "u4")]
+_DTYPES = [np.dtype(f"<{c}") for c in ("f4", "f2", "i4", "i8", "u1", "u2", "u4", "f8")]
 _TOP = 15  # the largest value of a chunk is scaled into [2^14, 2^15): float16 ends below 2^16
 
 IntArray = NDArray[np.int64]

@@ -128,13 +128,14 @@ class Gradients:
         One id per sum, or -1 for the sum over all of the node's devices.
     records : int64 array (groups,)
         How many records each sum is over.
-    sums : float32 array (groups, parameters)
-        dW of the summed loss.
+    sums : float64 array (groups, parameters)
+        dW of the summed loss. Not float32: its last bit would tell how devices are packed into nodes, and adaptive
+        steps magnify that into other weights.
     """
 
     devices: IntArray
     records: IntArray
-    sums: FloatArray
+    sums: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Upload:
         records = take.array("gradient records", "i8", 1, size=len(devices)).astype(np.int64)
         check("gradient devices", bool((np.diff(devices) > 0).all()), "must be ascending")
         check("gradient records", bool((records > 0).all()), "must be positive")
-        sums = take.array("gradients", "f4", 2, size=len(devices)).astype(np.float32)
+        sums = take.array("gradients", "f8", 2, size=len(devices)).astype(np.float64)
         check("gradients", sums.shape[1] == parameters, f"must have {parameters} parameters")
         check("gradients", bool(np.isfinite(sums).all()), "must be finite")
         take.finish()

@@ -172,7 +172,7 @@ def header(table: bytes, count: int = 1, magic: bytes = b"fs", version: int = VE
         (header(b"", kind=8), "kind must be 9, got 8"),
         (header(b""), "length 6 is too short"),
         (header(b"\x00\x01\x00"), "length 9 is too short"),
-        (header(struct.pack("<BBI", 7, 1, 0)), "table has an unknown dtype or number of axes"),
+        (header(struct.pack("<BBI", 8, 1, 0)), "table has an unknown dtype or number of axes"),
         (header(struct.pack("<BB", 0, 0)), "table has an unknown dtype or number of axes"),
         (header(struct.pack("<BB3I", 0, 3, 0, 0, 0)), "table has an unknown dtype or number of axes"),
         (header(struct.pack("<BBI", 0, 1, 1)), "length is 12, the table says 16"),

@@ -57,9 +57,7 @@ def some_release(
 def some_upload(
     rng: np.random.Generator, records: list[int], width: int, dtype: str, targets: str, groups: int, lost: int = 1
 ) -> Upload:
-    sums = Gradients(
-        some_ids(rng, groups), rng.integers(1, 99, groups), rng.normal(size=(groups, PARAMETERS)).astype(np.float32)
-    )
+    sums = Gradients(some_ids(rng, groups), rng.integers(1, 99, groups), rng.normal(size=(groups, PARAMETERS)))
     release = some_release(rng, records, width, dtype, targets)
     return Upload(release, sums, rng.integers(1, 9, lost), some_ids(rng, lost), int(rng.integers(0, 2**40)))
 
@@ -152,7 +150,7 @@ def test_registrations_come_back(seed: int, devices: int) -> None:
 def test_counts_beyond_16_bits_come_back(width: int, dtype: str) -> None:
     release = some_release(np.random.default_rng(0), [1, 0, 1], width, dtype, keep=2.0)
     assert release.counts.tolist() == [width, width]
-    nothing = Gradients(ints(), ints(), np.zeros((0, PARAMETERS), dtype=np.float32))
+    nothing = Gradients(ints(), ints(), np.zeros((0, PARAMETERS)))
     sent = Upload(release, nothing, ints(), ints(), 0)
     assert_same(Upload.from_bytes(sent.to_bytes(), parameters=PARAMETERS), sent)
 
@@ -163,7 +161,7 @@ def test_what_was_kept_arrives_where_it_was(dtype: str, tolerance: float) -> Non
     x = rng.normal(size=(7, 13)).astype(np.float32)
     mask = rng.random(x.shape) < 0.5
     release = Release.pack(Kept.of(x, mask, zeros_count=True), ints(3, 8), ints(4, 3), np.zeros(7, np.int64), dtype)
-    sent = Upload(release, Gradients(ints(), ints(), np.zeros((0, 5), np.float32)), ints(), ints(), 0)
+    sent = Upload(release, Gradients(ints(), ints(), np.zeros((0, 5))), ints(), ints(), 0)
     found = Upload.from_bytes(sent.to_bytes(), parameters=5).release
     pattern = unpack_bitmap(found.bitmap, 13)
     assert np.array_equal(pattern, mask)
@@ -203,13 +201,13 @@ def test_an_upload_is_at_most_an_eighth_of_dense_float32() -> None:
     kept = Kept.of(x, mask, zeros_count=False)
     assert 0.09 < kept.counts.sum() / x.size < 0.11
     release = Release.pack(kept, ints(0), ints(records), np.zeros(records, dtype=np.int64), "float16")
-    upload = Upload(release, Gradients(ints(), ints(), np.zeros((0, 5), np.float32)), ints(), ints(), 1)
+    upload = Upload(release, Gradients(ints(), ints(), np.zeros((0, 5))), ints(), ints(), 1)
     assert len(upload.to_bytes()) <= 4 * records * width / 8
 
 
 # --- hostile payloads ------------------------------------------------------------------------------------------
 
-DTYPES = ("<f4", "<f2", "<i4", "<i8", "<u1", "<u2", "<u4")
+DTYPES = ("<f4", "<f2", "<i4", "<i8", "<u1", "<u2", "<u4", "<f8")
 
 
 def message(kind: str, dtype: str = "float16") -> Any:

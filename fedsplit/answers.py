@@ -42,10 +42,10 @@ def check_upload(
     release = upload.release
     scheduled = {row[0]: row[3] - row[2] for row in asked.schedule.tolist()}
     given = dict(zip(release.devices.tolist(), release.records.tolist(), strict=True))
-    failed = set(upload.failed.tolist())
-    if set(given) & failed or set(given) | failed != set(scheduled):
+    failed, refused = set(upload.failed.tolist()), set(upload.refused[:, 0].tolist())
+    if set(given) & failed or not set(scheduled) - refused <= set(given) | failed <= set(scheduled):
         raise WireError("devices must be those that were asked")
-    if wrong := [d for d, n in given.items() if n != scheduled[d]]:
+    if wrong := [d for d, n in given.items() if n > scheduled[d] or (n < scheduled[d] and d not in refused)]:
         raise WireError(f"records: device {wrong[0]} released {given[wrong[0]]}, asked {scheduled[wrong[0]]}")
     if given and release.width != width:
         raise WireError(f"width must be {width}, got {release.width}")

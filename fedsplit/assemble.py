@@ -1,20 +1,26 @@
 """From settings to the parts of a run: data source, model, dropping, a node's devices, the server's strategy."""
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fedsplit.config import Settings
-from fedsplit.data import Source, open_source
+from fedsplit.data import Records, Source, open_source, read_records
 from fedsplit.data.loading import resolve_function
 from fedsplit.device import Node
 from fedsplit.dropping import Dropping, simulation_secret
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, DataError
 from fedsplit.first_layer import FirstLayerServer, build_strategy
+from fedsplit.guard import Guard
 from fedsplit.model import SplitModel, build_model
+from fedsplit.privacy.accountant import ExposureAccountant
+from fedsplit.privacy.limits import SHIPPED, Limits, load_limits
+from fedsplit.privacy.transcript import record_exchange
 from fedsplit.schedule import Schedule, seed_of
 from fedsplit.state import NodeState
 from fedsplit.strategy import ProtocolOptions, SplitStrategy
@@ -37,7 +43,50 @@ def data_source(settings: Settings) -> Source:
         partition=devices.partition,
         alpha=devices.alpha,
         seed=settings.run.seed,
+        overlap=data.overlap,
     )
+
+
+def public_records(settings: Settings, source: Source) -> Records | None:
+    """Return the records that nobody has to protect, if the settings name any.
+
+    Raises
+    ------
+    ConfigError
+        If a device that gives its records is also one that is tested, or there is no such device.
+    DataError
+        If they cannot be read, or share a record with a device that does not give it.
+    """
+    chosen = settings.public
+    if chosen is None:
+        return None
+    donors = donor_devices(settings)
+    if tested := sorted(set(donors) & set(source.test_devices)):
+        raise ConfigError(f"public.devices: device {tested[0]} is a test device")
+    if wrong := [d for d in donors if d >= source.count]:
+        raise ConfigError(f"public.devices: device {wrong[0]} does not exist: ids are 0..{source.count - 1}")
+    if chosen.file is not None:
+        public = read_records(chosen.file, source)
+    else:
+        given = [source.device(device).train for device in donors]
+        public = Records(np.concatenate([r.x for r in given]), np.concatenate([r.y for r in given]))
+    if not len(public):
+        raise ConfigError("public: there are no records")
+    _check_disjoint(public, source, donors)
+    return public
+
+
+def donor_devices(settings: Settings) -> tuple[int, ...]:
+    """Return the devices that give their records to everybody; they take no part as devices."""
+    return tuple(sorted(set(settings.public.devices or ()))) if settings.public else ()
+
+
+def _check_disjoint(public: Records, source: Source, donors: Sequence[int]) -> None:
+    known = {row.tobytes() for row in public.x}
+    for device in range(source.count):
+        data = source.device(device)
+        if device not in donors and any(row.tobytes() in known for part in (data.train, data.test) for row in part.x):
+            raise DataError(f"public records overlap with those of device {device}, which does not give them")
 
 
 def split_model(settings: Settings, source: Source) -> SplitModel:
@@ -55,7 +104,7 @@ def split_model(settings: Settings, source: Source) -> SplitModel:
             assert model.name is not None
             built = build_model(model.name, source.input_shape, source.outputs, model.width, model.activation)
     _check_fit(built, source)
-    dropping(settings).check_width(built.first_layer.width)
+    dropping(settings).check_layer(built.first_layer.width, built.first_layer.positive_only)
     return built
 
 
@@ -78,7 +127,19 @@ def _check_fit(model: SplitModel, source: Source) -> None:
 def dropping(settings: Settings) -> Dropping:
     """Return the dropping policy."""
     chosen = settings.dropping
-    return Dropping(chosen.policy, keep=chosen.keep or 1.0, k=chosen.k or 0)
+    return Dropping(
+        chosen.policy,
+        keep=chosen.keep or 1.0,
+        k=chosen.k or 0,
+        bits=chosen.bits or 0,
+        clip=chosen.clip or 0.0,
+        noise=chosen.noise or 0.0,
+    )
+
+
+def limits(settings: Settings) -> Limits:
+    """Return the limits that a simulation's guard goes by."""
+    return load_limits(settings.guard.limits or SHIPPED)
 
 
 def num_nodes(settings: Settings, source: Source) -> int:
@@ -111,15 +172,32 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
     pooled = settings.data.name is not None
     data = source.device if pooled else lru_cache(maxsize=_CACHED_DEVICES)(source.device)
     seed = settings.run.seed
+    own_limits, enforce = limits(settings), settings.guard.mode == "enforce"
+    owner = sha256(b"%d %d %d" % (seed, partition, partitions)).digest()
+
+    def home(run: int) -> Path:
+        return Path(folder) / f"{run:x}" / str(partition)
+
+    def guard(run: int, ledger: str) -> Guard:
+        path = home(run) / f"ledger-{ledger}.npz"
+        if not home(run).exists():  # a virtual node is born with its first exchange; a ledger lost later is refused
+            home(run).mkdir(parents=True, mode=0o700)
+            for name in ("train", "test"):
+                ExposureAccountant.create(home(run) / f"ledger-{name}.npz", owner)
+        return Guard(own_limits, ExposureAccountant(path, owner), model.first_layer, enforce=enforce)
+
+    recorder = partial(record_exchange, Path(folder).parent / "audit" / "exchanges", partition)
     return Node(
         model.first_layer,
         dropping(settings),
         np.array_split(np.arange(source.count), partitions)[partition].tolist(),
         data,
         lambda device: simulation_secret(seed, device),
-        lambda run: NodeState(Path(folder) / f"{run:x}" / str(partition)),
+        lambda run: NodeState(home(run)),
+        guard,
         dtype=settings.protocol.dtype,
         keyed=settings.dropping.mask == "keyed",
+        record=recorder if settings.audit.targets else None,
     )
 
 
@@ -128,7 +206,7 @@ def split_strategy(settings: Settings, source: Source, model: SplitModel, run: i
     chosen, protocol, seed, rounds = settings.first_layer, settings.protocol, settings.run.seed, settings.run.rounds
     layer = model.first_layer
     first_layer = None
-    if chosen.strategy != "frozen":
+    if chosen.strategy != "frozen" and protocol.mode != "release-once":
         strategy = build_strategy(chosen.strategy, chosen.args)
         first_layer = FirstLayerServer(strategy, layer.initial_weights(), chosen.lr, chosen.schedule, rounds)
     trunk_options = TrunkOptions(
@@ -145,6 +223,7 @@ def split_strategy(settings: Settings, source: Source, model: SplitModel, run: i
         devices=source.count,
         test_devices=source.test_devices,
         evaluate_every=settings.run.evaluate_every,
+        donors=donor_devices(settings),
     )
-    schedule = Schedule(protocol.mode, protocol.chunk, settings.devices.fraction, rounds, seed)
+    schedule = Schedule(protocol.once, protocol.chunk, settings.devices.fraction, rounds, seed)
     return SplitStrategy(trunk, first_layer, layer, schedule, options, run)

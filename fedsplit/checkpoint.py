@@ -99,6 +99,8 @@ def _restore(folder: Path, strategy: SplitStrategy) -> float:
     replay = _load_replay(_replay_folder(folder), state["replayed"])
     if strategy.first_layer:
         strategy.first_layer.load_state(weights, state["first_layer"])
+    else:
+        strategy.layer.load_weights(weights)
     strategy.schedule.position = state["position"]
     pending = []
     for block in state["pending"]:

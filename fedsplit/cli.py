@@ -58,6 +58,47 @@ def simulate(
         Console().print(result_table(result, folder))
 
 
+@cli.command()
+def audit(
+    target: Annotated[Path, typer.Argument(help="Run folder; with --policy a settings file.")],
+    policy: Annotated[bool, typer.Option("--policy", help="Audit one release, before any training.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where --policy writes; default runs/NAME-TIMESTAMP.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, with --policy.")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer targets and attacks: about ten seconds.")] = False,
+    seed: Annotated[int, typer.Option(help="Equal seeds, equal figures.")] = 0,
+    fail_above: Annotated[float | None, typer.Option(help="Exit with 1 if the strongest PSNR is above (dB).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as JSON, logs on stderr.")] = False,
+) -> None:
+    """Attack what left the devices in a run, and say what came back."""
+    _quiet(False)
+    from fedsplit import auditing
+    from fedsplit import config as configuration
+    from fedsplit.report import audit_table
+    from fedsplit.training import default_folder
+
+    sys.path[:0] = [str(Path.cwd()), str(target.resolve().parent)]
+    if policy:
+        settings = configuration.load_settings(target, overrides or [])
+        folder = out or default_folder(settings)
+        report = auditing.audit_policy(settings, folder, seed=seed, quick=quick)
+    elif overrides or out:
+        raise ConfigError("--set and --out are for --policy: a run is audited as it was, in its folder")
+    else:
+        folder = target
+        report = auditing.audit_run(folder, seed=seed, quick=quick)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        Console().print(audit_table(report, folder))
+    if not report["control"]["holds"]:
+        _stderr.print("fedsplit: the negative control does not hold: the audit has failed", style="red")
+        sys.exit(1)
+    if fail_above is not None and report["strongest"]["psnr"] > fail_above:
+        said = f"fedsplit: strongest attack {report['strongest']['psnr']:.1f} dB is above {fail_above:g} dB"
+        _stderr.print(said, style="red", markup=False, highlight=False)
+        sys.exit(1)
+
+
 @contextmanager
 def _progress(rounds: int) -> Iterator[Any]:
     """Show a bar over rounds on stderr."""

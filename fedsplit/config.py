@@ -3,29 +3,23 @@
 An unknown key or a bad value is refused with the key, the value and what is allowed.
 """
 
-import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fedsplit.errors import ConfigError
 from fedsplit.first_layer import STRATEGIES
+from fedsplit.validation import Section, one_line
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, alias_generator=lambda name: name.replace("_", "-")
-    )
-
-
-class RunSettings(_Section):
+class RunSettings(Section):
     """``[run]``: the name (of the run folder), seed, rounds, engine, and rounds between evaluations (0: at the end)."""
 
     name: str = "run"
@@ -35,20 +29,22 @@ class RunSettings(_Section):
     evaluate_every: Annotated[int, Field(ge=0)] = 0
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     """``[data]``: one of ``name`` (a packaged data set), ``folder`` (of .npz files) or ``builder`` (module:function).
 
+    ``overlap``: whether the windows of ``wearables`` overlap by half or not at all.
     ``task`` and ``outputs`` (classes, or columns of a regression target) describe a user's own data.
     """
 
     name: str | None = None
     folder: str | None = None
     builder: str | None = None
+    overlap: bool = True
     task: Literal["classification", "binary", "regression"] | None = None
     outputs: Positive | None = None
 
 
-class DeviceSettings(_Section):
+class DeviceSettings(Section):
     """``[devices]``: how many there are (test devices included), how many a node hosts, who holds what.
 
     ``test``: a list of device ids, a number (the last ones) or ``"all"`` (every device that has test records).
@@ -63,7 +59,7 @@ class DeviceSettings(_Section):
     test: Literal["all"] | Positive | list[Annotated[int, Field(ge=0)]]
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """``[model]``: a built-in ``name`` with the first layer's ``width`` and ``activation``, or a ``builder``.
 
     ``width`` is the first layer's output channels or units. ``builder`` is a module:function that takes nothing and
@@ -76,36 +72,42 @@ class ModelSettings(_Section):
     activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"] = "relu"
 
 
-class DroppingSettings(_Section):
+class DroppingSettings(Section):
     """``[dropping]``: the policy and its budget; see :class:`fedsplit.dropping.Dropping`.
 
     ``mask = "keyed"`` keeps the same outputs of a record in all rounds; prediction is always keyed.
     """
 
-    policy: Literal["none", "random", "at-most", "top-k"]
+    policy: Literal["none", "random", "at-most", "top-k", "units", "bits"]
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     k: Positive | None = None
+    bits: Annotated[int, Field(ge=1, le=8)] | None = None
+    clip: Rate | None = None
+    noise: Rate | None = None
     mask: Literal["fresh", "keyed"] = "fresh"
 
     @model_validator(mode="after")
     def _budget(self) -> "DroppingSettings":
-        needs = {"none": None, "random": "keep", "at-most": "k", "top-k": "k"}[self.policy]
-        given = [key for key in ("keep", "k") if getattr(self, key) is not None]
+        needs = {"none": None, "random": "keep", "bits": "bits"}.get(self.policy, "k")
+        given = [key for key in ("keep", "k", "bits") if getattr(self, key) is not None]
         if given != ([needs] if needs else []):
-            raise ValueError(
-                f"policy {self.policy!r} takes {needs or 'neither keep nor k'}, got {' and '.join(given) or 'neither'}"
-            )
+            takes = needs or "none of keep, k and bits"
+            raise ValueError(f"policy {self.policy!r} takes {takes}, got {' and '.join(given) or 'none'}")
+        if (self.clip is None) != (self.noise is None):
+            raise ValueError("clip and noise go together: noise needs a bound, and a bound is there for noise")
+        if self.noise and self.policy in ("top-k", "bits"):
+            raise ValueError(f"noise is not for policy {self.policy!r}: what it sends would tell of the record")
         return self
 
 
-class ProtocolSettings(_Section):
+class ProtocolSettings(Section):
     """``[protocol]``: the mode (no default), records per device and round, the trunk's mini-batches, the wire.
 
     ``chunk``: a number of records, ``"epoch"`` (all of a device's records), or in single-pass ``"spread"`` (an even
     share in each round). ``timeout`` is the seconds a message may take.
     """
 
-    mode: Literal["synchronous", "pipelined", "single-pass"]
+    mode: Literal["synchronous", "pipelined", "single-pass", "release-once"]
     chunk: Positive | Literal["epoch", "spread"] = "epoch"
     batch_size: Positive = 64
     trunk_epochs: Positive = 1
@@ -120,8 +122,13 @@ class ProtocolSettings(_Section):
             raise ValueError(f"chunk 'spread' is for mode 'single-pass', not {self.mode!r}")
         return self
 
+    @property
+    def once(self) -> bool:
+        """Whether every record is released at most once."""
+        return self.mode in ("single-pass", "release-once")
 
-class FirstLayerSettings(_Section):
+
+class FirstLayerSettings(Section):
     """``[first-layer]``: the Flower strategy that aggregates it (or ``frozen``), its learning rate, its arguments.
 
     ``schedule`` as in :func:`fedsplit.schedule.scheduled`.
@@ -133,7 +140,7 @@ class FirstLayerSettings(_Section):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-class TrunkSettings(_Section):
+class TrunkSettings(Section):
     """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.schedule.scheduled`."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
@@ -149,7 +156,40 @@ class TrunkSettings(_Section):
         return self
 
 
-class Settings(_Section):
+class PublicSettings(Section):
+    """``[public]``: labelled records that nobody has to protect, from devices that give them or from an .npz ``file``.
+
+    Both halves of the network learn from them for ``epochs`` (with Adam and ``lr``) before any device is asked.
+    ``penalty`` weighs :func:`fedsplit.warmup.covariance_penalty`. An attacker is taken to know them.
+    """
+
+    devices: list[Annotated[int, Field(ge=0)]] | None = None
+    file: str | None = None
+    epochs: Annotated[int, Field(ge=0)] = 20
+    lr: Rate = 0.002
+    penalty: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PublicSettings":
+        if (self.devices is None) == (self.file is None):
+            raise ValueError("public needs either devices or a file")
+        return self
+
+
+class GuardSettings(Section):
+    """``[guard]``, in simulation only: ``observe`` counts what the ``limits`` (a file) would refuse, or ``enforce``."""
+
+    mode: Literal["observe", "enforce"] = "observe"
+    limits: str | None = None
+
+
+class AuditSettings(Section):
+    """``[audit]``, in simulation only: record what ``targets`` records release, and their originals."""
+
+    targets: Annotated[int, Field(ge=0)] = 0
+
+
+class Settings(Section):
     """All settings of one run."""
 
     run: RunSettings
@@ -160,11 +200,17 @@ class Settings(_Section):
     protocol: ProtocolSettings
     first_layer: FirstLayerSettings = FirstLayerSettings()
     trunk: TrunkSettings = TrunkSettings()
+    public: PublicSettings | None = None
+    guard: GuardSettings = GuardSettings()
+    audit: AuditSettings = AuditSettings()
 
     @model_validator(mode="after")
     def _together(self) -> "Settings":
-        if self.protocol.mode == "single-pass" and self.run.evaluate_every:
-            raise ValueError("run.evaluate-every must be 0 in mode 'single-pass': test records are exposed once too")
+        if self.protocol.once and self.run.evaluate_every:
+            mode = self.protocol.mode
+            raise ValueError(f"run.evaluate-every must be 0 in mode {mode!r}: test records are exposed once too")
+        if self.protocol.mode == "release-once" and not (self.public and self.public.epochs):
+            raise ValueError("protocol.mode 'release-once' needs a [public] section with epochs of at least 1")
         if (self.model.name is None) == (self.model.builder is None):
             raise ValueError(f"model needs a name or a builder, not {'both' if self.model.name else 'neither'}")
         return self
@@ -213,7 +259,7 @@ def check_settings(raw: dict[str, Any]) -> Settings:
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(one_line(error, Settings)) from None
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -231,53 +277,3 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"--set {override!r}: {part!r} is not a table")
     table[parts[-1]] = value
-
-
-def _one_line(error: ValidationError) -> str:
-    """Say the first problem of a ValidationError in one line; an unknown key says the nearest valid one."""
-    problems = error.errors()
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    steps = [str(step) for step in first["loc"]]
-    known: list[str] = []  # the location without pydantic's names for the branches of a union
-    for step in steps:
-        if step not in _allowed_keys(known) and first["type"] != "extra_forbidden":
-            break
-        known.append(step)
-    key = ".".join(known)
-    if first["type"] == "extra_forbidden":
-        allowed = _allowed_keys(steps[:-1])
-        near = difflib.get_close_matches(steps[-1], allowed, n=1, cutoff=0.0)
-        kind = "key" if len(steps) > 1 else "section"
-        return f"{key}: unknown {kind}; nearest valid key is {'.'.join([*steps[:-1], *near])!r}"
-    if first["type"] == "missing":
-        choices = _allowed_values(steps)
-        return f"{key}: missing{f'; allowed: {choices}' if choices else ''}"
-    if first["type"] == "value_error":
-        return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
-    same = [p["msg"] for p in problems if list(map(str, p["loc"]))[: len(known)] == known]
-    said = " or ".join(dict.fromkeys(m[0].lower() + m[1:].removeprefix("nput ") for m in same))
-    return f"{key}: {said.replace('i' + 'should', 'should')}, got {first['input']!r}"
-
-
-def _section(steps: Sequence[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] = Settings
-    for step in steps:
-        found = [f.annotation for f in model.model_fields.values() if f.alias == step]
-        if not found or not isinstance(found[0], type) or not issubclass(found[0], BaseModel):
-            return None
-        model = found[0]
-    return model
-
-
-def _allowed_keys(steps: Sequence[str]) -> list[str]:
-    model = _section(steps)
-    return [str(f.alias) for f in model.model_fields.values()] if model else []
-
-
-def _allowed_values(steps: Sequence[str]) -> str:
-    model = _section(steps[:-1])
-    if model is None:
-        return ""
-    annotation = next((f.annotation for f in model.model_fields.values() if f.alias == steps[-1]), None)
-    values = getattr(annotation, "__args__", ())
-    return ", ".join(repr(v) for v in values if isinstance(v, str))

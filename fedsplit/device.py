@@ -7,34 +7,34 @@ into nodes changes no release, and a sum of gradients by far less than a float32
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.data import DeviceData, Records
 from fedsplit.dropping import KEYED_ROUND, Dropping, Kept, record_order, unpack_bitmap
-from fedsplit.model import FirstLayer, Weights
+from fedsplit.forward import BLOCK, Chunk, Outputs, forward
+from fedsplit.guard import Guard, Proposal, release_name
+from fedsplit.model import FirstLayer
 from fedsplit.packing import FloatArray, IntArray, sum_groups
+from fedsplit.privacy.accountant import Cost, gaussian_precision
+from fedsplit.privacy.criterion import LayerMap
 from fedsplit.state import NodeState, Pending
-from fedsplit.wire import CutGradients, Download, Gradients, Registration, Release, Upload, weights_digest
+from fedsplit.wire import (
+    CutGradients,
+    Download,
+    Gradients,
+    Ledger,
+    Reason,
+    Registration,
+    Release,
+    Upload,
+    weights_digest,
+)
 
 log = logging.getLogger(__name__)
-BLOCK = 1024  # records computed at once: bounds the dense activations in memory
 _WHOLE_NODE = -1
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Some records of some devices: rows of x and y belong to ``devices[i]`` for ``records[i]`` rows in turn."""
-
-    devices: IntArray
-    records: IntArray
-    index: IntArray
-    x: FloatArray
-    y: NDArray[Any]
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 class Node:
@@ -52,10 +52,14 @@ class Node:
         Returns a device's 32-byte secret by its id.
     state : callable
         Returns the node's state folder for a run by the run's number.
+    guard : callable
+        Opens the guard of a run's ledger ``train`` or ``test``.
     dtype : str
         Of activations on the wire: ``float16`` or ``float32``.
     keyed : bool
         Whether a record keeps the same outputs in all rounds.
+    record : callable, optional
+        Is shown every exchange (download, upload, indices of the records released), for an audit.
     """
 
     def __init__(
@@ -66,9 +70,11 @@ class Node:
         data: Callable[[int], DeviceData],
         secret: Callable[[int], bytes],
         state: Callable[[int], NodeState],
+        guard: Callable[[int, str], Guard],
         *,
         dtype: str,
         keyed: bool,
+        record: Callable[[Download, Upload, IntArray], None] | None = None,
     ) -> None:
         self.first_layer = first_layer
         self.dropping = dropping
@@ -78,6 +84,10 @@ class Node:
         self._data = data
         self._secret = secret
         self._state = state
+        self._guard = guard
+        self._record = record
+        # everything besides weights, masks and record that decides what is sent
+        self._policy = f"{dropping} {'' if dropping.bits else dtype}"
 
     def register(self) -> Registration:
         """Return the node's devices and how many records each holds."""
@@ -85,29 +95,61 @@ class Node:
         return Registration(self.device_ids, sizes[:, 0], sizes[:, 1])
 
     def exchange(self, download: Download) -> Upload:
-        """Run the backward half of the pending chunks, then release the records that the schedule names."""
-        state = self._state(download.run)
+        """Run the backward half of the pending chunks, then release the records that the schedule names.
+
+        Raises
+        ------
+        StateError
+            If the ledger of exposures is missing, damaged or another node's.
+        """
+        guard, state = self._guard(download.run, "train"), self._state(download.run)
         state.forget_before(download.keep_from)
-        gradients, lost = self._backward(download, state)
+        gradients, lost, refused = self._backward(download, state, guard)
         chunk, failed = self._select(download.schedule, test=False)
-        weights = self.first_layer.unflatten(download.weights)
-        mask_round = KEYED_ROUND if self.keyed else download.round_number
-        kept, slopes = self._forward(chunk, weights, mask_round, want_slopes=True)
-        digest = weights_digest(download.weights)
+        mask_round = KEYED_ROUND if self.keyed or self.dropping.deterministic else download.round_number
+        outputs = self._forward(chunk, download.weights, mask_round, want_slopes=True)
+        chunk, outputs, more = self._admit(guard, download, chunk, outputs, mask_round)
         if len(chunk.devices):
-            pending = Pending(digest, chunk.devices, chunk.records, chunk.index, kept.counts, kept.bitmap, slopes)
-            state.save_pending(download.round_number, pending)
-        exposures = self._note(state, "train", chunk, download, digest) if len(chunk.devices) else 0
-        return Upload(self._release(kept, chunk), gradients, lost, failed, exposures)
+            kept = outputs.kept
+            state.save_pending(
+                download.round_number,
+                Pending(
+                    download.weights,
+                    chunk.devices,
+                    chunk.records,
+                    chunk.index,
+                    kept.counts,
+                    kept.bitmap,
+                    outputs.slopes,
+                ),
+            )
+        upload = self._upload(chunk, outputs.kept, gradients, lost, failed, [*refused, *more], guard)
+        if self._record is not None:
+            self._record(download, upload, chunk.index)
+        return upload
 
     def evaluate(self, download: Download) -> Upload:
         """Release the test records that the schedule names, with the masks of prediction (always keyed)."""
-        state = self._state(download.run)
+        guard = self._guard(download.run, "test")
         chunk, failed = self._select(download.schedule, test=True)
-        kept, _ = self._forward(chunk, self.first_layer.unflatten(download.weights), KEYED_ROUND, want_slopes=False)
-        exposures = self._note(state, "test", chunk, download, weights_digest(download.weights))
-        nothing = np.zeros(0, dtype=np.int64)
-        return Upload(self._release(kept, chunk), self._gradients([], []), nothing, failed, exposures)
+        outputs = self._forward(chunk, download.weights, KEYED_ROUND, want_slopes=False)
+        chunk, outputs, refused = self._admit(guard, download, chunk, outputs, KEYED_ROUND)
+        return self._upload(chunk, outputs.kept, self._gradients([], []), _NONE, failed, refused, guard)
+
+    def _upload(
+        self,
+        chunk: Chunk,
+        kept: Kept,
+        gradients: Gradients,
+        lost: IntArray,
+        failed: IntArray,
+        refused: list[tuple[int, int, int]],
+        guard: Guard,
+    ) -> Upload:
+        release = Release.pack(kept, chunk.devices, chunk.records, chunk.y, self.dtype, self.dropping.bits)
+        rows = np.array(refused, dtype=np.int64).reshape(-1, 3)
+        ledger = Ledger(guard.accountant.exposures(), **vars(guard.accountant.most()))
+        return Upload(release, gradients, lost, failed, rows, ledger)
 
     def _size(self, device: int) -> tuple[int, int]:
         try:
@@ -117,7 +159,7 @@ class Node:
             return 0, 0
         return len(data.train), len(data.test)
 
-    def _select(self, schedule: IntArray, *, test: bool) -> tuple[_Chunk, IntArray]:
+    def _select(self, schedule: IntArray, *, test: bool) -> tuple[Chunk, IntArray]:
         """Gather the scheduled records of all devices, each device's in ascending order of their index."""
         parts: list[tuple[int, IntArray, Records]] = []
         failed: list[int] = []
@@ -143,63 +185,91 @@ class Node:
         data = self._data(device)
         return data.test if test else data.train
 
-    def _join(self, parts: list[tuple[int, IntArray, Records]]) -> _Chunk:
+    def _join(self, parts: list[tuple[int, IntArray, Records]]) -> Chunk:
         shape = self.first_layer.input_shape
-        return _Chunk(
+        segments = [index[:, None] if r.segments is None else r.segments for _, index, r in parts]
+        return Chunk(
             devices=np.array([device for device, _, _ in parts], dtype=np.int64),
             records=np.array([len(index) for _, index, _ in parts], dtype=np.int64),
-            index=np.concatenate([index for _, index, _ in parts] or [np.zeros(0, np.int64)]),
+            index=np.concatenate([index for _, index, _ in parts] or [_NONE]),
+            segments=np.concatenate(segments or [np.zeros((0, 1), np.int64)]),
             x=np.concatenate([r.x for _, _, r in parts] or [np.zeros((0, *shape), np.float32)]),
-            y=np.concatenate([r.y for _, _, r in parts] or [np.zeros(0, np.int64)]),
+            y=np.concatenate([r.y for _, _, r in parts] or [_NONE]),
         )
 
-    def _forward(
-        self, chunk: _Chunk, weights: Weights, mask_round: int, *, want_slopes: bool
-    ) -> tuple[Kept, FloatArray]:
-        """Compute, drop and keep; also the activation's derivative at what was kept, where it is not 1."""
-        layer, width = self.first_layer, self.first_layer.width
-        owners = np.repeat(chunk.devices, chunk.records)
-        parts: list[Kept] = []
-        slopes: list[FloatArray] = []
-        for start in range(0, len(chunk.x), BLOCK):
-            rows = slice(start, start + BLOCK)
-            pre = layer.pre_activations(weights, chunk.x[rows]).flatten(1)
-            outputs = layer.activation(pre).numpy()
-            mask = self._masks(outputs, owners[rows], chunk.index[rows], mask_round)
-            parts.append(Kept.of(outputs, mask, zeros_count=not layer.positive_only))
-            if want_slopes and not layer.unit_slope:
-                slopes.append(layer.derivative(pre.numpy()[mask]))
-        return Kept.join(parts, width), np.concatenate([*slopes, np.zeros(0, np.float32)])
+    def _forward(self, chunk: Chunk, weights: FloatArray, mask_round: int, *, want_slopes: bool) -> Outputs:
+        noise_name = release_name(weights, self._policy, mask_round)
+        return forward(
+            self.first_layer,
+            self.dropping,
+            self._secret,
+            chunk,
+            weights,
+            mask_round,
+            noise_name,
+            want_slopes=want_slopes,
+        )
 
-    def _masks(self, outputs: FloatArray, owners: IntArray, index: IntArray, mask_round: int) -> NDArray[np.bool_]:
-        """Take each device's masks from its own secret; ``owners`` is ascending."""
-        devices, starts = np.unique(owners, return_index=True)
-        mask = np.empty(outputs.shape, dtype=bool)
-        for device, start, stop in zip(devices.tolist(), starts, [*starts[1:], len(owners)], strict=True):
-            rows = slice(start, stop)
-            mask[rows] = self.dropping.mask(outputs[rows], self._secret(device), mask_round, index[rows])
-        return mask
+    def _admit(
+        self, guard: Guard, download: Download, chunk: Chunk, outputs: Outputs, mask_round: int
+    ) -> tuple[Chunk, Outputs, list[tuple[int, int, int]]]:
+        """Ask the guard; return what may leave, and (device, reason, records) of what was refused."""
+        kept, first = outputs.kept, chunk.owners << 32
+        proposal = Proposal(
+            run=download.run,
+            round_number=download.round_number,
+            weights=download.weights,
+            name=release_name(download.weights, self._policy, mask_round),
+            owners=chunk.owners,
+            records=first | chunk.index,
+            segments=first[:, None] | chunk.segments,
+            bitmap=kept.bitmap,
+            active=outputs.active,
+            cost=self._cost(kept, download.weights),
+            exact=self.dropping.bits != 1,
+        )
+        codes = guard.admit(proposal)
+        counted = np.unique(np.stack([chunk.owners, codes])[:, codes != 0], axis=1, return_counts=True)
+        refused = [(int(d), int(c), int(n)) for (d, c), n in zip(counted[0].T, counted[1], strict=True)]
+        if guard.enforce and refused:
+            chunk, outputs = chunk.take(codes == 0), outputs.take(codes == 0)
+        return chunk, outputs, refused
 
-    def _release(self, kept: Kept, chunk: _Chunk) -> Release:
-        return Release.pack(kept, chunk.devices, chunk.records, chunk.y, self.dtype)
+    def _cost(self, kept: Kept, weights: FloatArray) -> Cost:
+        dropping, layer, n = self.dropping, self.first_layer, len(kept.counts)
+        each = {0: 8 * np.dtype(self.dtype).itemsize, 1: 0}.get(dropping.bits, dropping.bits)
+        fisher: NDArray[np.float64] | float = np.inf
+        if dropping.noise:
+            variance = (dropping.noise * dropping.clip) ** 2 * np.prod(layer.input_shape)
+            rows = np.square(LayerMap(layer, layer.unflatten(weights)).rows(np.arange(layer.width))).sum(axis=1)
+            fisher = unpack_bitmap(kept.bitmap, layer.width) @ rows / variance
+        return Cost.of(
+            n,
+            equations=kept.counts if dropping.bits != 1 else 0,
+            bits=layer.width + each * kept.counts,
+            precision=gaussian_precision(dropping.noise),
+            fisher=fisher,
+            leverage=np.nan,
+        )
 
-    def _note(self, state: NodeState, ledger: str, chunk: _Chunk, download: Download, digest: int) -> int:
-        """Count the chunk's exposures in the node's ledger; see :meth:`NodeState.count_exposures`."""
-        owners = np.repeat(chunk.devices, chunk.records)
-        name = b"%d %d %s %s" % (download.round_number, digest, chunk.devices.tobytes(), chunk.index.tobytes())
-        release = int.from_bytes(sha256(name).digest()[:8], "little") >> 2
-        return state.count_exposures(ledger, release, owners << 32 | chunk.index)
-
-    def _backward(self, download: Download, state: NodeState) -> tuple[Gradients, IntArray]:
+    def _backward(
+        self, download: Download, state: NodeState, guard: Guard
+    ) -> tuple[Gradients, IntArray, list[tuple[int, int, int]]]:
         """Sum the first-layer gradients of all pending chunks, per device or over the node."""
         sums: dict[int, NDArray[np.float64]] = {}
         counts: dict[int, int] = {}
         lost: list[int] = []
+        refused: list[tuple[int, int, int]] = []
         for block in download.pending:
             pending = state.load_pending(block.round_number)
             if pending is None or not _fits(pending, block):
                 lost.append(block.round_number)
                 continue
+            if not self._admit_gradient(guard, download, pending, block):
+                refused += [(d, Reason.GRADIENTS, n) for d, n in zip(pending.devices, pending.records, strict=True)]
+                if guard.enforce:
+                    lost.append(block.round_number)
+                    continue
             try:
                 chunk = self._chunk_gradients(pending, block)
             except Exception as error:  # see _size
@@ -212,7 +282,31 @@ class Node:
                 counts[group] = counts.get(group, 0) + count
         groups = sorted(sums)
         gradients = self._gradients([sums[g] for g in groups], [counts[g] for g in groups], groups)
-        return gradients, np.array(lost, dtype=np.int64)
+        return gradients, np.array(lost, dtype=np.int64), refused
+
+    def _admit_gradient(self, guard: Guard, download: Download, pending: Pending, block: CutGradients) -> bool:
+        """Ask the guard for a block's gradient: summed over the node, or by device."""
+        if not (guard.enforce and guard.limits.gradients):
+            return guard.limits.gradients
+        pattern = unpack_bitmap(pending.bitmap, self.first_layer.width)
+        delta = np.zeros(pattern.shape, dtype=np.float32)
+        delta[pattern] = block.values() * (pending.slopes if len(pending.slopes) else 1)
+        owners = np.repeat(pending.devices, pending.records)
+        segments = owners[:, None] << 32 | self._segments(pending)
+        groups = [owners == d for d in pending.devices] if download.per_device else [np.ones(len(owners), bool)]
+        return all(
+            guard.admit_gradient(download.run, pending.weights, delta[g], pattern[g], segments[g]) for g in groups
+        )
+
+    def _segments(self, pending: Pending) -> IntArray:
+        """Return the segments of a pending chunk's records."""
+        stops = np.cumsum(pending.records)
+        parts = []
+        for device, start, stop in zip(pending.devices.tolist(), stops - pending.records, stops, strict=True):
+            index = pending.index[start:stop]
+            own = self._records(device, test=False).segments
+            parts.append(index[:, None] if own is None else own[index])
+        return np.concatenate(parts)
 
     def _gradients(self, sums: list[NDArray[np.float64]], counts: list[int], groups: Sequence[int] = ()) -> Gradients:
         return Gradients(
@@ -258,7 +352,7 @@ class Node:
 def _fits(pending: Pending, block: CutGradients) -> bool:
     """Whether cut gradients belong to this chunk: same weights, devices and number of values."""
     return (
-        pending.digest == block.digest
+        weights_digest(pending.weights) == block.digest
         and np.array_equal(pending.devices, block.devices)
         and np.array_equal(sum_groups(pending.counts, pending.records), block.lengths)
     )

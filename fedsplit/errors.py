@@ -19,3 +19,7 @@ class WireError(FedsplitError):
 
 class RunError(FedsplitError):
     """A run cannot go on: too few nodes answered, or a checkpoint does not fit."""
+
+
+class StateError(FedsplitError):
+    """A device's own state (secret, ledger, limits) is missing, damaged or another's: nothing may leave."""

@@ -29,6 +29,12 @@ def score(task: str, outputs: FloatArray, targets: NDArray[Any]) -> dict[str, An
     }
 
 
+def correct(task: str, outputs: FloatArray, targets: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which records are classified right."""
+    classes = outputs.argmax(axis=1) if task == "classification" else (outputs[:, 0] > 0).astype(np.int64)
+    return np.asarray(classes == targets)
+
+
 def _f1(predicted: NDArray[np.bool_], actual: NDArray[np.bool_]) -> float:
     both = int((predicted & actual).sum())
     total = int(predicted.sum()) + int(actual.sum())

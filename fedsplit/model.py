@@ -38,7 +38,7 @@ class FirstLayer:
     activation : nn.Module
         One of ReLU, LeakyReLU, Tanh, Sigmoid, GELU, Identity.
     input_shape : tuple[int, ...]
-        Shape of one record.
+        Shape of one record. A linear layer with as many inputs as a record has numbers takes it flattened.
 
     Raises
     ------
@@ -62,6 +62,7 @@ class FirstLayer:
         if hasattr(self.activation, "inplace"):
             self.activation.inplace = False  # type: ignore[assignment]  # pre-activations are needed after it
         self.input_shape = input_shape
+        self._flat = isinstance(layer, nn.Linear) and layer.in_features == math.prod(input_shape)
         self.cut_shape = self._cut_shape()
         self.width = math.prod(self.cut_shape)
         self.shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
@@ -69,13 +70,28 @@ class FirstLayer:
     def _cut_shape(self) -> tuple[int, ...]:
         try:
             with torch.no_grad():
-                return tuple(self.layer(torch.zeros(1, *self.input_shape)).shape[1:])
+                return tuple(self.outputs(torch.zeros(1, *self.input_shape)).shape[1:])
         except RuntimeError:
             raise ConfigError(f"records of shape {self.input_shape} do not fit the first layer {self.layer}") from None
+
+    def unrolled(self) -> Tensor:
+        """Return the layer's linear map as a matrix ``(width, numbers of a record)`` that gradients flow through."""
+        n = math.prod(self.input_shape)
+        ones = torch.eye(n).reshape(n, *self.input_shape)
+        bias = self.outputs(torch.zeros(1, *self.input_shape))
+        return (self.outputs(ones) - bias).reshape(n, -1).T
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Run the layer on ``(batch, *input_shape)`` with its own parameters, without the activation."""
+        return cast(Tensor, self.layer(x.flatten(1) if self._flat else x))
 
     def initial_weights(self) -> Weights:
         """Return a copy of the layer's parameters as float32 arrays by name."""
         return {n: p.detach().numpy().astype(np.float32, copy=True) for n, p in self.layer.named_parameters()}
+
+    def load_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        """Make some parameters the initial ones."""
+        self.layer.load_state_dict({name: torch.from_numpy(np.array(w)) for name, w in weights.items()})
 
     @property
     def positive_only(self) -> bool:
@@ -93,7 +109,10 @@ class FirstLayer:
         # same to the last bit, whatever other records it is computed with.
         spare = np.zeros((max(0, _FEW - len(x)), *self.input_shape), np.float32)
         with torch.no_grad():
-            return self._apply(weights, torch.from_numpy(np.concatenate([x, spare])))[: len(x)]
+            return self.run(
+                {name: torch.from_numpy(np.ascontiguousarray(w)) for name, w in weights.items()},
+                torch.from_numpy(np.concatenate([x, spare])),
+            )[: len(x)]
 
     def derivative(self, pre_activations: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the activation's derivative at each value, any shape, float32."""
@@ -113,7 +132,8 @@ class FirstLayer:
         """
         d, inputs = torch.from_numpy(delta), torch.from_numpy(x)
         if isinstance(self.layer, nn.Linear):
-            parts = [d.flatten(0, -2).T @ inputs.flatten(0, -2)]
+            rows = inputs.flatten(1) if self._flat else inputs.flatten(0, -2)
+            parts = [d.flatten(0, -2).T @ rows]
         else:
             rule = conv1d_weight if isinstance(self.layer, nn.Conv1d) else conv2d_weight
             c = self.layer
@@ -141,9 +161,10 @@ class FirstLayer:
     def _channel_axis(self, ndim: int) -> int:
         return ndim - 1 if isinstance(self.layer, nn.Linear) else 1
 
-    def _apply(self, weights: Mapping[str, NDArray[np.float32]], x: Tensor) -> Tensor:
-        parameters = {n: torch.from_numpy(np.ascontiguousarray(w)) for n, w in weights.items()}
-        return torch.func.functional_call(self.layer, parameters, (x,))  # type: ignore[no-any-return]
+    def run(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Run the layer with some parameters on ``(batch, *input_shape)``, without the activation."""
+        inputs = x.flatten(1) if self._flat else x
+        return torch.func.functional_call(self.layer, dict(parameters), (inputs,))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -181,6 +202,8 @@ class SplitModel:
         if not isinstance(net, nn.Sequential) or not len(net):
             raise ConfigError("from_sequential needs an nn.Sequential that is not empty")
         modules: list[nn.Module] = list(net)
+        if isinstance(modules[0], nn.Flatten) and len(modules) > 1 and isinstance(modules[1], nn.Linear):
+            modules = modules[1:]  # a linear layer takes records flattened by itself
         has_activation = len(modules) > 1 and isinstance(modules[1], tuple(ACTIVATIONS.values()))
         activation = modules[1] if has_activation else nn.Identity()
         trunk = nn.Sequential(*modules[1 + has_activation :])
@@ -191,7 +214,7 @@ class SplitModel:
     def forward(self, x: Tensor) -> Tensor:
         """Run the whole network on ``(batch, *input_shape)``, undropped: for comparisons, not for devices."""
         first = self.first_layer
-        return cast(Tensor, self.trunk(first.activation(first.layer(x))))
+        return cast(Tensor, self.trunk(first.activation(first.outputs(x))))
 
 
 def _sensor_cnn(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
@@ -221,16 +244,16 @@ def _image_cnn(shape: tuple[int, ...], outputs: int, width: int, activation: nn.
 
 
 def _mlp(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
-    """Linear first layer (on flat records), then one hidden layer of half its width."""
-    first = FirstLayer(nn.Linear(shape[-1], width), activation, shape)
+    """Linear first layer on flattened records, then one hidden layer of half its width."""
+    first = FirstLayer(nn.Linear(math.prod(shape), width), activation, shape)
     hidden = max(width // 2, outputs)
     trunk = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
     return SplitModel(first, trunk)
 
 
-BUILT_IN = {"sensor-cnn": (_sensor_cnn, 2), "image-cnn": (_image_cnn, 3), "mlp": (_mlp, 1)}
+BUILT_IN = {"sensor-cnn": (_sensor_cnn, 2), "image-cnn": (_image_cnn, 3), "mlp": (_mlp, 0)}
 """Built-in models by name: for sensor windows ``(channels, time)``, images ``(channels, height, width)`` and
-tables ``(features,)``; the number is how many axes a record must have."""
+tables of any shape; the number is how many axes a record must have (0: any)."""
 
 
 def build_model(name: str, input_shape: tuple[int, ...], outputs: int, width: int, activation: str) -> SplitModel:
@@ -247,6 +270,6 @@ def build_model(name: str, input_shape: tuple[int, ...], outputs: int, width: in
         If a record of the data has another number of axes than the model takes.
     """
     build, axes = BUILT_IN[name]
-    if len(input_shape) != axes:
+    if axes and len(input_shape) != axes:
         raise ConfigError(f"model {name!r} takes records of {axes} axes, the data's have shape {input_shape}")
     return build(input_shape, outputs, width, ACTIVATIONS[activation]())

@@ -20,7 +20,7 @@ VERSION = 1
 MAX_DEVICES = 10_000_000
 VALUE_DTYPES = ("float16", "float32")
 _MAGIC = b"fs"
-_DTYPES = [np.dtype(f"<{c}") for c in ("f4", "f2", "i4", "i8", "u1", "u2", "u4", "f8")]
+_DTYPES = [np.dtype(f"<{c}") for c in ("f4", "f2", "i4", "i8", "u1", "u2", "u4", "f8", "i2")]
 _TOP = 15  # the largest value of a chunk is scaled into [2^14, 2^15): float16 ends below 2^16
 
 IntArray = NDArray[np.int64]
@@ -53,6 +53,25 @@ def dequantise(codes: NDArray[Any], lengths: IntArray, exponents: NDArray[np.int
     """Undo :func:`quantise`, as float32."""
     values = codes.astype(np.float32)
     return np.ldexp(values, np.repeat(exponents, lengths)) if exponents.any() else values
+
+
+def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Pack codes 1..2^bits-1 into ``bits`` bits each; one-bit codes are all 1, and need none."""
+    if bits == 1:
+        return np.zeros(0, dtype=np.uint8)
+    planes = np.unpackbits((codes - 1)[:, None], axis=1, count=bits, bitorder="little")
+    return np.packbits(planes, bitorder="little")
+
+
+def unpack_codes(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint8]:
+    """Undo :func:`pack_codes` for ``count`` codes. Raises WireError."""
+    check("codes", len(packed) == (-(-count * bits // 8) if bits > 1 else 0), f"must be {count} of {bits} bits")
+    if bits == 1:
+        return np.ones(count, dtype=np.uint8)
+    planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+    codes = np.packbits(planes, axis=1, bitorder="little").reshape(count)
+    check("codes", not (codes == 2**bits - 1).any(), f"must be below {2**bits - 1}")
+    return np.asarray(codes + 1, dtype=np.uint8)
 
 
 def sum_groups(counts: IntArray, lengths: IntArray) -> IntArray:

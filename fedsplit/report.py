@@ -40,6 +40,46 @@ def result_table(result: dict[str, Any], folder: Path) -> Table:
     return table
 
 
+def audit_table(report: dict[str, Any], folder: Path) -> Table:
+    """Return an audit's figures as a table for a terminal."""
+    criterion, control = report["criterion"], report["control"]
+    table = Table(title=f"{report['name']}: {report['targets']} records attacked", title_justify="left")
+    for name in ("attack", "PSNR (dB)", "95th percentile", "nMSE", "SSIM", "identified"):
+        table.add_column(name, justify="left" if name == "attack" else "right")
+    for name, scores in {**report["baselines"], **report["attacks"]}.items():
+        keys = ("psnr", "psnr_p95", "nmse", "ssim", "identification")
+        cells = ["-" if scores[key] is None else f"{scores[key]:.3f}" for key in keys]
+        style = "dim" if name in report["baselines"] else "bold" if name == report["strongest"]["attack"] else None
+        table.add_row(name, *cells, style=style)
+    table.caption = (
+        f"criterion: {criterion['equations_max']} equations of {criterion['numbers']} numbers at most, "
+        f"largest leverage {criterion['leverage_max']:.3f}, {criterion['determined']:.1%} of numbers determined\n"
+        f"negative control {control['psnr']:.1f} dB; {report['cpu_seconds']:.0f} s CPU; written to {folder}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _privacy(result: dict[str, Any]) -> list[tuple[str, str]]:
+    ledger, guard = result["ledger"], result["guard"]
+    rows = [("exposures_max (training records)", str(result["exposures_max"]))]
+    if ledger["releases"] > result["exposures_max"]:
+        rows.append(("releases of a shared segment, at most", str(ledger["releases"])))
+    rows.append(("equations about a record, at most", f"{ledger['equations']:,}"))
+    if ledger["leverage"] is not None:
+        rows.append(("largest leverage of a number", f"{ledger['leverage']:.3f}"))
+    if isinstance(ledger["epsilon"], float):
+        rows.append((f"epsilon (delta {ledger['delta']:g})", f"{ledger['epsilon']:.2f}"))
+    if guard["refused"]:
+        said = ", ".join(f"{reason} ({count:,} records)" for reason, count in guard["refused"].items())
+        rows.append(("refused" if guard["mode"] == "enforce" else "a real node's limits would refuse", said))
+    if result.get("public_only_accuracy") is not None:
+        gain, interval = 100 * result["gain_over_public"], 100 * result["gain_interval"]
+        rows.append(("public records alone", f"{result['public_only_accuracy']:.4f}"))
+        rows.append(("gain over them (points)", f"{gain:+.2f} ± {interval:.2f}"))
+    return rows
+
+
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for key in ("test_accuracy", "test_r2", "test_rmse", "test_loss"):
@@ -51,7 +91,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     share = f" (1/{dense / result['bytes_up']:.1f} of dense)" if result["bytes_up"] and dense else ""
     seconds = result["seconds"]
     rows += [
-        ("exposures_max (training records)", str(result["exposures_max"])),
+        *_privacy(result),
         ("test_exposures_max", str(result["test_exposures_max"])),
         ("samples released for training", f"{result['samples']:,}"),
         ("exchanges", f"{result['exchanges']:,}"),

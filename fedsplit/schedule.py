@@ -34,20 +34,20 @@ class Schedule:
 
     Attributes
     ----------
-    mode : str
-        In ``single-pass`` no record is asked for twice.
+    once : bool
+        Whether no record is asked for twice.
     chunk : int or str
-        Records per device and round; ``epoch``: all of them; ``spread`` (single-pass): an even share of each
+        Records per device and round; ``epoch``: all of them; ``spread`` (once): an even share of each
         device's records in every round.
     fraction : float
         Of the devices that have training records, sampled anew in each round.
     rounds, seed : int
         Of the run.
     position : dict
-        By device: records asked for so far (single-pass) or chunks (other modes).
+        By device: records asked for so far (once) or chunks.
     """
 
-    mode: str
+    once: bool
     chunk: int | str
     fraction: float
     rounds: int
@@ -66,12 +66,12 @@ class Schedule:
             row = self._row(device, self._counts[device], round_number)
             if row[2] < row[3]:
                 rows[device] = row
-                self.position[device] = row[3] if self.mode == "single-pass" else self.position.get(device, 0) + 1
+                self.position[device] = row[3] if self.once else self.position.get(device, 0) + 1
         return rows
 
     def not_released(self, device: int, start: int) -> None:
-        """Ask again for what a device could not release; in other modes than single-pass its turn is over."""
-        if self.mode == "single-pass":
+        """Ask again for what a device could not release; where records come round again anyway, its turn is over."""
+        if self.once:
             self.position[device] = start
 
     def _sample(self, round_number: int) -> list[int]:
@@ -84,7 +84,7 @@ class Schedule:
 
     def _row(self, device: int, count: int, round_number: int) -> Row:
         at = self.position.get(device, 0)
-        if self.mode == "single-pass":
+        if self.once:
             return device, 0, at, self._single_pass_stop(at, count, round_number)
         if isinstance(self.chunk, str):
             return device, at, 0, count

@@ -10,11 +10,12 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsplit.assemble import num_nodes
+from fedsplit.assemble import limits, num_nodes
 from fedsplit.client_app import client_app
 from fedsplit.config import Settings, load_settings
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.grid import InProcessGrid
+from fedsplit.preflight import check_limits
 from fedsplit.training import (
     Report,
     TrainingRun,
@@ -59,6 +60,8 @@ def simulate(
     folder = Path(out) if out is not None else default_folder(settings)
     run = TrainingRun(settings, folder, report)
     check_data(run.source)
+    if settings.guard.mode == "enforce":
+        check_limits(settings, run.source, run.model.first_layer, limits(settings))
     open_run_folder(folder, settings, resume=resume)
     states = (folder / "nodes").resolve()
     app = client_app(settings.to_json(), str(states))

@@ -1,4 +1,4 @@
-"""A node's folder of what must outlive a process: the patterns of pending chunks and the count of exposures."""
+"""A node's folder of what must outlive a process: the patterns of pending chunks."""
 
 import os
 from collections.abc import Iterator
@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from fedsplit.packing import FloatArray, IntArray
 
-_RECENT = 16  # releases remembered by name: a resumed run repeats at most the last round's
-
 
 @dataclass(frozen=True)
 class Pending:
@@ -21,8 +19,8 @@ class Pending:
 
     Attributes
     ----------
-    digest : int
-        Of the weights that released the chunk.
+    weights : float32 array (parameters,)
+        Those that released the chunk.
     devices, records : int64 arrays (devices,)
         Device ids, ascending, and how many records each released.
     index : int64 array (records,)
@@ -33,7 +31,7 @@ class Pending:
         The activation's derivative at the sent outputs; empty where it is 1 (relu and identity).
     """
 
-    digest: int
+    weights: FloatArray
     devices: IntArray
     records: IntArray
     index: IntArray
@@ -64,7 +62,7 @@ class NodeState:
         """Return a chunk's pattern, or None if it is missing or damaged."""
         try:
             with np.load(self._pending(round_number), allow_pickle=False) as file:
-                return Pending(**{**file, "digest": int(file["digest"])})
+                return Pending(**file)
         except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile):
             return None
 
@@ -73,44 +71,6 @@ class NodeState:
         for path in self.folder.glob("pending-*.npz"):
             if int(path.stem.removeprefix("pending-")) < round_number:
                 path.unlink(missing_ok=True)
-
-    def count_exposures(self, ledger: str, release: int, records: IntArray) -> int:
-        """Note, before a release leaves, that it shows something new about some of the node's records.
-
-        A release that was noted lately under the same name is the same bytes again, after a resumed run: it shows
-        nothing new and is not counted twice.
-
-        Parameters
-        ----------
-        ledger : str
-            ``train`` or ``test``: test records have their own.
-        release : int
-            Name of the release: a digest of all that decides its bytes.
-        records : int64 array (records,)
-            A number that names each record on this node.
-
-        Returns
-        -------
-        int
-            The largest count of any record in this ledger.
-
-        Raises
-        ------
-        BadZipFile or ValueError
-            If the ledger is damaged: it is never begun anew.
-        """
-        path = self.folder / f"exposures-{ledger}.npz"
-        names = counts = recent = np.zeros(0, dtype=np.int64)
-        if path.exists():
-            with np.load(path, allow_pickle=False) as file:
-                names, counts, recent = file["names"], file["counts"], file["recent"]
-        if release not in recent:
-            names, place = np.unique(np.concatenate([names, records]), return_inverse=True)
-            ones = np.ones(len(records), dtype=np.int64)
-            counts = np.bincount(place, weights=np.concatenate([counts, ones])).astype(np.int64)
-            with replacing(path) as new, new.open("wb") as file:
-                np.savez(file, names=names, counts=counts, recent=np.append(recent, release)[-_RECENT:])
-        return int(counts.max(initial=0))
 
     def _pending(self, round_number: int) -> Path:
         return self.folder / f"pending-{round_number}.npz"

@@ -7,7 +7,7 @@ with the weights for round r+1, and the last round's are flushed by one backward
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from fedsplit.trunk import Batches, Trunk
 from fedsplit.wire import (
     CutGradients,
     Download,
+    Reason,
     Registration,
     Release,
     Upload,
@@ -36,6 +37,7 @@ from fedsplit.wire import (
 
 log = logging.getLogger(__name__)
 _NEWCOMER_TIMEOUT = 10.0  # seconds
+Compare = Callable[[Trunk, Batches], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class ProtocolOptions:
         Devices whose test records are released for evaluation.
     evaluate_every : int
         Rounds between evaluations; 0 evaluates once, after the last round.
+    donors : tuple of int
+        Devices that have given their records to everybody, and are asked for nothing.
     """
 
     mode: str
@@ -72,6 +76,12 @@ class ProtocolOptions:
     devices: int
     test_devices: tuple[int, ...]
     evaluate_every: int
+    donors: tuple[int, ...] = ()
+
+    @property
+    def replays(self) -> bool:
+        """Whether the trunk learns in every round from all that has been released so far."""
+        return self.mode in ("single-pass", "release-once")
 
 
 @dataclass
@@ -80,7 +90,9 @@ class Totals:
 
     ``exchanges`` counts messages to nodes, ``samples`` released training records, ``bytes_up`` and ``bytes_down``
     payloads, ``dense_bytes_up`` the float32 activations of the same records without labels and gradients,
-    ``failures`` how often a device sat out.
+    ``failures`` how often a device sat out. ``exposures_max`` is the largest number of releases of any training
+    record, ``ledger`` the most of everything else that has left of any (see :class:`fedsplit.wire.Ledger`),
+    ``refused`` counts by reason the records that the guard refused, or would have.
     """
 
     exchanges: int = 0
@@ -91,6 +103,8 @@ class Totals:
     exposures_max: int = 0
     test_exposures_max: int = 0
     failures: int = 0
+    ledger: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -121,6 +135,8 @@ class SplitStrategy(Strategy):
     options : ProtocolOptions
     run : int
         A number that names this run in the nodes' state folders.
+    compare : callable, optional
+        Adds to an evaluation, from the trunk and the released test records: scores of another model.
     """
 
     def __init__(
@@ -131,12 +147,14 @@ class SplitStrategy(Strategy):
         schedule: Schedule,
         options: ProtocolOptions,
         run: int,
+        compare: Compare | None = None,
     ) -> None:
         self.trunk = trunk
         self.first_layer = first_layer
         self.layer = layer
         self.schedule = schedule
         self.options = options
+        self.compare = compare
         self.progress = Progress(run)
         self.metrics: dict[str, Any] = {}
         self._resumed_at = 0
@@ -198,13 +216,13 @@ class SplitStrategy(Strategy):
         releases = [r for r in releases if len(r.targets)]
         new = [Batches.join(releases)] if releases else []
         progress.totals.samples += sum(len(b) for b in new)
-        replay = progress.replay if self.options.mode == "single-pass" else []
+        replay = progress.replay if self.options.replays else []
         if not new and not replay:
             return
         fresh = sum(len(b) for b in replay)
         values, metrics = self.trunk.train(Batches.concat([*replay, *new]), fresh, round_number)
         self.metrics.update(metrics)
-        if self.options.mode == "single-pass":
+        if self.options.replays:
             progress.replay.extend(new)
         if self.first_layer and new:
             self._queue(releases, values)
@@ -264,7 +282,10 @@ class SplitStrategy(Strategy):
         releases = [u.release for u in self._receive(replies, needed=0, test=True) if len(u.release.targets)]
         if not releases:
             return None
-        self.progress.evaluation = self.trunk.evaluate(Batches.join(releases))
+        test = Batches.join(releases)
+        self.progress.evaluation = self.trunk.evaluate(test)
+        if self.compare is not None:
+            self.progress.evaluation |= self.compare(self.trunk, test)
         self.metrics.update(self.progress.evaluation)
         return MetricRecord({k: v for k, v in self.progress.evaluation.items() if isinstance(v, float)})
 
@@ -297,7 +318,8 @@ class SplitStrategy(Strategy):
                 raise RunError(f"no node has registered within {self.options.timeout:g} s")
             time.sleep(0.05)
         self._started = True
-        self.schedule.set_counts({d: n for r in self.nodes.values() for d, n in zip(r.devices, r.train, strict=True)})
+        counts = {d: n for r in self.nodes.values() for d, n in zip(r.devices.tolist(), r.train, strict=True)}
+        self.schedule.set_counts({d: n for d, n in counts.items() if d not in self.options.donors})
 
     def _ask(self, grid: Grid, nodes: Sequence[int]) -> list[str]:
         """Register nodes; return the refusals' reasons."""
@@ -419,10 +441,15 @@ class SplitStrategy(Strategy):
         totals = self.progress.totals
         totals.bytes_up += len(payload)
         totals.dense_bytes_up += 4 * self.layer.width * len(upload.release.targets)
+        exposures = int(upload.ledger.exposures)
         if test:
-            totals.test_exposures_max = max(totals.test_exposures_max, upload.exposures_max)
-        else:
-            totals.exposures_max = max(totals.exposures_max, upload.exposures_max)
+            totals.test_exposures_max = max(totals.test_exposures_max, exposures)
+            return
+        totals.exposures_max = max(totals.exposures_max, exposures)
+        totals.ledger = {k: float(np.fmax(v, totals.ledger.get(k, np.nan))) for k, v in upload.ledger._asdict().items()}
+        for _, reason, records in upload.refused.tolist():
+            name = Reason(reason).name.lower() if reason in list(Reason) else f"reason {reason}"
+            totals.refused[name] = totals.refused.get(name, 0) + records
 
     def _note_failures(self, upload: Upload, asked: Download, *, test: bool) -> None:
         failed = upload.failed.tolist()

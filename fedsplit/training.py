@@ -16,17 +16,29 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 
-from fedsplit.assemble import data_source, num_nodes, split_model, split_strategy
+from fedsplit.assemble import (
+    data_source,
+    donor_devices,
+    dropping,
+    num_nodes,
+    public_records,
+    split_model,
+    split_strategy,
+)
 from fedsplit.checkpoint import load_checkpoint, save_checkpoint
 from fedsplit.config import Settings, load_settings
 from fedsplit.data import Source
 from fedsplit.errors import ConfigError
 from fedsplit.grid import PollingGrid
 from fedsplit.model import SplitModel
+from fedsplit.privacy.accountant import epsilon
+from fedsplit.privacy.transcript import Subjects
 from fedsplit.report import draw_curves
 from fedsplit.state import replacing
 from fedsplit.strategy import SplitStrategy
+from fedsplit.warmup import PublicOnly, WarmUp, public_release, warm_up
 
+DELTA = 1e-5  # of the epsilon that results tell
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -106,6 +118,7 @@ class TrainingRun:
         self.model: SplitModel = split_model(settings, self.source)
         run = secrets.randbits(62)
         self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run)
+        self.public = public_records(settings, self.source)
         self._report = report
         self._created = time.perf_counter()
         self._training = self._round_start = 0.0
@@ -114,6 +127,8 @@ class TrainingRun:
 
     def train(self, grid: Grid) -> dict[str, Any]:
         """Train (from the last checkpoint, if there is one) and return what ``result.json`` holds."""
+        self._choose_subjects()
+        self._learn_from_public_records()
         before = load_checkpoint(self.folder / "checkpoint", self.strategy)
         self._training = before or 0.0
         done = self.strategy.progress.round_number
@@ -134,6 +149,28 @@ class TrainingRun:
             new.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
         draw_curves(self.folder)
         return self.result
+
+    def _choose_subjects(self) -> None:
+        """Note the originals of the records that an audit will attack."""
+        targets, folder = self.settings.audit.targets, self.folder / "audit"
+        if targets and not (folder / "subjects.npz").exists():
+            donors = donor_devices(self.settings)
+            Subjects.choose(self.source, self.public, donors, targets, self.settings.run.seed).save(folder)
+
+    def _learn_from_public_records(self) -> None:
+        """Warm both halves up; in a resumed run again, since the public-only model begins there."""
+        chosen, settings = self.settings.public, self.settings
+        if chosen is None or self.public is None or not chosen.epochs:
+            return
+        seed, policy, strategy = settings.run.seed, dropping(settings), self.strategy
+        options = WarmUp(chosen.epochs, chosen.lr, settings.protocol.batch_size, chosen.penalty)
+        warm_up(self.model, self.public, self.source.task, policy, options, seed)
+        public = public_release(self.model, self.public, policy, settings.protocol.dtype, seed)
+        if strategy.first_layer:
+            strategy.first_layer.weights = self.model.first_layer.initial_weights()
+        if settings.protocol.mode == "release-once":
+            strategy.progress.replay = [public]
+        strategy.compare = PublicOnly(strategy.trunk, public, settings.run.rounds).compare
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Flower's server-side evaluation hook, called after each round: note its metrics and write a checkpoint."""
@@ -162,7 +199,8 @@ class TrainingRun:
         progress = self.strategy.progress
         evaluation = progress.evaluation or {"test_accuracy": None, "test_loss": None}
         finished = time.perf_counter()
-        totals = vars(progress.totals)
+        totals = {**vars(progress.totals)}
+        ledger, refused = totals.pop("ledger"), totals.pop("refused")
         return {
             "name": self.settings.run.name,
             **evaluation,
@@ -176,6 +214,8 @@ class TrainingRun:
                 "training": round(self._training, 3),
                 "total": round(finished - self._created, 3),
             },
+            "ledger": _ledger(ledger),
+            "guard": {"mode": self.settings.guard.mode, "refused": refused},
             "seed": self.settings.run.seed,
             "versions": {
                 "fedsplit": version("fedsplit"),
@@ -185,6 +225,21 @@ class TrainingRun:
                 "python": platform.python_version(),
             },
         }
+
+
+def _ledger(most: dict[str, float]) -> dict[str, Any]:
+    """Return the most that has left of any training record, for people: what has no bound says so."""
+    precision, fisher, leverage = (most.get(key, 0.0) for key in ("precision", "fisher", "leverage"))
+    return {
+        "releases": int(most.get("releases", 0)),
+        "equations": int(most.get("equations", 0)),
+        "bits": int(most.get("bits", 0)),
+        "gradient_leverage": most.get("gradient", 0.0),
+        "leverage": None if np.isnan(leverage) else leverage,
+        "epsilon": "unbounded" if np.isinf(precision) else epsilon(precision, DELTA),
+        "delta": DELTA,
+        "dfil": "unbounded" if np.isinf(fisher) else fisher,
+    }
 
 
 def forget_node_states(folder: Path) -> None:

@@ -7,8 +7,9 @@ names the field. Both sides treat the other's payload as hostile.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
@@ -25,8 +26,9 @@ from fedsplit.packing import (
     check_scaled,
     dequantise,
     pack_arrays,
+    pack_codes,
     quantise,
-    sum_groups,
+    unpack_codes,
 )
 
 _UPLOAD, _DOWNLOAD, _REGISTRATION = 1, 2, 3
@@ -45,8 +47,11 @@ class Release:
         The records' labels.
     counts, bitmap, width
         As in :class:`fedsplit.dropping.Kept`.
-    codes : float16 or float32 array (sum of counts,)
-    exponents : int32 array (devices,)
+    codes : float16, float32 or uint8 array (sum of counts,)
+    exponents : int32 array (records,)
+        One power-of-two scale per record, so that its bytes do not depend on what it is sent with.
+    bits : int
+        0, or of how many bits the uint8 codes are; see :meth:`fedsplit.dropping.Dropping.coded`.
     """
 
     devices: IntArray
@@ -57,10 +62,15 @@ class Release:
     codes: NDArray[Any]
     exponents: NDArray[np.int32]
     width: int
+    bits: int = 0
 
     @classmethod
-    def pack(cls, kept: Kept, devices: IntArray, records: IntArray, targets: NDArray[Any], dtype: str) -> "Release":
+    def pack(
+        cls, kept: Kept, devices: IntArray, records: IntArray, targets: NDArray[Any], dtype: str, bits: int = 0
+    ) -> "Release":
         """Make a release of what dropping kept; nothing else can be released.
+
+        With ``bits``, the values are levels of so many bits, and ``dtype`` does not matter.
 
         Raises
         ------
@@ -69,32 +79,37 @@ class Release:
         """
         if not isinstance(kept, Kept):
             raise TypeError(f"a release is packed from Kept, not from {type(kept).__name__}")
-        codes, exponents = quantise(kept.values, sum_groups(kept.counts, records), dtype)
+        if bits:
+            levels = np.asarray(kept.values * np.float32(2.0 ** (bits - 1)), dtype=np.uint8)
+            exponents = np.full(len(kept.counts), 1 - bits, dtype=np.int32)
+            return cls(devices, records, targets, kept.counts, kept.bitmap, levels, exponents, kept.width, bits)
+        codes, exponents = quantise(kept.values, kept.counts, dtype)
         return cls(devices, records, targets, kept.counts, kept.bitmap, codes, exponents, kept.width)
 
     def values(self) -> FloatArray:
         """Return the sent outputs as float32."""
-        return dequantise(self.codes, sum_groups(self.counts, self.records), self.exponents)
+        return dequantise(self.codes, self.counts, self.exponents)
 
     def arrays(self) -> list[NDArray[Any]]:
         """Return the fields as arrays in wire order."""
         small = np.uint16 if self.width <= 0xFFFF else np.uint32
         kind = np.float32 if self.targets.dtype.kind == "f" else np.int32
         return [
-            np.array([self.width], dtype=np.uint32),
+            np.array([self.width, self.bits], dtype=np.uint32),
             self.devices.astype(np.int32),
             self.records.astype(np.int32),
             self.targets.astype(kind),
             self.counts.astype(small),
             self.bitmap,
-            self.codes,
-            self.exponents.astype(np.int32),
+            pack_codes(self.codes, self.bits) if self.bits else self.codes,
+            self.exponents[: 0 if self.bits else None].astype(np.int16),
         ]
 
     @classmethod
     def read(cls, take: "Reader") -> "Release":
         """Check and read one release; raises WireError."""
-        width = int(take.array("width", "u4", 1, size=1)[0])
+        width, bits = (int(v) for v in take.array("width", "u4", 1, size=2))
+        check("bits", bits <= 8, "must be in 0..8")
         devices = take.array("devices", "i4", 1).astype(np.int64)
         check_ids("devices", devices)
         records = take.array("records", "i4", 1, size=len(devices)).astype(np.int64)
@@ -108,13 +123,19 @@ class Release:
             check("bitmap", not (bitmap[:, -1] >> (width % 8)).any(), f"has bits beyond width {width}")
         same = np.array_equal(np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64), counts)
         check("counts", same, "must equal the bitmap's set bits")
-        codes = take.array("values", ("f2", "f4"), 1, size=int(counts.sum()))
-        exponents = take.array("exponents", "i4", 1, size=len(devices)).astype(np.int32)
+        if bits:
+            codes: NDArray[Any] = unpack_codes(take.array("codes", "u1", 1), int(counts.sum()), bits)
+            take.array("exponents", "i2", 1, size=0)
+            exponents = np.full(n, 1 - bits, dtype=np.int32)
+        else:
+            codes = take.array("values", ("f2", "f4"), 1, size=int(counts.sum()))
+            exponents = take.array("exponents", "i2", 1, size=n).astype(np.int32)
         integer_targets = targets.dtype.kind == "i"
         targets = targets.astype(np.int64 if integer_targets else np.float32)
         check("targets", integer_targets or bool(np.isfinite(targets).all()), "must be finite")
-        release = cls(devices, records, targets, counts, bitmap, codes, exponents, width)
-        check_scaled(codes, exponents)
+        release = cls(devices, records, targets, counts, bitmap, codes, exponents, width, bits)
+        if not bits:
+            check_scaled(codes, exponents)
         return release
 
 
@@ -138,6 +159,36 @@ class Gradients:
     sums: NDArray[np.float64]
 
 
+class Reason(IntEnum):
+    """Why something did not leave; the codes are what the wire carries."""
+
+    WEIGHTS = 1
+    ORDER = 2
+    RELEASES = 3
+    EQUATIONS = 4
+    LEVERAGE = 5
+    EPSILON = 6
+    GRADIENTS = 7
+    CAPPED = 8
+
+
+class Ledger(NamedTuple):
+    """The most that has left of any record of a node, over all its runs.
+
+    ``exposures`` counts a record's releases; the other fields are those of
+    :class:`fedsplit.privacy.accountant.Spent`, and count a segment that several records share with each of them.
+    """
+
+    exposures: float
+    releases: float
+    equations: float
+    bits: float
+    gradient: float
+    precision: float
+    fisher: float
+    leverage: float
+
+
 @dataclass(frozen=True)
 class Upload:
     """Everything that leaves a node in one exchange. Nothing else may.
@@ -152,24 +203,29 @@ class Upload:
         Rounds whose pending chunk is missing or belongs to other weights ("pending lost").
     failed : int64 array
         Devices that could not take part.
-    exposures_max : int
-        The largest number of releases that any record of this node has had in this run.
+    refused : int64 array (rows, 3)
+        Device id, reason (:class:`Reason`), how many records: what the guard refused, or in simulation
+        would have.
+    ledger : Ledger
+        The most that has left of any of the node's records.
     """
 
     release: Release
     gradients: Gradients
     lost: IntArray
     failed: IntArray
-    exposures_max: int
+    refused: IntArray
+    ledger: "Ledger"
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
         return pack_arrays(
             _UPLOAD,
             [
-                np.array([self.exposures_max], dtype=np.int64),
+                np.array(self.ledger, dtype=np.float64),
                 self.lost.astype(np.int64),
                 self.failed.astype(np.int32),
+                self.refused.astype(np.int32),
                 *self.release.arrays(),
                 self.gradients.devices.astype(np.int32),
                 self.gradients.records.astype(np.int64),
@@ -181,10 +237,13 @@ class Upload:
     def from_bytes(cls, payload: bytes, *, parameters: int) -> "Upload":
         """Check and read an upload; ``parameters`` is the first layer's size. Raises WireError."""
         take = Reader(payload, _UPLOAD)
-        exposures = int(take.array("exposures", "i8", 1, size=1)[0])
-        check("exposures", exposures >= 0, "must not be negative")
+        ledger = take.array("ledger", "f8", 1, size=len(Ledger._fields))
+        check("ledger", bool((np.nan_to_num(ledger, posinf=0.0) >= 0).all()), "must not be negative")
         lost = take.array("lost", "i8", 1).astype(np.int64)
         failed = take.array("failed", "i4", 1).astype(np.int64)
+        refused = take.array("refused", "i4", 2).astype(np.int64)
+        check("refused", refused.shape[1] == 3, "must have 3 columns")
+        check("refused", bool((refused >= 0).all()), "must not be negative")
         release = Release.read(take)
         devices = take.array("gradient devices", "i4", 1).astype(np.int64)
         records = take.array("gradient records", "i8", 1, size=len(devices)).astype(np.int64)
@@ -194,7 +253,7 @@ class Upload:
         check("gradients", sums.shape[1] == parameters, f"must have {parameters} parameters")
         check("gradients", bool(np.isfinite(sums).all()), "must be finite")
         take.finish()
-        return cls(release, Gradients(devices, records, sums), lost, failed, exposures)
+        return cls(release, Gradients(devices, records, sums), lost, failed, refused, Ledger(*ledger.tolist()))
 
 
 @dataclass(frozen=True)

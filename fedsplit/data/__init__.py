@@ -1,6 +1,6 @@
 """Records of devices: data sets with a name, a user's own files or function, and how records are dealt to devices."""
 
-from fedsplit.data.devices import open_builder, open_folder
+from fedsplit.data.devices import open_builder, open_folder, read_records
 from fedsplit.data.loading import resolve_function
 from fedsplit.data.partition import PARTITIONS
 from fedsplit.data.pooled import POOLS, open_pool
@@ -17,6 +17,7 @@ __all__ = [
     "Source",
     "check_records",
     "open_source",
+    "read_records",
     "resolve_function",
 ]
 
@@ -33,6 +34,7 @@ def open_source(
     partition: str,
     alpha: float,
     seed: int,
+    overlap: bool = True,
 ) -> Source:
     """Open the data of a run.
 
@@ -57,6 +59,8 @@ def open_source(
         Above 0, only for ``dirichlet``: the smaller, the more the devices' classes differ.
     seed : int
         Of the partition, at least 0: equal arguments, equal devices.
+    overlap : bool
+        False only for the data set ``wearables``: windows that share no sample.
 
     Raises
     ------
@@ -71,11 +75,13 @@ def open_source(
     if partition not in PARTITIONS:
         raise ConfigError(f"partition must be one of {', '.join(PARTITIONS)}, got {partition!r}")
     if name is not None:
-        source = open_pool(name, count=count, test=test, method=partition, alpha=alpha, seed=seed)
+        source = open_pool(name, count=count, test=test, method=partition, alpha=alpha, seed=seed, overlap=overlap)
         if task not in (None, source.task) or outputs not in (None, source.outputs):
             known = f"a {source.task} task with outputs = {source.outputs}"
             raise ConfigError(f"data set {name!r} is {known}, got task {task!r} and outputs {outputs}")
         return source
+    if not overlap:
+        raise ConfigError(f"overlap = false is for the data set 'wearables', not for a {given[0]}")
     if partition != "natural":
         raise ConfigError(f"partition must be 'natural' for a {given[0]}, which has its own devices, got {partition!r}")
     if folder is not None:

@@ -12,7 +12,7 @@ from fedsplit.data.records import TASKS, DeviceData, Records, check_records
 from fedsplit.data.source import Source, choose_test
 from fedsplit.errors import ConfigError, DataError
 
-_KEYS = ("x", "y", "x_test", "y_test")
+_KEYS = ("x", "y", "segments", "x_test", "y_test", "segments_test")
 
 
 def open_folder(
@@ -20,7 +20,8 @@ def open_folder(
 ) -> Source:
     """Open a folder of ``.npz`` files, one per device; a device's id is its file's place in the order of names.
 
-    A file holds ``x`` and ``y`` to train with, ``x_test`` and ``y_test`` to test with, or all four.
+    A file holds ``x`` and ``y`` to train with, ``x_test`` and ``y_test`` to test with, or all four; for windows that
+    overlap also ``segments`` (``segments_test``), as in :class:`fedsplit.data.Records`.
 
     Parameters
     ----------
@@ -125,21 +126,44 @@ def _load(
     return DeviceData(**checked)
 
 
+def read_records(file: str, source: Source) -> Records:
+    """Read public records from an ``.npz`` file with ``x`` and ``y``, of the same kind as a source's.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be used.
+    """
+    where = f"public file {file}"
+    arrays = _arrays(Path(file), where)
+    pair = _pair(arrays, "x", "y", where)
+    if pair is None:
+        raise DataError(f"{where}: lacks x and y")
+    return check_records(pair, task=source.task, outputs=source.outputs, input_shape=source.input_shape, where=where)
+
+
 def _read_file(files: tuple[Path, ...], places: tuple[str, ...], device_id: int) -> DeviceData:
     where = places[device_id]
+    arrays = _arrays(files[device_id], where)
+    train, test = _pair(arrays, "x", "y", where), _pair(arrays, "x_test", "y_test", where)
+    if train is None and test is None:
+        raise DataError(f"{where}: lacks x and y, or x_test and y_test")
+    trained = Records(*train, arrays.get("segments")) if train else None
+    tested = Records(*test, arrays.get("segments_test")) if test else None
+    if trained is None:
+        assert tested is not None
+        return DeviceData(Records.empty(tested), tested)
+    return DeviceData(trained, tested)
+
+
+def _arrays(path: Path, where: str) -> dict[str, Any]:
     try:
         # opened here, so that it is closed whatever numpy returns; no pickles, since a file may come from anyone
-        with files[device_id].open("rb") as file:
+        with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
-            arrays = {key: archive[key] for key in _KEYS if key in archive.files}
+            return {key: archive[key] for key in _KEYS if key in archive.files}
     except Exception as error:  # damage shows as an error of zipfile, zlib, numpy or the file system
         raise DataError(f"{where}: cannot be read as .npz without pickles ({type(error).__name__})") from None
-    train, test = _pair(arrays, "x", "y", where), _pair(arrays, "x_test", "y_test", where)
-    if train is not None:
-        return DeviceData(train, test)
-    if test is None:
-        raise DataError(f"{where}: lacks x and y, or x_test and y_test")
-    return DeviceData(Records.empty(Records(*test)), test)
 
 
 def _pair(arrays: dict[str, Any], x: str, y: str, where: str) -> tuple[Any, Any] | None:

@@ -11,7 +11,7 @@ from fedsplit.data.records import DeviceData, IndexArray, Pool, Records
 from fedsplit.data.source import Source, choose_test
 from fedsplit.errors import ConfigError
 
-POOLS: dict[str, Callable[[], Pool]] = {
+POOLS: dict[str, Callable[..., Pool]] = {
     "wearables": wearables.load,
     "mnist": packaged.mnist,
     "digits": packaged.digits,
@@ -21,7 +21,14 @@ _STREAM = 0xDA7A  # a stream of random numbers that no other use of the run's se
 
 
 def open_pool(
-    name: str, *, count: int | None, test: int | str | tuple[int, ...], method: str, alpha: float, seed: int
+    name: str,
+    *,
+    count: int | None,
+    test: int | str | tuple[int, ...],
+    method: str,
+    alpha: float,
+    seed: int,
+    overlap: bool = True,
 ) -> Source:
     """Deal the data set ``name`` to devices; test devices hold only test records, the others only train records.
 
@@ -39,6 +46,8 @@ def open_pool(
         Of ``dirichlet``.
     seed : int
         At least 0; equal arguments, equal devices.
+    overlap : bool
+        False only for ``wearables``: windows that share no sample.
 
     Raises
     ------
@@ -47,7 +56,7 @@ def open_pool(
     DataError
         If the data set's package is missing or its file damaged.
     """
-    pool = load_pool(name)
+    pool = load_pool(name, overlap)
     if method == "natural":
         owners = _natural_owners(pool, name, count)
         total = int(owners.max()) + 1
@@ -58,12 +67,12 @@ def open_pool(
         total = _count(count, method)
         chosen = _test_devices(test, total)
         indices = _deal(pool, total, chosen, method, alpha, np.random.default_rng([seed, _STREAM]))
-    load = partial(_slice, Records(pool.x, pool.y), tuple(indices), chosen)
+    load = partial(_slice, Records(pool.x, pool.y, pool.segments), tuple(indices), chosen)
     return Source(pool.task, pool.outputs, pool.x.shape[1:], total, load, chosen)
 
 
 @lru_cache
-def load_pool(name: str) -> Pool:
+def load_pool(name: str, overlap: bool = True) -> Pool:
     """Return the data set ``name``, which stays in memory for the life of the process.
 
     Raises
@@ -76,7 +85,11 @@ def load_pool(name: str) -> Pool:
     if name not in POOLS:
         near = difflib.get_close_matches(name, POOLS, n=1, cutoff=0.0)[0]
         raise ConfigError(f"name must be one of {', '.join(POOLS)}, got {name!r}: did you mean {near!r}?")
-    return POOLS[name]()
+    if overlap:
+        return POOLS[name]()
+    if name != "wearables":
+        raise ConfigError(f"overlap = false is for data set 'wearables', whose records are windows, not for {name!r}")
+    return wearables.load(overlap=False)
 
 
 def _natural_owners(pool: Pool, name: str, count: int | None) -> IndexArray:

@@ -23,17 +23,21 @@ class Records:
     x : float32 array (records, *input_shape)
     y : array
         int64 ``(records,)`` for classification and binary (0 or 1), float32 ``(records, outputs)`` for regression.
+    segments : int64 array (records, segments of each) or None
+        Numbers in 0..2^31-1 of the pieces that each record is made of, for windows that overlap: what leaves of a
+        record has left of all its pieces. None: no record shares anything with another.
     """
 
     x: NDArray[np.float32]
     y: NDArray[Any]
+    segments: IndexArray | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, index: NDArray[np.integer[Any]]) -> Self:
         """Return a copy of the records at ``index``, in its order."""
-        return type(self)(self.x[index], self.y[index])
+        return type(self)(self.x[index], self.y[index], None if self.segments is None else self.segments[index])
 
     @classmethod
     def empty(cls, like: "Records") -> Self:
@@ -94,6 +98,8 @@ class Pool:
         be those of people that training has never seen.
     held_out : bool array (records,) or None
         Records that are only ever tested when the partition is not natural; None: any may be.
+    segments : int64 array or None
+        As in :class:`Records`.
     """
 
     x: NDArray[np.float32]
@@ -103,6 +109,7 @@ class Pool:
     owners: IndexArray | None = None
     people: tuple[int, ...] = ()
     held_out: NDArray[np.bool_] | None = None
+    segments: IndexArray | None = None
 
 
 def check_records(raw: Raw, *, task: str, outputs: int, input_shape: tuple[int, ...] | None, where: str) -> Records:
@@ -142,15 +149,26 @@ def check_records(raw: Raw, *, task: str, outputs: int, input_shape: tuple[int, 
     if x.shape[1:] != shape:
         raise DataError(f"{where}: records must have shape {shape}, got {x.shape[1:]}")
     targets = _targets(y, outputs, where) if task == "regression" else _labels(y, task, outputs, where)
-    return Records(_finite(x, "x", where), targets)
+    return Records(_finite(x, "x", where), targets, _segments(records.segments, len(x), where))
 
 
 def _as_records(raw: Raw) -> Records:
     if isinstance(raw, Records):
-        return Records(np.asarray(raw.x), np.asarray(raw.y))
+        return Records(np.asarray(raw.x), np.asarray(raw.y), raw.segments)
     if not isinstance(raw, tuple) or len(raw) != 2:
         raise TypeError(f"must be Records or a pair (x, y), got {type(raw).__name__}")
     return Records(np.asarray(raw[0]), np.asarray(raw[1]))
+
+
+def _segments(raw: Any, count: int, where: str) -> IndexArray | None:
+    if raw is None or not count:
+        return None
+    found = np.asarray(raw)
+    if found.ndim != 2 or found.shape[0] != count or not found.shape[1] or found.dtype.kind not in "iu":
+        raise DataError(f"{where}: segments must be integers of shape (records, pieces), got {found.shape}")
+    if found.min() < 0 or found.max() >= 2**31:
+        raise DataError(f"{where}: segments must be in 0..2^31-1")
+    return found.astype(np.int64)
 
 
 def _finite(array: NDArray[Any], name: str, where: str) -> NDArray[np.float32]:

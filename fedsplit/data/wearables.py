@@ -48,14 +48,20 @@ STD = np.array(
 )
 
 
-def load() -> Pool:
+def load(overlap: bool = True) -> Pool:
     """Return 4,677 windows of 20 devices: device ``2 * (person - 1) + side``, person 1..10, side 0 (left), 1.
+
+    Parameters
+    ----------
+    overlap : bool
+        Whether windows overlap by half; if not, every second one is left out.
 
     Returns
     -------
     Pool
-        x ``(4677, 6, 100)``: acceleration x, y, z and rotation x, y, z over 2 s, each channel normalised; y: the
-        exercise, 0..6 (:data:`CLASSES`). Windows overlap by half. People 8, 9 and 10 are held out.
+        x ``(windows, 6, 100)``: acceleration x, y, z and rotation x, y, z over 2 s, each channel normalised; y: the
+        exercise, 0..6 (:data:`CLASSES`). Segments number the pieces of
+        50 samples that overlapping windows share. People 8, 9 and 10 are held out.
 
     Raises
     ------
@@ -63,7 +69,8 @@ def load() -> Pool:
         If seglearn is not installed or its file is damaged.
     """
     recordings = _read()
-    windows = [_windows(series) for series in recordings["X"]]
+    stride = 1 if overlap else WINDOW // STEP
+    windows = [_windows(series)[::stride] for series in recordings["X"]]
     counts = [len(w) for w in windows]
     person = np.repeat(recordings["subject"].astype(np.int64), counts)
     side = np.repeat(recordings["side"].astype(np.int64), counts)
@@ -80,7 +87,14 @@ def load() -> Pool:
         owners=SIDES * (person - 1) + side,
         people=tuple(p for p in range(1, 11) for _ in range(SIDES)),
         held_out=np.isin(person, HELD_OUT),
+        segments=_segments(counts) if overlap else None,
     )
+
+
+def _segments(counts: list[int]) -> NDArray[np.int64]:
+    """Number the two pieces of every window; the windows of one recording share a piece with the next, no others."""
+    first = np.arange(sum(counts)) + np.repeat(np.arange(len(counts)), counts)
+    return np.stack([first, first + 1], axis=1)
 
 
 def _read() -> dict[str, Any]:

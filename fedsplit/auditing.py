@@ -1,0 +1,82 @@
+"""Audits of runs and of policies: from a folder or a settings file to a report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from fedsplit.assemble import data_source, donor_devices, dropping, public_records, split_model
+from fedsplit.config import Settings, load_settings
+from fedsplit.errors import ConfigError, DataError
+from fedsplit.privacy.audit import Audit, audit
+from fedsplit.privacy.evidence import Evidence, recorded, rehearsed
+from fedsplit.privacy.page import page
+from fedsplit.privacy.transcript import Subjects
+from fedsplit.state import replacing
+from fedsplit.warmup import WarmUp, warm_up
+
+_TARGETS = 200  # of an audit before any training, unless the settings say
+
+
+def audit_run(folder: Path, *, seed: int, quick: bool = False) -> dict[str, Any]:
+    """Audit a finished run that recorded targets; write ``audit.json`` and ``audit.html`` into its folder.
+
+    Raises
+    ------
+    DataError
+        If the folder lacks what an audit needs.
+    """
+    if not (folder / "config.toml").exists():
+        raise DataError(f"{folder} is not a run folder: it has no config.toml")
+    settings = load_settings(folder / "config.toml")
+    if not (folder / "checkpoint" / "first_layer.safetensors").exists():
+        raise DataError(f"{folder} has no checkpoint: the run has not finished a round")
+    weights = load_file(folder / "checkpoint" / "first_layer.safetensors")
+    layer = split_model(settings, data_source(settings)).first_layer
+    layer.load_weights(weights)
+    evidence = recorded(folder / "audit", layer, dropping(settings), settings.protocol.dtype)
+    return _write(folder, audit(evidence, seed=seed, quick=quick), evidence, settings)
+
+
+def audit_policy(settings: Settings, out: Path, *, seed: int, quick: bool = False) -> dict[str, Any]:
+    """Audit one release of private records as the settings would make it, before any training.
+
+    Public records, if the settings name some, warm the first layer up as a run would.
+
+    Raises
+    ------
+    FedsplitError
+        If the settings do not fit together or the data.
+    """
+    source = data_source(settings)
+    model = split_model(settings, source)
+    public, policy, chosen = public_records(settings, source), dropping(settings), settings.public
+    if chosen is not None and public is not None and chosen.epochs:
+        options = WarmUp(chosen.epochs, chosen.lr, settings.protocol.batch_size, chosen.penalty)
+        warm_up(model, public, source.task, policy, options, settings.run.seed)
+    targets = settings.audit.targets or _TARGETS
+    subjects = Subjects.choose(source, public, donor_devices(settings), targets, settings.run.seed)
+    evidence = rehearsed(model.first_layer, policy, settings.protocol.dtype, subjects, seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out folder {out} cannot be written: {error.strerror}") from None
+    return _write(out, audit(evidence, seed=seed, quick=quick), evidence, settings)
+
+
+def _write(folder: Path, found: Audit, evidence: Evidence, settings: Settings) -> dict[str, Any]:
+    report = {
+        "name": settings.run.name,
+        "policy": settings.dropping.policy,
+        "mode": settings.protocol.mode,
+        **found.report,
+    }
+    with replacing(folder / "audit.json") as new:
+        new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shape = evidence.layer.input_shape
+    count = report["targets"]
+    text = page(found, evidence.subjects.x[:count], shape if len(shape) == 3 else None, f"Audit of {settings.run.name}")
+    with replacing(folder / "audit.html") as new:
+        new.write_text(text, encoding="utf-8")
+    return report

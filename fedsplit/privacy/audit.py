@@ -1,0 +1,276 @@
+"""The audit: what real attacks make of what left the devices, next to what anyone could guess.
+
+Every figure is a lower bound on what leaks. Before anything is believed, the attacks must bring back records from a
+raw gradient (the negative control).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from fedsplit.packing import IntArray
+from fedsplit.privacy.attacks import (
+    Prior,
+    conv_operator,
+    decoder,
+    gradient_conv,
+    gradient_dense,
+    lmmse,
+    map_qp,
+    negative_control,
+    wiener,
+)
+from fedsplit.privacy.criterion import coordinates
+from fedsplit.privacy.evidence import Evidence, GradientGroup, equations, released
+from fedsplit.privacy.scores import summarise
+
+Array = NDArray[np.float64]
+CONTROL = 60.0  # dB that the negative control must reach
+_LARGEST_GRADIENT = 4e8  # elements of the equations that the gradient attack may hold
+
+
+@dataclass(frozen=True)
+class Audit:
+    """An audit's figures, and the reconstructions behind them.
+
+    Attributes
+    ----------
+    report : dict
+        Plain numbers and strings, as written to ``audit.json``.
+    guesses : dict of float64 arrays (targets, n)
+        By attack; the baselines too.
+    """
+
+    report: dict[str, Any]
+    guesses: dict[str, Array]
+
+
+def audit(evidence: Evidence, *, seed: int, quick: bool = False) -> Audit:
+    """Attack what was released of the targets, with all standard attacks.
+
+    Parameters
+    ----------
+    evidence : Evidence
+    seed : int
+        Equal seeds, equal figures.
+    quick : bool
+        Fewer targets and no constrained search: for tuning.
+    """
+    began = time.process_time()
+    subjects = evidence.subjects
+    count = min(len(subjects.x), 48) if quick else len(subjects.x)
+    targets = np.arange(count)
+    labels = subjects.y[:count] if subjects.y.ndim == 1 and subjects.y.dtype.kind == "i" else None
+    x = subjects.x[:count].reshape(count, -1).astype(np.float64)
+    public = subjects.public.x.reshape(len(subjects.public.x), -1)
+    classes = None if labels is None else subjects.public.y
+    most = 0 if labels is None else int(max(labels.max(), subjects.public.y.max())) + 1
+    prior = Prior.of(public, classes, _box(public), most)
+    guesses: dict[str, Array] = {"mean": np.broadcast_to(prior.mean, x.shape)}
+    if labels is not None:
+        guesses["class mean"] = prior.means[labels]
+    baselines = list(guesses)
+    skipped = {}
+    for name, attack in _attacks(quick).items():
+        found = attack(evidence, prior, targets, labels, seed)
+        if isinstance(found, str):
+            skipped[name] = found
+        else:
+            guesses[name] = prior.clip(found)
+    score = _scorer(evidence, public, count)
+    scores = {name: score(x, guess) for name, guess in guesses.items()}
+    attacks = {name: s for name, s in scores.items() if name not in baselines}
+    measure = "psnr" if _is_image(evidence) else "nmse"
+    strongest = max(attacks or scores, key=lambda n: scores[n]["psnr"] if measure == "psnr" else -scores[n]["nmse"])
+    report = {
+        "targets": count,
+        "candidates": len(subjects.candidates),
+        "public": {"records": len(public), "stand_in": subjects.stand_in},
+        "peak": _peak(public),
+        "measure": measure,
+        "criterion": _criterion(evidence, targets),
+        "baselines": {name: scores[name] for name in baselines},
+        "attacks": attacks,
+        "skipped": skipped,
+        "strongest": {"attack": strongest, **scores[strongest]},
+        "control": _control(evidence, seed),
+        "seed": seed,
+        "cpu_seconds": round(time.process_time() - began, 1),
+    }
+    return Audit(report, guesses)
+
+
+def _attacks(quick: bool) -> dict[str, Callable[..., Array | str]]:
+    if quick:
+        return {"Wiener": _wiener, "linear, with label": _lmmse}
+    return {
+        "Wiener": _wiener,
+        "constrained": _constrained,
+        "linear, with label": _lmmse,
+        "decoder, with label": _decoder,
+        "gradient": _gradient,
+    }
+
+
+def _wiener(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int) -> Array | str:
+    known = equations(evidence, targets)
+    if not any(len(r) for r in known.rhs):
+        return "no equations were released"
+    return wiener(prior, labels, known.rows, known.rhs, known.noise)
+
+
+def _constrained(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int) -> Array | str:
+    known = equations(evidence, targets)
+    if not known.any:
+        return "neither equations nor inequalities were released"
+    return map_qp(prior, labels, known.rows, known.rhs, known.noise, known.inequalities)
+
+
+def _features(evidence: Evidence, targets: IntArray, seed: int) -> tuple[Array, Array] | None:
+    """Return (public, targets') releases under the weights of the targets' last release."""
+    last = [seen for seen in evidence.seen if len(np.unique(seen.targets))]
+    if not last:
+        return None
+    width = evidence.layer.width
+    own, theirs = np.zeros((len(targets), width)), {}
+    for seen in last:
+        mine = seen.targets < len(targets)
+        own[seen.targets[mine]] = seen.values[mine]
+        theirs[seen.weights.tobytes()] = seen.weights
+    weights = last[-1].weights
+    x = evidence.subjects.public.x
+    _, values = released(evidence.layer, evidence.dropping, evidence.dtype, weights, x, seed)
+    return values.astype(np.float64), own
+
+
+def _lmmse(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int) -> Array | str:
+    return _learned(evidence, prior, targets, labels, seed, lmmse)
+
+
+def _decoder(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int) -> Array | str:
+    def attack(*args: Any) -> Array:
+        return decoder(*args, seed=seed)
+
+    return _learned(evidence, prior, targets, labels, seed, attack)
+
+
+def _learned(
+    evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int, attack: Callable[..., Array]
+) -> Array | str:
+    features = _features(evidence, targets, seed)
+    if features is None:
+        return "nothing was released"
+    public = evidence.subjects.public
+    known = public.y if labels is not None else None
+    return attack(prior, (features[0], public.x.reshape(len(public.x), -1), known), features[1], labels)
+
+
+def _gradient(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int) -> Array | str:
+    if not evidence.groups:
+        return "no first-layer gradients were released"
+    n = int(np.prod(evidence.layer.input_shape))
+    guess = np.broadcast_to(prior.mean, (len(targets), n)).copy()
+    reached = 0
+    for group in evidence.groups:
+        places = np.flatnonzero((group.places >= 0) & (group.places < len(targets)))
+        found = _group(evidence, prior, group, None if labels is None else group.labels)
+        if found is not None and len(places):
+            guess[group.places[places]] = found[places]
+            reached += len(places)
+    if not reached:
+        return "the sums are over more records than this attack can hold"
+    return guess
+
+
+def _group(evidence: Evidence, prior: Prior, group: GradientGroup, labels: Any) -> Array | None:
+    """Solve one group's sums for all its records; None if they are too many."""
+    layer = evidence.layer.layer
+    records, weights = len(group.places), int(np.prod(layer.weight.shape))  # type: ignore[operator, arg-type, union-attr]
+    # the sums' last numbers are the bias's: they hold no record
+    sums = [np.asarray(total[:weights], dtype=np.float64) for total in group.sums]
+    if isinstance(layer, nn.Linear):
+        if evidence.layer.width != layer.out_features:
+            return None
+        shaped = [total.reshape(layer.out_features, -1) for total in sums]
+        return gradient_dense(prior, labels, group.deltas, shaped)
+    n = int(np.prod(evidence.layer.input_shape))
+    if records * n * weights * len(sums) > _LARGEST_GRADIENT:
+        return None
+
+    def operator(i: int) -> Array:
+        shape = evidence.layer.cut_shape
+        return np.concatenate([conv_operator(evidence.layer, d[i].reshape(shape)) for d in group.deltas], axis=1)
+
+    return gradient_conv(prior, labels, operator, np.concatenate(sums), records)
+
+
+def _criterion(evidence: Evidence, targets: IntArray) -> dict[str, Any]:
+    """Return the exact criterion over all releases of the targets together."""
+    layer, n = evidence.layer, int(np.prod(evidence.layer.input_shape))
+    stacked = []
+    for seen in evidence.seen if evidence.dropping.bits != 1 else ():
+        pattern = np.zeros((len(targets), layer.width), dtype=bool)
+        mine = seen.targets < len(targets)
+        pattern[seen.targets[mine]] = seen.pattern[mine]
+        stacked.append((evidence.map(seen.weights), pattern))
+    releases = np.bincount(np.concatenate([s.targets for s in evidence.seen] or [targets[:0]]), minlength=len(targets))
+    figures: dict[str, Any] = {"numbers": n, "releases_max": int(releases.max(initial=0))}
+    if not stacked:
+        none = dict.fromkeys(("equations_max", "rank_max", "leverage_max", "leverage_mean", "determined"), 0)
+        return figures | none
+    found = coordinates(stacked)
+    return figures | {
+        "equations_max": int(found.equations.max()),
+        "rank_max": int(found.rank.max()),
+        "leverage_max": float(found.largest.max()),
+        "leverage_mean": float(found.mean.mean()),
+        "determined": float(found.determined.mean()),
+    }
+
+
+def _control(evidence: Evidence, seed: int) -> dict[str, Any]:
+    layer = evidence.layer
+    dense = isinstance(layer.layer, nn.Linear)
+    records = evidence.subjects.x[: 16 if dense else 2]
+    found = negative_control(layer, layer.unflatten(evidence.seen[0].weights), records, seed) if evidence.seen else 0.0
+    return {"records": len(records), "psnr": float(found), "holds": bool(found > CONTROL)}
+
+
+def _is_image(evidence: Evidence) -> bool:
+    return len(evidence.layer.input_shape) == 3
+
+
+def _box(public: NDArray[np.floating[Any]]) -> tuple[float, float] | None:
+    """Return 0..1 for what looks like images; None leaves the public records' own range, number by number."""
+    return (0.0, 1.0) if public.min() >= 0 and public.max() <= 1 else None
+
+
+def _peak(public: NDArray[np.floating[Any]]) -> float:
+    return 1.0 if _box(public) else float(public.max() - public.min())
+
+
+def _scorer(
+    evidence: Evidence, public: NDArray[np.floating[Any]], count: int
+) -> Callable[[Array, Array], dict[str, float | None]]:
+    subjects = evidence.subjects
+    candidates = subjects.candidates.reshape(len(subjects.candidates), -1)
+    shape = evidence.layer.input_shape
+    image: Sequence[int] | None = shape if _is_image(evidence) else None
+
+    def score(x: Array, guess: Array) -> dict[str, float | None]:
+        return summarise(
+            x,
+            guess,
+            peak=_peak(public),
+            variance=public.var(axis=0),
+            truth_index=subjects.place[:count],
+            candidates=candidates,
+            image_shape=image,  # type: ignore[arg-type]
+        )
+
+    return score

@@ -17,7 +17,9 @@ from fedsplit.dropping import Dropping, simulation_secret
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.first_layer import FirstLayerServer, build_strategy
 from fedsplit.guard import Guard
+from fedsplit.home import Home
 from fedsplit.model import SplitModel, build_model
+from fedsplit.preflight import check_limits
 from fedsplit.privacy.accountant import ExposureAccountant
 from fedsplit.privacy.limits import SHIPPED, Limits, load_limits
 from fedsplit.privacy.transcript import record_exchange
@@ -198,6 +200,31 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
         dtype=settings.protocol.dtype,
         keyed=settings.dropping.mask == "keyed",
         record=recorder if settings.audit.targets else None,
+    )
+
+
+@lru_cache(maxsize=4)
+def real_node(settings_json: str, folder: str) -> Node:
+    """Return a real node, whose folder ``fedsplit node init`` has made; its guard enforces the owner's limits.
+
+    Raises
+    ------
+    FedsplitError
+        If something of the folder is missing or damaged, or the limits do not allow the run.
+    """
+    settings, source, model = _opened(settings_json)
+    home = Home(Path(folder))
+    check_limits(settings, source, model.first_layer, home.limits)
+    return Node(
+        model.first_layer,
+        dropping(settings),
+        home.devices,
+        lru_cache(maxsize=_CACHED_DEVICES)(source.device),
+        home.device_secret,
+        lambda run: NodeState(home.folder / "runs" / f"{run:x}"),
+        lambda run, ledger: home.guard(ledger, model.first_layer),
+        dtype=settings.protocol.dtype,
+        keyed=settings.dropping.mask == "keyed",
     )
 
 

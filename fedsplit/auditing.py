@@ -1,16 +1,19 @@
 """Audits of runs and of policies: from a folder or a settings file to a report."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fedsplit.assemble import data_source, donor_devices, dropping, public_records, split_model
 from fedsplit.config import Settings, load_settings
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.privacy.audit import Audit, audit
-from fedsplit.privacy.evidence import Evidence, recorded, rehearsed
+from fedsplit.privacy.evidence import Evidence, recorded, rehearsed, released_bytes
 from fedsplit.privacy.page import page
 from fedsplit.privacy.transcript import Subjects
 from fedsplit.state import replacing
@@ -63,6 +66,60 @@ def audit_policy(settings: Settings, out: Path, *, seed: int, quick: bool = Fals
     except OSError as error:
         raise ConfigError(f"out folder {out} cannot be written: {error.strerror}") from None
     return _write(out, audit(evidence, seed=seed, quick=quick), evidence, settings)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What one record would release, and what attacks make of it."""
+
+    payload: bytes
+    sent: int
+    width: int
+    report: dict[str, Any]
+
+
+def preview_record(settings: Settings, device: int, record: int, weights: Path | None, page_path: Path) -> Preview:
+    """Release one record as the settings would have it, attack it, and write a page.
+
+    The attacker's public records are those that the settings name, or else the device's other records.
+
+    Raises
+    ------
+    FedsplitError
+        If there is no such record, or the settings do not fit together.
+    """
+    source = data_source(settings)
+    layer = split_model(settings, source).first_layer
+    if weights is not None:
+        try:
+            layer.load_weights(load_file(weights))
+        except (OSError, RuntimeError, KeyError, SafetensorError):
+            raise DataError(f"weights {weights} are missing, damaged or of another first layer") from None
+    records = source.device(device).train
+    if not 0 <= record < len(records):
+        raise ConfigError(f"device {device} has {len(records)} training records, there is no record {record}")
+    public = public_records(settings, source)
+    others = np.delete(np.arange(len(records)), record)
+    at = np.array([record])
+    one = Subjects(
+        x=records.x[at],
+        y=records.y[at],
+        device=np.array([device]),
+        index=at,
+        candidates=records.x[[record, *others]],
+        place=np.zeros(1, dtype=np.int64),
+        public=records.take(others) if public is None else public,
+        stand_in=public is None,
+    )
+    policy, dtype, seed = dropping(settings), settings.protocol.dtype, settings.run.seed
+    evidence = rehearsed(layer, policy, dtype, one, seed)
+    found = audit(evidence, seed=seed)
+    shape = layer.input_shape
+    with replacing(page_path) as new:
+        title = f"Device {device}, record {record}"
+        new.write_text(page(found, one.x, shape if len(shape) == 3 else None, title), encoding="utf-8")
+    payload = released_bytes(layer, policy, dtype, records.take(at), device, seed)
+    return Preview(payload, int(evidence.seen[0].pattern.sum()), layer.width, found.report)
 
 
 def _write(folder: Path, found: Audit, evidence: Evidence, settings: Settings) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
         Time spent in training so far.
     """
     progress = strategy.progress
-    _save_replay(_replay_folder(folder), progress)
+    _save_replay(_replay_folder(folder), progress.replay)
     new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
@@ -92,6 +92,39 @@ def load_checkpoint(folder: Path, strategy: SplitStrategy) -> float | None:
         raise RunError(f"checkpoint {folder} is damaged: {type(error).__name__}") from None
 
 
+def forget_device(folder: Path, device: int) -> int:
+    """Remove a device's releases and pending gradients from a checkpoint; return how many records were removed.
+
+    Recordings for an audit are deleted, since they hold its releases, too. What the weights have learned from them
+    stays.
+
+    Raises
+    ------
+    RunError
+        If there is no checkpoint, or it is damaged.
+    """
+    checkpoint = folder / "checkpoint"
+    try:
+        state = _from_tensors(torch.load(checkpoint / "state.pt", weights_only=True))
+        replay = _load_replay(_replay_folder(checkpoint), state["replayed"])
+    except FileNotFoundError:
+        raise RunError(f"{folder} holds no checkpoint") from None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, *_DAMAGE) as error:
+        raise RunError(f"checkpoint {checkpoint} is damaged: {type(error).__name__}") from None
+    kept = [batches.without(device) for batches in replay]
+    removed = sum(len(b) for b in replay) - sum(len(b) for b in kept)
+    old = set(_replay_folder(checkpoint).glob("*.npz"))
+    _save_replay(_replay_folder(checkpoint), kept)
+    state["replayed"] = [len(b) for b in kept]
+    state["pending"] = [block for block in state["pending"] if device not in block["devices"]]
+    with replacing(checkpoint / "state.pt") as new:
+        torch.save(_to_tensors(state), new)
+    for path in old - {_replay_path(_replay_folder(checkpoint), *named) for named in enumerate(state["replayed"])}:
+        path.unlink()
+    shutil.rmtree(folder / "audit", ignore_errors=True)
+    return removed
+
+
 def _restore(folder: Path, strategy: SplitStrategy) -> float:
     state = _from_tensors(torch.load(folder / "state.pt", weights_only=True))
     strategy.trunk.load_state(load_tensors(folder / "trunk.safetensors"), state["trunk"])
@@ -116,9 +149,13 @@ def _replay_folder(folder: Path) -> Path:
     return folder.with_name("releases")
 
 
-def _save_replay(folder: Path, progress: Progress) -> None:
-    for number, batches in enumerate(progress.replay):
-        path = folder / f"{number:06d}-{len(batches)}.npz"
+def _replay_path(folder: Path, number: int, size: int) -> Path:
+    return folder / f"{number:06d}-{size}.npz"
+
+
+def _save_replay(folder: Path, replay: list[Batches]) -> None:
+    for number, batches in enumerate(replay):
+        path = _replay_path(folder, number, len(batches))
         if not path.exists():
             folder.mkdir(exist_ok=True)
             with replacing(path) as new, new.open("wb") as file:
@@ -131,7 +168,7 @@ def _load_replay(folder: Path, sizes: list[int]) -> list[Batches]:
             path.unlink()  # of a round that the checkpoint does not have
     replay = []
     for number, size in enumerate(sizes):
-        with np.load(folder / f"{number:06d}-{size}.npz", allow_pickle=False) as file:
+        with np.load(_replay_path(folder, number, size), allow_pickle=False) as file:
             loaded = {f.name: file[f.name] for f in fields(Batches)}
         replay.append(Batches(**{**loaded, "width": int(loaded["width"])}))
     return replay

@@ -15,9 +15,13 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedsplit.errors import ConfigError, FedsplitError
+from fedsplit.node_cli import node
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 _stderr = Console(stderr=True)
+
+
+cli.add_typer(node, name="node")
 
 
 @cli.callback()
@@ -97,6 +101,19 @@ def audit(
         said = f"fedsplit: strongest attack {report['strongest']['psnr']:.1f} dB is above {fail_above:g} dB"
         _stderr.print(said, style="red", markup=False, highlight=False)
         sys.exit(1)
+
+
+@cli.command()
+def forget(
+    device: Annotated[int, typer.Argument(help="Whose releases to remove.")],
+    folder: Annotated[Path, typer.Argument(help="The server's run folder.")],
+) -> None:
+    """Remove a device's releases from a run's replay store and checkpoint; what was learned from them stays."""
+    _quiet(False)
+    from fedsplit.checkpoint import forget_device
+
+    removed = forget_device(folder, device)
+    print(f"removed {removed} records of device {device} from {folder}; what the weights have learned from them stays")
 
 
 @contextmanager

@@ -6,13 +6,14 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedsplit.assemble import simulated_node
+from fedsplit.assemble import real_node, simulated_node
 from fedsplit.config import load_settings
 from fedsplit.device import Node
-from fedsplit.errors import FedsplitError
+from fedsplit.errors import FedsplitError, StateError
 from fedsplit.wire import Download, from_record, to_record
 
 APP_FOLDER = Path(__file__).parent.parent
+HOME = "fedsplit-home"  # key of a real node's folder in its node config
 STATE_FOLDER = Path.home() / ".fedsplit" / "state"
 
 
@@ -37,6 +38,8 @@ def _handle(message: Message, context: Context, *, answer, settings_json, state_
     try:
         node = _node(context, settings_json, state_folder)
         return Message(to_record(answer(node, message)), reply_to=message)
+    except StateError:
+        raise RuntimeError("fedsplit: the node's own state is missing or damaged: nothing leaves") from None
     except FedsplitError as error:
         raise type(error)(str(error)) from None
     except Exception as error:
@@ -48,6 +51,8 @@ def _node(context: Context, settings_json: str | None, state_folder: str | None)
     if settings_json is None:
         settings_json = load_settings(APP_FOLDER / str(context.run_config["config"])).to_json()
     config = context.node_config
+    if HOME in config:
+        return real_node(settings_json, str(config[HOME]))
     folder = state_folder or str(STATE_FOLDER)
     return simulated_node(settings_json, int(config["partition-id"]), int(config["num-partitions"]), folder)
 

@@ -73,6 +73,18 @@ class Batches:
             width=parts[0].width,
         )
 
+    def without(self, device: int) -> "Batches":
+        """Return the records of all other devices."""
+        rows = np.flatnonzero(self.devices != device)
+        return Batches(
+            devices=self.devices[rows],
+            targets=self.targets[rows],
+            starts=np.concatenate([[0], np.cumsum(np.diff(self.starts)[rows])]),
+            bitmap=self.bitmap[rows],
+            values=self.values[_ranges(self.starts, rows)],
+            width=self.width,
+        )
+
     def __len__(self) -> int:
         return len(self.devices)
 

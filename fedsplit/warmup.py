@@ -24,7 +24,7 @@ from fedsplit.schedule import seed_of
 from fedsplit.trunk import Batches, Trunk, minibatches, summed_loss
 from fedsplit.wire import Release
 
-PUBLIC = 0  # the device id that public records go by: they are the first in canonical order
+PUBLIC = -1  # the device id that public records go by
 _RIDGE = 1e-3  # of the penalty, in units of the mean public variance
 
 
@@ -96,7 +96,8 @@ def _dropped(
         noise = np.random.default_rng(seed_of(mask_round, int(rows[0]))).normal(size=values.shape)
         scales = torch.from_numpy(dropping.scales(values, mask))
         sent = sent * scales + torch.from_numpy(noise.astype(np.float32)) * dropping.noise * dropping.clip
-    return (sent * torch.from_numpy(mask)).reshape(-1, *first.cut_shape)
+    kept: Tensor = sent * torch.from_numpy(mask)
+    return kept.reshape(-1, *first.cut_shape)
 
 
 def covariance_penalty(rows: Tensor, factors: Tensor) -> Tensor:
@@ -116,7 +117,8 @@ def covariance_penalty(rows: Tensor, factors: Tensor) -> Tensor:
     ridge = _RIDGE * variances.sum() / len(factors)
     # with C = F F' and A = W F the trace is tr(L) - e tr((A'A + eI)^-1 L), L = F'F: the smaller inverse
     left = torch.linalg.inv(projected.T @ projected + ridge * torch.eye(len(variances))).diagonal()
-    return 1 - ridge * (left * variances).sum() / variances.sum()
+    unexplained: Tensor = ridge * (left * variances).sum() / variances.sum()
+    return 1 - unexplained
 
 
 def principal_factors(x: FloatArray, components: int = 128) -> Tensor:
@@ -124,7 +126,8 @@ def principal_factors(x: FloatArray, components: int = 128) -> Tensor:
     flat = torch.from_numpy(x.reshape(len(x), -1))
     centred = flat - flat.mean(dim=0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(flat))
-    return vectors[:, -components:] * values[-components:].clamp(min=0).sqrt()
+    factors: Tensor = vectors[:, -components:] * values[-components:].clamp(min=0).sqrt()
+    return factors
 
 
 def public_release(model: SplitModel, public: Records, dropping: Dropping, dtype: str, seed: int) -> Batches:

@@ -42,6 +42,8 @@ class Prior:
         Of all records; the covariance within classes.
     low, high : float64 arrays (n,)
         The box that records lie in.
+    stated : bool
+        Whether the box is known, not the range of public records, which a record can leave.
     """
 
     means: Array
@@ -50,6 +52,7 @@ class Prior:
     pooled: Array
     low: Array
     high: Array
+    stated: bool
 
     @classmethod
     def of(
@@ -83,14 +86,13 @@ class Prior:
             own = within[y == c].T @ within[y == c] / (count + _SHRINK)
             covariances[c] = (own + _SHRINK / (count + _SHRINK) * pooled if count >= _FEW else spread) + ridge
         low, high = (x.min(axis=0), x.max(axis=0)) if box is None else (np.full(n, box[0]), np.full(n, box[1]))
-        margin = (high - low) / 10 if box is None else 0 * low
-        return cls(means, covariances, mean, pooled + ridge, low - margin, high + margin)
+        return cls(means, covariances, mean, pooled + ridge, low, high, box is not None)
 
     @classmethod
     def blank(cls, n: int) -> "Prior":
         """Return the prior of an attacker without public records: mean 0, variance 1, no box."""
         zero, one, limit = np.zeros(n), np.eye(n), np.full(n, np.inf)
-        return cls(zero[None], one[None], zero, one, -limit, limit)
+        return cls(zero[None], one[None], zero, one, -limit, limit, False)
 
     def clip(self, x: Array) -> Array:
         """Bring records ``(N, n)`` into the box."""
@@ -355,7 +357,8 @@ def gradient_dense(
     if activations is not None:
         q, rest, floor = _white_rows(activations, centre, colour)
         w = _condition(w, lambda v: v - u @ (trust * (u.T @ v)), (q, rest, floor), iterations)
-    return prior.clip((centre + w @ colour.T).numpy())
+    guess: Array = (centre + w @ colour.T).numpy()
+    return prior.clip(guess) if prior.stated else guess
 
 
 def _magnitude(prior: Prior) -> float:
@@ -496,7 +499,7 @@ def gradient_conv(
         mean, v, covariance = known(i)
         pull = torch.from_numpy(operator(i)) @ told
         guess[i] = (mean + covariance @ pull - v.T @ (v @ pull)).numpy()
-    return prior.clip(guess)
+    return prior.clip(guess) if prior.stated else guess
 
 
 def _solve(gram: Tensor, left: Tensor, noise: Tensor) -> Tensor:

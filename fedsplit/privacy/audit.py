@@ -85,14 +85,12 @@ def audit(evidence: Evidence, *, seed: int, quick: bool = False) -> Audit:
     score = _scorer(evidence, public, count)
     scores = {name: score(x, guess) for name, guess in guesses.items()}
     attacks = {name: s for name, s in scores.items() if name not in baselines}
-    measure = "psnr" if _is_image(evidence) else "nmse"
-    strongest = max(attacks or scores, key=lambda n: scores[n]["psnr"] if measure == "psnr" else -scores[n]["nmse"])
+    strongest = max(attacks or scores, key=lambda name: scores[name]["psnr"])
     report = {
         "targets": count,
         "candidates": len(subjects.candidates),
         "public": {"records": len(public), "stand_in": subjects.stand_in},
         "peak": _peak(public),
-        "measure": measure,
         "criterion": _criterion(evidence, targets),
         "baselines": {name: scores[name] for name in baselines},
         "attacks": attacks,
@@ -190,7 +188,7 @@ def _gradient(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, 
 def _group(evidence: Evidence, prior: Prior, group: GradientGroup, labels: Any) -> Array | None:
     """Solve one group's sums for all its records; None if they are too many."""
     layer = evidence.layer.layer
-    records, weights = len(group.places), int(np.prod(layer.weight.shape))  # type: ignore[operator, arg-type, union-attr]
+    records, weights = len(group.places), layer.get_parameter("weight").numel()
     # the sums' last numbers are the bias's: they hold no record
     sums = [np.asarray(total[:weights], dtype=np.float64) for total in group.sums]
     if isinstance(layer, nn.Linear):
@@ -256,13 +254,13 @@ def _peak(public: NDArray[np.floating[Any]]) -> float:
 
 def _scorer(
     evidence: Evidence, public: NDArray[np.floating[Any]], count: int
-) -> Callable[[Array, Array], dict[str, float | None]]:
+) -> Callable[[Array, Array], dict[str, Any]]:
     subjects = evidence.subjects
     candidates = subjects.candidates.reshape(len(subjects.candidates), -1)
     shape = evidence.layer.input_shape
     image: Sequence[int] | None = shape if _is_image(evidence) else None
 
-    def score(x: Array, guess: Array) -> dict[str, float | None]:
+    def score(x: Array, guess: Array) -> dict[str, Any]:
         return summarise(
             x,
             guess,

@@ -130,8 +130,8 @@ def null_probe(
     float64 array (n,), bool
         1 for determined coordinates, below 1 - 1e-6 for others; whether all probes converged (if not, ignore them).
     """
-    pairs = list(zip(maps, masks, strict=True))
-    scales = [np.divide(mask, m.norms, out=np.zeros(m.width), where=mask & (m.norms > 0)) for m, mask in pairs]
+    pairs = zip(maps, masks, strict=True)
+    scales = [np.divide(mask, m.norms, out=np.zeros(m.width), where=m.norms > 0) for m, mask in pairs]
 
     def forward(x: Array) -> Array:
         return np.concatenate([m.apply(x) * s for m, s in zip(maps, scales, strict=True)], axis=1)
@@ -157,7 +157,7 @@ def null_probe(
         slope = back(left)
         before, size = size, squares(slope)
         step = slope + size / np.maximum(before, tiny) * step
-    known, unknown = np.square(g - v).sum(axis=0), np.square(v).sum(axis=0)
+    known, unknown = np.square(g - v).sum(axis=0), np.square(v).sum(axis=0)  # of means h and 1 - h, and independent
     estimate = np.minimum(known / (known + unknown), 1 - 2 * _EXACT)
     estimate[np.abs(v).max(axis=0) < tolerance] = 1
     return estimate, bool((squares(forward(v)) <= 4 * goal).all())  # not of ``left``: rounding adds up in it
@@ -294,14 +294,14 @@ def _largest_joint(maps: list[LayerMap], alive: Mask, spaces: list[Tensor]) -> f
     gram = torch.eye(sum(sizes), dtype=torch.float64)
     for _, along in activations():
         gram -= along.T @ along
-    root = _inverse_root(gram)
+    # singular as a rule: a gradient of kept outputs, times their weights, is a combination of these outputs
+    values, vectors = torch.linalg.eigh(gram)
+    root = vectors[:, values > _SMALL] / values[values > _SMALL].sqrt()  # root root' = gram^+
     largest = 0.0
     for i, (basis, along) in enumerate(activations()):
         pieces = zip(spaces, torch.split(root, sizes), strict=True)
-        added = torch.cat(
-            [(u[i] @ piece.reshape(channels, u.shape[-1], root.shape[1])).flatten(0, 1) for u, piece in pieces]
-        )
-        added -= basis.T @ (along @ root)
+        parts = [u[i] @ piece.reshape(channels, u.shape[-1], root.shape[1]) for u, piece in pieces]
+        added = torch.cat(parts).flatten(0, 1) - basis.T @ (along @ root)
         largest = max(largest, float((basis.square().sum(0) + added.square().sum(1)).max()))
     return min(largest, 1.0)
 
@@ -353,16 +353,6 @@ def _bases(rows: Tensor) -> tuple[Tensor, Tensor]:
     return ranks, bases
 
 
-def _inverse_root(gram: Tensor) -> Tensor:
-    """Return R ``(p, r)`` with ``R R' = gram^+``, for a matrix ``(p, p)`` with eigenvalues in 0..1."""
-    factor, info = torch.linalg.cholesky_ex(gram)
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(gram), dtype=torch.float64), upper=False)
-    if info == 0 and inverse.square().sum() < 1e6:  # the trace of gram^-1: a bound on its condition
-        return cast(Tensor, inverse.T)
-    values, vectors = torch.linalg.eigh(gram)
-    return cast(Tensor, vectors[:, values > _SMALL] / values[values > _SMALL].sqrt())
-
-
 def _column_space(rows: Tensor, *, scale: bool = True) -> tuple[Tensor, Tensor]:
     """Return the left singular vectors ``(N, r)`` and singular values ``(r,)`` of ``(N, m)``, columns of norm 1."""
     norms = torch.linalg.vector_norm(rows, dim=0)
@@ -376,13 +366,14 @@ def _rank(singular: Tensor, *shape: int) -> int:
 
 
 def _leverages(bases: Tensor) -> Array:
-    return np.minimum(np.einsum("bkn,bkn->bn", bases.numpy(), bases.numpy()), 1.0)
+    return np.asarray(np.minimum(np.einsum("bkn,bkn->bn", bases.numpy(), bases.numpy()), 1))
 
 
 def _stacked(releases: Sequence[Release]) -> tuple[list[LayerMap], Mask, Mask]:
     """Return maps, the outputs kept under them side by side, and those of them whose rows are not zero.
 
-    Releases under equal weights are joined, since an output that is kept twice is one equation.
+    Releases under equal weights are joined: an output that is kept twice is one equation. Doubled rows and rows of
+    zeros would also send every record the slow way of :func:`_bases`.
     """
     joined: dict[bytes, Release] = {}
     for layer, mask in releases:

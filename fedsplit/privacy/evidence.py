@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from fedsplit.data import Records
 from fedsplit.dropping import KEYED_ROUND, Dropping, simulation_secret, unpack_bitmap
 from fedsplit.forward import Chunk, forward
 from fedsplit.model import FirstLayer
@@ -118,11 +119,25 @@ def released(
     layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray, x: FloatArray, seed: int
 ) -> tuple[NDArray[np.bool_], FloatArray]:
     """Return pattern and values ``(records, width)`` that some records would release."""
-    n, secret = len(x), simulation_secret(seed, 0)
-    index, labels = np.arange(n), np.zeros(n, dtype=np.int64)
-    chunk = Chunk(np.zeros(1, np.int64), np.array([n]), index, index[:, None], x, labels)
+    records = Records(x, np.zeros(len(x), dtype=np.int64))
+    return _dense(_release(layer, dropping, dtype, weights, records, 0, seed))
+
+
+def released_bytes(
+    layer: FirstLayer, dropping: Dropping, dtype: str, records: Records, device: int, seed: int
+) -> bytes:
+    """Return some records' release under the layer's own weights as it would stand on the wire."""
+    weights = layer.flatten(layer.initial_weights())
+    release = _release(layer, dropping, dtype, weights, records, device, seed)
+    return b"".join(np.ascontiguousarray(array).tobytes() for array in release.arrays())
+
+
+def _release(
+    layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray, records: Records, device: int, seed: int
+) -> Release:
+    secret, chunk = simulation_secret(seed, device), Chunk.of(device, records)
     kept = forward(layer, dropping, lambda _: secret, chunk, weights, KEYED_ROUND, b"audit", want_slopes=False).kept
-    return _dense(Release.pack(kept, chunk.devices, chunk.records, labels, dtype, dropping.bits))
+    return Release.pack(kept, chunk.devices, chunk.records, records.y, dtype, dropping.bits)
 
 
 def _dense(release: Release) -> tuple[NDArray[np.bool_], FloatArray]:

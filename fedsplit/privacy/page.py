@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsplit.privacy.audit import Array, Audit
 
@@ -18,7 +19,7 @@ tr.base td { color: #777 } tr.top td { font-weight: 600 } img { max-width: 100% 
 """
 
 
-def page(audit: Audit, x: Array, image_shape: tuple[int, ...] | None, title: str) -> str:
+def page(audit: Audit, x: NDArray[Any], image_shape: tuple[int, ...] | None, title: str) -> str:
     """Return the page's HTML.
 
     Parameters
@@ -72,7 +73,7 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
-def _pictures(guesses: dict[str, Array], x: Array, image_shape: tuple[int, ...] | None) -> str:
+def _pictures(guesses: dict[str, Array], x: NDArray[Any], image_shape: tuple[int, ...] | None) -> str:
     """Return a PNG in base64: a row for the originals and one per reconstruction."""
     from matplotlib.figure import Figure
 

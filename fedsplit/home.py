@@ -1,0 +1,118 @@
+"""A real node's folder: its secret, its owner's limits, and the ledgers of what has left its devices.
+
+Made once by ``fedsplit node init``. Every file can be read by its owner alone. A folder that lacks one of them is
+refused, never mended: a new secret or an empty ledger would forget what has left.
+"""
+
+import os
+import secrets
+import shutil
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import tomli_w
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedsplit.errors import ConfigError, StateError
+from fedsplit.guard import Guard
+from fedsplit.model import FirstLayer
+from fedsplit.packing import MAX_DEVICES
+from fedsplit.privacy.accountant import ExposureAccountant
+from fedsplit.privacy.limits import SHIPPED, Limits, load_limits
+
+LEDGERS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Home:
+    """A node's folder."""
+
+    folder: Path
+
+    @classmethod
+    def create(cls, folder: Path, devices: Sequence[int]) -> "Home":
+        """Make a node's folder for some devices.
+
+        Raises
+        ------
+        ConfigError
+            If the folder exists and is not empty, or cannot be written, or the device ids are not valid.
+        """
+        if len(set(devices)) < len(devices) or not devices or not all(0 <= d < MAX_DEVICES for d in devices):
+            raise ConfigError(f"devices must be different ids in 0..{MAX_DEVICES - 1}, got {list(devices)}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if any(folder.iterdir()):
+                raise ConfigError(f"folder {folder} is not empty: a node's secret and ledgers are never replaced")
+            folder.chmod(0o700)
+            home = cls(folder)
+            _write_private(folder / "secret", secrets.token_bytes(32))
+            _write_private(folder / "node.toml", tomli_w.dumps({"devices": sorted(devices)}).encode())
+            shutil.copy(SHIPPED, folder / "limits.toml")
+            (folder / "limits.toml").chmod(0o600)
+        except OSError as error:
+            raise ConfigError(f"folder {folder} cannot be written: {error.strerror}") from None
+        for ledger in LEDGERS:
+            ExposureAccountant.create(home.ledger_path(ledger), home.owner)
+        return home
+
+    @cached_property
+    def secret(self) -> bytes:
+        """The node's 32 secret bytes; raises StateError if they are missing, damaged or open to others."""
+        path = self.folder / "secret"
+        try:
+            found, mode = path.read_bytes(), path.stat().st_mode
+        except OSError:
+            raise StateError(f"secret {path} is missing: make a node with fedsplit node init") from None
+        if len(found) != 32:
+            raise StateError(f"secret {path} is damaged: it must have 32 bytes, it has {len(found)}")
+        if mode & 0o077:
+            raise StateError(f"secret {path} can be read by others: chmod 600 it, if nobody has")
+        return found
+
+    @property
+    def owner(self) -> bytes:
+        """A fingerprint by which the ledgers know whose they are."""
+        return sha256(b"fedsplit ledger" + self.secret).digest()
+
+    @cached_property
+    def devices(self) -> list[int]:
+        """The ids of the node's devices; raises StateError."""
+        path = self.folder / "node.toml"
+        try:
+            found = tomllib.loads(path.read_text(encoding="utf-8"))["devices"]
+            return [int(device) for device in found]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise StateError(f"{path} is missing or damaged: it must hold devices = [ids]") from None
+
+    @cached_property
+    def limits(self) -> Limits:
+        """The owner's limits; raises ConfigError."""
+        return load_limits(self.folder / "limits.toml")
+
+    def device_secret(self, device: int) -> bytes:
+        """Return a device's 32-byte secret: HKDF-SHA256 of the node's (RFC 5869)."""
+        info = b"fedsplit device %d" % device
+        return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self.secret)
+
+    def ledger_path(self, ledger: str) -> Path:
+        """Return the file of the ledger ``train`` or ``test``."""
+        return self.folder / f"ledger-{ledger}.npz"
+
+    def accountant(self, ledger: str) -> ExposureAccountant:
+        """Open a ledger; raises StateError if it is missing, damaged or another node's."""
+        return ExposureAccountant(self.ledger_path(ledger), self.owner)
+
+    def guard(self, ledger: str, layer: FirstLayer) -> Guard:
+        """Open the guard, which enforces the limits."""
+        return Guard(self.limits, self.accountant(ledger), layer, enforce=True)
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)

@@ -203,7 +203,7 @@ def _constrained(
     step = one - torch.cholesky_inverse(torch.linalg.cholesky(covariance / unit[:, None] / unit + one))
     if len(more):
         across = g @ step
-        factor = torch.linalg.cholesky(across @ g.T + one[: len(g), : len(g)])
+        factor = torch.linalg.cholesky(across @ g.T + torch.eye(len(g), dtype=g.dtype))
         told = torch.linalg.solve_triangular(factor, across, upper=False)
         step = torch.addmm(step, told.T, told, alpha=-1)
     e, z, dual = torch.zeros_like(mean), torch.zeros_like(low).clamp(low, high), torch.zeros_like(low)

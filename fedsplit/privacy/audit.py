@@ -4,15 +4,19 @@ Every figure is a lower bound on what leaks. Before anything is believed, the at
 raw gradient (the negative control).
 """
 
+import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedsplit.model import FirstLayer
 from fedsplit.packing import IntArray
 from fedsplit.privacy.attacks import (
     Prior,
@@ -232,11 +236,33 @@ def _criterion(evidence: Evidence, targets: IntArray) -> dict[str, Any]:
 
 
 def _control(evidence: Evidence, seed: int) -> dict[str, Any]:
-    layer = evidence.layer
+    """Attack a raw gradient that decides its records: over 16 of them, or 2 for a convolution.
+
+    A narrow layer's gradient does not: then a wide one of the same kind stands in for it.
+    """
+    layer, n = evidence.layer, int(np.prod(evidence.layer.input_shape))
     dense = isinstance(layer.layer, nn.Linear)
     records = evidence.subjects.x[: 16 if dense else 2]
-    found = negative_control(layer, layer.unflatten(evidence.seen[0].weights), records, seed) if evidence.seen else 0.0
+    wide = copy.deepcopy(layer.layer)
+    each = wide.get_parameter("weight")[0].numel()
+    channels = 256 if dense else math.ceil(1.4 * len(records) * n / each)
+    if len(wide.get_parameter("weight")) < channels:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wide = _widened(wide, channels)
+    control = FirstLayer(wide, layer.activation, layer.input_shape)
+    found = negative_control(control, control.initial_weights(), records, seed)
     return {"records": len(records), "psnr": float(found), "holds": bool(found > CONTROL)}
+
+
+def _widened(layer: nn.Module, channels: int) -> nn.Module:
+    """Return a fresh layer with more outputs and all else the same."""
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, channels)
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    more = -(-channels // layer.groups) * layer.groups
+    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return type(layer)(layer.in_channels, more, *geometry)  # type: ignore[arg-type]
 
 
 def _is_image(evidence: Evidence) -> bool:

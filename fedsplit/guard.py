@@ -1,14 +1,15 @@
 """The guard: what may leave a device, by its owner's limits; it asks the exposure accountant before every release.
 
 On real nodes it enforces. In simulation it observes by default: everything leaves, and what would have been refused
-is counted. A refusal is a coarse reason and a count, never a number of a record.
+is counted, but for what takes long to compute (leverages) and for what only refusals lead to (the cap on them).
+
+A refusal is a coarse reason and a count, never a number of a record. That it is refused may still tell of a record:
+the rules that do not look at records come first, and how often the others may refuse is bounded, over all runs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,15 @@ from numpy.typing import NDArray
 from fedsplit.dropping import unpack_bitmap
 from fedsplit.model import FirstLayer
 from fedsplit.packing import FloatArray, IntArray
-from fedsplit.privacy.accountant import Cost, ExposureAccountant, epsilon
-from fedsplit.privacy.criterion import LayerMap, coordinates, joint
+from fedsplit.privacy.accountant import Cost, ExposureAccountant, largest_precision
+from fedsplit.privacy.criterion import Joint, LayerMap, coordinates, joint
+from fedsplit.privacy.history import History
 from fedsplit.privacy.limits import Limits
-from fedsplit.state import replacing
 from fedsplit.wire import Reason
+
+Float64 = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+_TELLING = (Reason.WEIGHTS, Reason.EQUATIONS, Reason.LEVERAGE)  # as far as they look at the records
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,14 @@ class Proposal:
     records: IntArray
     segments: IntArray
     bitmap: NDArray[np.uint8]
-    active: NDArray[np.float64]
+    active: Float64
     cost: Cost
     exact: bool
+
+    def take(self, rows: IntArray) -> "Proposal":
+        """Return some of the releases."""
+        chosen = {n: getattr(self, n)[rows] for n in ("owners", "records", "segments", "bitmap", "active")}
+        return replace(self, **chosen, cost=Cost(**{name: values[rows] for name, values in vars(self.cost).items()}))
 
 
 def release_name(weights: FloatArray, policy: str, mask_round: int) -> bytes:
@@ -83,6 +93,8 @@ class Guard:
         self.accountant = accountant
         self.layer = layer
         self.enforce = enforce
+        self._history = History(accountant, layer)
+        self._most_precision = largest_precision(limits.epsilon, limits.delta)
 
     def admit(self, proposal: Proposal) -> IntArray:
         """Judge the records of a proposal and write down those that leave.
@@ -90,26 +102,31 @@ class Guard:
         Returns
         -------
         int64 array (records,)
-            0 for what the limits allow, else a :class:`Reason`. When enforcing, only the former may leave.
+            0 for what the limits allow, else a :class:`Reason`. When enforcing, only the former may leave. What was
+            sent under this name before is always allowed: it is nothing new.
         """
-        new = self.accountant.is_new(proposal.records, proposal.name)
-        cost = _only(proposal.cost, new)
+        accountant = self.accountant
+        codes = np.zeros(len(proposal.records), dtype=np.int64)
+        new = np.flatnonzero(accountant.is_new(proposal.records, proposal.name))
+        codes[new] = self._by_terms(proposal.take(new))
+        looked_at = new[(codes[new] == 0) | (codes[new] == Reason.EQUATIONS)]
+        rows = new[codes[new] == 0]
+        codes[rows] = self._by_activity(proposal.take(rows))
+        rows = rows[codes[rows] == 0]
         if self.enforce:
-            leverage = np.full(len(new), np.nan)
-            leverage[new] = self._leverage(proposal, new)
-            cost = Cost(**{**vars(cost), "leverage": leverage})
-        codes = self._codes(proposal, new, cost)
-        leaves = (codes == 0) | (not self.enforce)
-        fresh = leaves & new
-        self._remember(proposal, fresh)
-        self.accountant.step(proposal.records[fresh], proposal.segments[fresh], proposal.name, _rows(cost, fresh))
-        refused = int((codes != 0).sum()) if self.enforce else 0
-        self.accountant.note(proposal.run, proposal.round_number if fresh.any() else 0, refused)
-        self.accountant.save()
+            leverage = np.full(len(codes), np.nan)
+            codes[rows], leverage[rows] = self._by_leverage(proposal.take(rows))
+            proposal = replace(proposal, cost=replace(proposal.cost, leverage=leverage))
+            rows = rows[codes[rows] == 0]
+        codes[rows] = self._in_turn(proposal.take(rows))
+        leaving = rows[codes[rows] == 0] if self.enforce else new
+        refused = int(np.isin(codes[looked_at], _TELLING).sum()) if self.enforce else 0
+        if len(leaving) or refused:
+            self._write(proposal.take(leaving), refused)
         return codes
 
     def admit_gradient(
-        self, run: int, weights: FloatArray, delta: FloatArray, pattern: NDArray[np.bool_], segments: IntArray
+        self, run: int, weights: FloatArray, delta: FloatArray, pattern: Mask, segments: IntArray
     ) -> bool:
         """Judge a sum of first-layer gradients over some records, and write it down if it leaves.
 
@@ -122,97 +139,149 @@ class Guard:
         pattern : bool array (records, width)
             The outputs that were sent of the records.
         segments : int64 array (records, segments of each)
+
+        Returns
+        -------
+        bool
+            Whether the limits allow it. When enforcing, only then may it leave.
         """
-        if not self.enforce or not self.limits.gradients:
-            return not self.enforce
-        if self.accountant.refused(run) > self.limits.refusals or len(delta) < self.limits.gradient_records:
+        limits = self.limits
+        bounded = np.isfinite(self._most_precision)  # which a sum without noise never is
+        allowed = limits.gradients and len(delta) >= limits.gradient_records and not bounded
+        if self.enforce and (not allowed or self._capped):
             return False
-        found = joint(self._map(weights), [delta], [pattern])
-        before = self.accountant.after(segments, Cost.of(len(segments), gradient=found.leverage)).gradient
-        if found.share > self.limits.gradient_share or np.max(before) > self.limits.gradient_leverage:
-            return False
-        self.accountant.add_gradient(segments, found.leverage)
+        name = sha256(b"%r|%s|%s" % (segments.shape, segments.tobytes(), delta.tobytes())).digest()
+        if name in self.accountant.sums:
+            return allowed
+        leverage = np.ones(len(delta))
+        if self.enforce:
+            found, rows = joint(self._map(weights), [delta], [pattern]), segments
+            leverage = found.leverage
+            if related := self._history.related_sums(segments):
+                found, rows = self._together(weights, [(segments, delta), *related], pattern)
+            missing = np.sum(self.accountant.spent(rows).equations) - pattern.sum()  # those of other releases
+            share = found.share + max(0, missing) / (len(rows) * np.prod(self.layer.input_shape))
+            added = self.accountant.after(segments, Cost.of(len(segments), gradient=leverage)).gradient
+            largest = max(np.max(added), np.max(found.leverage))
+            if share > limits.gradient_share or largest > limits.gradient_leverage:
+                return False
+            self._history.keep_sum(name, segments, delta)
+        self.accountant.add_gradient(name, segments, leverage)
         self.accountant.save()
-        return True
+        return allowed
 
-    def _codes(self, proposal: Proposal, new: NDArray[np.bool_], cost: Cost) -> IntArray:
-        """Return each record's first reason; a record that was sent under this name before has none."""
-        limits, accountant = self.limits, self.accountant
-        after = accountant.after(proposal.segments, cost)
-        numbers = np.prod(self.layer.input_shape)
-        stale = proposal.round_number < accountant.last_round(proposal.run)
-        rules: list[tuple[Reason, Any]] = [
-            (Reason.CAPPED, self.enforce and accountant.refused(proposal.run) > limits.refusals),
-            (Reason.WEIGHTS, self._fishing(proposal)),
-            (Reason.ORDER, stale),
-            (Reason.RELEASES, after.releases > limits.releases),
-            (Reason.EQUATIONS, after.equations > limits.equations * numbers),
-            (Reason.LEVERAGE, after.leverage >= limits.leverage),
-            (Reason.EPSILON, self._beyond_epsilon(np.asarray(after.precision))),
-        ]
-        codes = np.zeros(len(new), dtype=np.int64)
-        for reason, broken in reversed(rules):
-            codes[np.broadcast_to(broken, codes.shape) & new] = reason
-        return codes
+    # ------------------------------------------------------------------ judging releases
 
-    def _fishing(self, proposal: Proposal) -> NDArray[np.bool_] | bool:
-        """Whether weights look made to read records: for relu, active on nearly all, or with a giant row."""
+    @property
+    def _capped(self) -> bool:
+        return self.accountant.refused > self.limits.refusals
+
+    def _by_terms(self, proposal: Proposal) -> IntArray:
+        """Return reasons by the rules that do not look at the records, and by each record's ledgers."""
+        if self._capped:
+            return np.full(len(proposal.records), Reason.CAPPED)
+        if self._made_to_read(proposal):
+            return np.full(len(proposal.records), Reason.WEIGHTS)
+        if proposal.round_number < self.accountant.last_round(proposal.run):
+            return np.full(len(proposal.records), Reason.ORDER)
+        before, cost = self.accountant.spent(proposal.segments), proposal.cost
+        after = [before.releases + 1, before.precision + cost.precision, before.equations + cost.equations]
+        return self._within(np.array(after, dtype=np.float64))
+
+    def _within(self, after: Float64) -> IntArray:
+        """Return reasons by what will have left of records, ``(3, records)``: releases, precision and equations."""
+        limits = self.limits
+        most = limits.releases, self._most_precision, limits.equations * np.prod(self.layer.input_shape)
+        broken = after > np.array(most)[:, None]
+        reasons = np.array([Reason.RELEASES, Reason.EPSILON, Reason.EQUATIONS])
+        return np.where(broken.any(axis=0), reasons[broken.argmax(axis=0)], 0)
+
+    def _made_to_read(self, proposal: Proposal) -> bool:
+        """Whether weights look made to read records: one giant row (relu), or bits that tell of single numbers."""
         if not self.layer.positive_only:
             return False
         rows = self.layer.unflatten(proposal.weights)["weight"]
-        norms = np.linalg.norm(rows.reshape(len(rows), -1).astype(np.float64), axis=1)
-        alive = norms[norms > 1e-6 * norms.max(initial=0.0)]
+        squares = np.square(rows.reshape(len(rows), -1).astype(np.float64))
+        norms = np.sqrt(squares.sum(axis=1))
+        # rows that are next to nothing are dead, but not where nearly all were: then it is the others that are giants
+        alive = norms[norms > 1e-6 * np.quantile(norms, 0.9, method="lower")]
         if len(alive) and norms.max() > self.limits.row_norms * np.median(alive):
             return True
+        single = squares.max(axis=1) >= self.limits.leverage * np.square(norms)
+        return not proposal.exact and bool((single & (norms > 0)).any())
+
+    def _by_activity(self, proposal: Proposal) -> IntArray:
+        """Return reasons by the share of relu outputs that weights make active on each device's records."""
+        if not self.layer.positive_only:
+            return np.zeros(len(proposal.owners), dtype=np.int64)
         owners, place = np.unique(proposal.owners, return_inverse=True)
         share = np.bincount(place, proposal.active, len(owners)) / np.bincount(place, minlength=len(owners))
-        return np.asarray(share > self.limits.active)[place]
+        return np.where(share > self.limits.active, Reason.WEIGHTS, 0)[place]
 
-    def _beyond_epsilon(self, precision: NDArray[np.float64]) -> NDArray[np.bool_] | bool:
-        if self.limits.epsilon is None:
-            return False
-        values, place = np.unique(precision, return_inverse=True)
-        beyond = [epsilon(v, self.limits.delta) > self.limits.epsilon for v in values.tolist()]
-        return np.array(beyond, dtype=bool)[place]
+    def _by_leverage(self, proposal: Proposal) -> tuple[IntArray, Float64]:
+        """Return reasons by, and the largest leverage of each record's numbers in this release and all earlier ones.
 
-    def _leverage(self, proposal: Proposal, new: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Return the largest leverage of each new record in this release and all earlier ones together."""
-        if not proposal.exact:
-            return np.zeros(int(new.sum()))
-        records = proposal.records[new]
-        releases = [(self._map(proposal.weights), unpack_bitmap(proposal.bitmap[new], self.layer.width))]
-        for path in self._history():
-            with np.load(path, allow_pickle=False) as file:
-                earlier = np.zeros((len(records), self.layer.width), dtype=bool)
-                place = {record: i for i, record in enumerate(file["records"].tolist())}
-                rows = [(i, place[r]) for i, r in enumerate(records.tolist()) if r in place]
-                if rows:
-                    own, theirs = np.array(rows).T
-                    earlier[own] = unpack_bitmap(file["bitmap"][theirs], self.layer.width)
-                    releases.append((self._map(file["weights"]), earlier))
-        return np.asarray(coordinates(releases).largest)
+        Where it cannot be known the record has had its releases: where earlier patterns were not kept, and where
+        another record with the same segment has left, since segments do not say which numbers they share.
+        """
+        if not (proposal.exact and len(proposal.records)):
+            return np.zeros(len(proposal.records), dtype=np.int64), np.zeros(len(proposal.records))
+        earlier, count, complete = self._history.releases(proposal.records)
+        own = self._map(proposal.weights), unpack_bitmap(proposal.bitmap, self.layer.width)
+        found = coordinates([own, *earlier])
+        broken = (found.largest >= self.limits.leverage) | (found.determined > 0)
+        unknown = ~complete | (self.accountant.spent(proposal.segments).releases > count)
+        return np.where(unknown, Reason.RELEASES, np.where(broken, Reason.LEVERAGE, 0)), found.largest
 
-    def _remember(self, proposal: Proposal, fresh: NDArray[np.bool_]) -> None:
-        """Keep patterns and weights for the leverage of later releases, where there can be such."""
-        if not (self.enforce and self.limits.releases > 1 and proposal.exact and fresh.any()):
-            return
-        folder = self.accountant.path.with_suffix(".history")
-        folder.mkdir(exist_ok=True, mode=0o700)
-        with replacing(folder / f"{len(self._history()):06d}.npz") as path, path.open("wb") as file:
-            bitmap = proposal.bitmap[fresh]
-            np.savez(file, weights=proposal.weights, records=proposal.records[fresh], bitmap=bitmap)
+    def _in_turn(self, proposal: Proposal) -> IntArray:
+        """Return reasons by the ledgers of records that leave one after another, where they share segments."""
+        codes = np.zeros(len(proposal.records), dtype=np.int64)
+        names, place = np.unique(proposal.segments, return_inverse=True)
+        if len(names) == place.size:
+            return codes
+        before, cost = self.accountant.spent(names[:, None]), proposal.cost
+        spent = np.array([before.releases, before.precision, before.equations], dtype=np.float64)
+        costs = np.array([np.ones(len(codes)), cost.precision, cost.equations])
+        shared = np.zeros(len(names), dtype=bool)
+        for i, own in enumerate(map(np.unique, place.reshape(proposal.segments.shape))):
+            codes[i] = self._within((spent[:, own].max(axis=1) + costs[:, i])[:, None])[0]
+            if self.enforce and proposal.exact and shared[own].any():
+                codes[i] = codes[i] or Reason.RELEASES  # see _by_leverage
+            if not codes[i]:
+                spent[:, own] += costs[:, i : i + 1]
+                shared[own] = True
+        return codes
 
-    def _history(self) -> Sequence[Path]:
-        return sorted(self.accountant.path.with_suffix(".history").glob("*.npz"))
+    def _write(self, proposal: Proposal, refused: int) -> None:
+        """Write down what leaves, and how many records were refused for what they hold."""
+        accountant = self.accountant
+        if len(proposal.records):
+            if self.enforce and self.limits.releases > 1:  # else there is nothing that it would be judged with
+                bitmap = proposal.bitmap if proposal.exact else np.zeros_like(proposal.bitmap)
+                self._history.keep_release(proposal.name, proposal.weights, proposal.records, bitmap)
+            accountant.step(proposal.records, proposal.segments, proposal.name, proposal.cost)
+            accountant.note(proposal.run, proposal.round_number)
+        accountant.refused += refused
+        accountant.save()
+
+    def _together(
+        self, weights: FloatArray, sums: Sequence[tuple[IntArray, FloatArray]], pattern: Mask
+    ) -> tuple[Joint, IntArray]:
+        """Return what sums of gradients tell together, and of which records; ``pattern`` is of the first sum's.
+
+        Sums that differ in little give that little away: together they tell more than what each does adds up to.
+        """
+        segments = [own for own, _ in sums]
+        rows, place = np.unique(np.concatenate(segments), axis=0, return_inverse=True)
+        if any(len(np.unique(own, axis=0)) < len(own) for own in segments):  # which record is which cannot be told
+            return Joint(1.0, 1.0, np.ones(len(rows)), len(rows)), rows
+        places = np.split(place.ravel(), np.cumsum([len(own) for own in segments])[:-1])
+        deltas = np.zeros((len(sums), len(rows), self.layer.width), dtype=np.float32)
+        for stacked, own, (_, delta) in zip(deltas, places, sums, strict=True):
+            stacked[own] = delta
+        kept = np.zeros((len(rows), self.layer.width), dtype=bool)
+        kept[places[0]] = pattern
+        return joint(self._map(weights), list(deltas), [kept]), rows
 
     def _map(self, weights: FloatArray) -> LayerMap:
         return LayerMap(self.layer, self.layer.unflatten(weights))
-
-
-def _rows(cost: Cost, rows: NDArray[np.bool_]) -> Cost:
-    return Cost(**{name: values[rows] for name, values in vars(cost).items()})
-
-
-def _only(cost: Cost, new: NDArray[np.bool_]) -> Cost:
-    """Return the cost with what has left before made free."""
-    return Cost(**{name: np.where(new, values, 0) for name, values in vars(cost).items()})

@@ -244,10 +244,9 @@ def _image_cnn(shape: tuple[int, ...], outputs: int, width: int, activation: nn.
 
 
 def _mlp(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
-    """Linear first layer on flattened records, then one hidden layer of half its width."""
+    """Linear first layer on flattened records, then one hidden layer of 128 units."""
     first = FirstLayer(nn.Linear(math.prod(shape), width), activation, shape)
-    hidden = max(width // 2, outputs)
-    trunk = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    trunk = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, outputs))
     return SplitModel(first, trunk)
 
 

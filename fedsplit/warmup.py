@@ -85,13 +85,21 @@ def warm_up(model: SplitModel, public: Records, task: str, dropping: Dropping, o
 def _dropped(
     model: SplitModel, x: Tensor, rows: NDArray[np.int64], dropping: Dropping, secret: bytes, mask_round: int
 ) -> Tensor:
-    """Return a batch's outputs ``(batch, *cut_shape)`` as a device would send them; gradients pass straight through."""
+    """Return a batch's outputs ``(batch, *cut_shape)`` as a device would send them.
+
+    The gradient passes straight through codes, and to units up to 1 below zero, too: they could not learn to be active
+    otherwise.
+    """
     first = model.first_layer
-    outputs = first.activation(first.outputs(x)).flatten(1)
+    pre = first.outputs(x).flatten(1)
+    outputs = first.activation(pre)
     values = outputs.detach().numpy()
     coded = dropping.coded(values)
     mask = dropping.mask(coded, secret, KEYED_ROUND if dropping.deterministic else mask_round, rows)
-    sent = outputs + torch.from_numpy(coded - values) * torch.from_numpy(values > 0) if dropping.bits else outputs
+    sent = outputs
+    if dropping.bits:
+        near = pre.clamp(-1, float(coded.max(initial=0)) + 1)
+        sent = near + (torch.from_numpy(coded) - near).detach()
     if dropping.noise:
         noise = np.random.default_rng(seed_of(mask_round, int(rows[0]))).normal(size=values.shape)
         scales = torch.from_numpy(dropping.scales(values, mask))

@@ -184,7 +184,7 @@ def _attack_projection(
 
 
 def _linearised(prior: Prior, labels: Any, matrix: Any, bias: Any, basis: Any, sent: Any, guess: Any) -> Any:
-    """Search for records that give what was sent: constrained least squares on the layer linearised at the last guess."""
+    """Search for records that give what was sent: constrained least squares on the layer made linear at each guess."""
     for _ in range(10):
         pre = guess @ matrix.T + bias  # (targets, width)
         rows = [(basis.T * (z > 0)) @ matrix for z in pre]

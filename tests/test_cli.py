@@ -29,6 +29,7 @@ SECRET = 7654.25  # a record's value: no error text may hold it
 RESULT_KEYS = {
     *("test_accuracy", "test_loss", "test_f1", "rounds", "devices", "nodes", "exchanges", "samples"),
     *("samples_per_second", "seconds", "bytes_up", "bytes_down", "dense_bytes_up", "exposures_max", "seed", "versions"),
+    *("test_exposures_max", "ledger", "guard"),
 }
 Main = Callable[..., str]
 
@@ -110,6 +111,18 @@ def sets(*overrides: str) -> list[str]:
         (sets("data.name=digits"), ["exactly one of name, folder, builder", "got name and builder"]),
         (sets("devices.test=[1,9]"), ["test names device 9", "0..4"]),
         (sets("devices.test=9"), ["test must be in 0..5", "got 9"]),
+        (sets("dropping.policy=units", "dropping.k=9"), ["policy 'units' sends all outputs: k must be 10", "got 9"]),
+        (
+            sets("dropping.policy=bits", "dropping.bits=2", "model.builder=own:tanh_model"),
+            ["policy 'bits' needs the activation relu"],
+        ),
+        (sets("protocol.mode=release-once"), ["'release-once' needs a [public] section with epochs of at least 1"]),
+        (sets("public.devices=[0,3]"), ["public.devices: device 3 is a test device"]),
+        (sets("public.devices=[5]"), ["public.devices: device 5 does not exist", "0..4"]),
+        (sets("public.file=no.npz"), ["public file no.npz: cannot be read", "FileNotFoundError"]),
+        (sets("data.overlap=false"), ["overlap = false is for the data set 'wearables', not for a builder"]),
+        (sets("guard.limits=no.toml", "guard.mode=enforce"), ["limits file no.toml: No such file or directory"]),
+        (sets("guard.mode=enforce"), ["the limits do not allow this run", "first-layer gradients would leave"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -283,6 +296,11 @@ def test_json_is_one_object_and_the_folder_holds_the_run(
     assert set(result) >= RESULT_KEYS
     assert set(result["seconds"]) == {"startup", "training", "total"}
     assert (result["rounds"], result["devices"], result["nodes"], result["seed"]) == (3, 5, 5, 3)
+    assert set(result["ledger"]) >= {"releases", "equations", "bits", "leverage", "epsilon", "delta", "dfil"}
+    # rounds 1 and 2 are of the same weights: the same bytes again are nothing new
+    assert result["ledger"]["releases"] == result["exposures_max"] == 2
+    assert result["ledger"]["epsilon"] == "unbounded"
+    assert result["guard"]["mode"] == "observe"
     assert len(result["test_f1"]) == 3 and 0 <= result["test_accuracy"] <= 1 and result["test_loss"] > 0
     assert result["samples"] == 3 * sum(len(own.linear(device, 5).train) for device in range(5))
     assert set(result["versions"]) >= {"fedsplit", "flwr", "torch", "numpy", "python"}
@@ -303,7 +321,8 @@ def test_without_json_the_result_is_a_table(
 ) -> None:
     main(file, "--out", out, *sets("run.rounds=1"))
     said = capsys.readouterr().out
-    for word in ("test_accuracy", "exposures_max", "bytes_up", "small: 1 rounds, 5 devices"):
+    words = ("test_accuracy", "exposures_max", "bytes_up", "small: 1 rounds, 5 devices", "equations about a record")
+    for word in words:
         assert word in said
     with pytest.raises(json.JSONDecodeError):
         json.loads(said)

@@ -19,7 +19,7 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Conv1d(2, 3, 5, stride=2, padding=2), (2, 17)),
     (nn.Conv1d(4, 6, 3, dilation=2, groups=2, bias=False), (4, 16)),
     (nn.Conv2d(1, 3, 3, padding=1), (1, 6, 7)),
-    (nn.Conv2d(2, 4, (3, 2), stride=(2, 3), padding=(1, 0), dilation=(2, 1), groups=2), (2, 9, 11)),
+    (nn.Conv2d(2, 4, (3, 2), stride=(2, 3), padding=(1, 0), dilation=(2, 1), groups=2), (2, 7, 8)),
 ]
 PARTS = pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda v: str(v).replace(" ", ""))
 CONVOLUTIONS = pytest.mark.parametrize(("layer", "shape"), LAYERS[2:], ids=lambda v: str(v).replace(" ", ""))
@@ -50,7 +50,7 @@ def projector(rows: np.ndarray) -> tuple[int, np.ndarray]:
 # --- leverage --------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(0, 30), st.integers(1, 20), st.integers(1, 20), st.integers(0, 3), st.integers(0, 2**32 - 1))
 def test_leverage_is_the_projectors_diagonal(k: int, n: int, rank: int, copies: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -73,12 +73,32 @@ def test_leverage_of_nearly_equal_rows(closeness: float) -> None:
     np.testing.assert_allclose(h, projector(rows)[1], atol=1e-6)
 
 
-def test_tiny_rows_count_as_any_others() -> None:
-    rows = np.random.default_rng(0).normal(size=(4, 9))
+@pytest.mark.parametrize("count", [4, 5])
+def test_tiny_rows_count_as_any_others(count: int) -> None:
+    rows = np.random.default_rng(0).normal(size=(4, 9))[[0, 1, 2, 3, 3][:count]]
     rank, h = leverage(rows)
-    scaled = leverage(rows * [[1e-20], [1.0], [1e15], [1e-3]])
+    scaled = leverage(rows * np.array([[1e-20], [1.0], [1e15], [1e-3], [2.0]])[:count])
     assert rank == scaled[0] == 4
     np.testing.assert_allclose(scaled[1], h, atol=1e-12)
+
+
+def test_rank_of_more_rows_than_coordinates() -> None:
+    rng = np.random.default_rng(0)
+    for rank in (5, 6) * 20:
+        rows = rng.normal(size=(12, rank)) @ rng.normal(size=(rank, 6))
+        found, h = leverage(rows)
+        assert found == rank
+        np.testing.assert_allclose(h, projector(rows)[1], atol=1e-9)
+
+
+def test_well_conditioned_rows_need_no_singular_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = sensor_map()
+    m.weight[4] = 0  # a dead channel
+    kept = masks(m, 20, 0.1)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    assert leverage(np.random.default_rng(0).normal(size=(256, 784)))[0] == 256
+    assert leverage(np.random.default_rng(0).normal(size=(60, 20)))[0] == 20
+    assert (coordinates([(m, kept)] * 2).rank == kept.reshape(20, 32, 50).sum(axis=2) @ (np.arange(32) != 4)).all()
 
 
 def test_no_rows_tell_nothing() -> None:
@@ -179,6 +199,7 @@ def test_probes_find_what_singular_values_find(layer: nn.Module, shape: tuple[in
 
 def test_large_rows_are_probed_and_count_as_leaking_unless_converged(monkeypatch: pytest.MonkeyPatch) -> None:
     m = sensor_map()
+    m.weight[4] = 0  # a dead channel
     kept = masks(m, 3, 0.05)
     kept[0] = (np.arange(1600) % 50 > 19) & (np.arange(1600) % 50 < 35)
     exact = coordinates([(m, kept)])
@@ -187,6 +208,8 @@ def test_large_rows_are_probed_and_count_as_leaking_unless_converged(monkeypatch
     assert probed.converged.all() and (probed.largest[1:] < 1).all()
     np.testing.assert_array_equal(probed.determined, exact.determined)
     np.testing.assert_allclose(probed.rank, exact.rank, rtol=0.1)
+    for seed in range(3):  # one probe comes near 0 by chance, but is not taken for 0
+        np.testing.assert_array_equal(coordinates([(m, kept)], probes=1, seed=seed).determined, exact.determined)
     stopped = coordinates([(m, kept)], iterations=1)
     assert not stopped.converged.any()
     assert stopped.largest.tolist() == stopped.determined.tolist() == [1.0] * 3
@@ -235,7 +258,7 @@ def test_record_leverage_is_the_projectors_diagonal() -> None:
         np.testing.assert_allclose(record_leverage(delta, 0.7), np.diag(ridged), atol=1e-9)
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-12])
+@pytest.mark.parametrize("size", [1.0, 1e-20])
 def test_a_record_alone_in_a_unit_is_handed_back(size: float) -> None:
     delta = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     delta[:, 2] = 0
@@ -264,13 +287,15 @@ def test_equations_of_a_dense_layer_are_shared_out(shape: tuple[int, ...]) -> No
 
 @CONVOLUTIONS
 @pytest.mark.parametrize("releases", [1, 2])
-@pytest.mark.parametrize("records", [1, 2, 7])
+@pytest.mark.parametrize(("records", "outside"), [(1, 1.0), (2, 1.0), (4, 1.0), (4, 1e-3), (4, 0.0)])
 def test_joint_leverages_of_a_convolution(
-    layer: nn.Module, shape: tuple[int, ...], releases: int, records: int
+    layer: nn.Module, shape: tuple[int, ...], releases: int, records: int, outside: float
 ) -> None:
     maps = [layer_map(layer, shape, seed) for seed in range(releases)]
-    delta = [deltas(m, records, 0.3, seed) for seed, m in enumerate(maps)]
     kept = [masks(m, records, 0.08, seed) for seed, m in enumerate(maps)]
+    delta = [deltas(m, records, 0.4, seed) for seed, m in enumerate(maps)]
+    # from gradients of kept outputs alone, some equations follow from those of the activations
+    delta = [d * np.where(k, 1, outside).astype(np.float32) for d, k in zip(delta, kept, strict=True)]
     found = joint(maps[0], delta, kept, maps)
     rank, alone = projector(np.concatenate([gradient_rows(maps[0].layer, d) for d in delta]))
     np.testing.assert_allclose(found.leverage, alone.reshape(records, -1).max(axis=1), atol=1e-6)
@@ -279,13 +304,29 @@ def test_joint_leverages_of_a_convolution(
     assert found.largest == pytest.approx(together.max(), abs=1e-5)
 
 
-def test_one_gradient_determines_two_windows_but_not_four() -> None:
+def test_a_gradient_almost_of_kept_outputs_gives_away_the_one_that_is_not() -> None:
+    m = LayerMap(FirstLayer(nn.Conv1d(1, 1, 2), nn.ReLU(), (1, 8)), {"weight": np.ones((1, 1, 2))})
+    kept, delta = np.zeros((8, 7), dtype=bool), np.zeros((8, 7), dtype=np.float32)
+    kept[:, 0] = kept[0, 3] = kept[0, 5] = True
+    delta[:, 0] = 1
+    delta[0, 4] = 1e-3  # with outputs 3 and 5 that makes three equations in four numbers
+    assert joint(m, [delta], [kept]).largest == pytest.approx(0.75, abs=1e-5)
+    delta[0, 4] = 0
+    assert joint(m, [delta], [kept]).largest == pytest.approx(0.5 + 0.5 / 8)
+
+
+def test_one_gradient_determines_two_windows() -> None:
     m = sensor_map()
-    found = {n: joint(m, [deltas(m, n)], [np.zeros((n, 1600), dtype=bool)]) for n in (2, 3, 4)}
-    assert found[2].share == 1 and found[2].largest == pytest.approx(1, abs=1e-6)
-    np.testing.assert_allclose(found[2].leverage, 1)
+    found = joint(m, [deltas(m, 2)], [np.zeros((2, 1600), dtype=bool)])
+    assert found.share == 1 and found.largest == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(found.leverage, 1)
+
+
+def test_one_gradient_determines_half_of_three_windows_and_none_of_four() -> None:
+    m = layer_map(nn.Conv1d(1, 32, 9, stride=2, padding=4), (1, 100))
+    three, four = (joint(m, [deltas(m, n)], [np.zeros((n, 1600), dtype=bool)]) for n in (3, 4))
     # of the kernel's 9 taps, 5 touch only even time steps and 4 only odd ones (stride 2), each with 32 channels
-    assert found[3].rank == min(150, 5 * 32) + min(150, 4 * 32)
-    assert found[3].share == pytest.approx(6 * 278 / 1800)
-    np.testing.assert_allclose(found[3].leverage, 1)  # half of the time steps
-    assert found[4].largest == pytest.approx(found[4].leverage.max()) and found[4].largest < 1 - 1e-6
+    assert three.rank == min(150, 5 * 32) + min(150, 4 * 32)
+    assert three.share == pytest.approx(278 / 300)
+    np.testing.assert_allclose(three.leverage, 1)
+    assert four.largest == pytest.approx(four.leverage.max()) and four.largest < 1 - 1e-6

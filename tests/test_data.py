@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.data import DeviceData, Records, Source, check_records, open_source, packaged, resolve_function, wearables
+from fedsplit.data import (
+    DeviceData,
+    Records,
+    Source,
+    check_records,
+    open_source,
+    packaged,
+    read_records,
+    resolve_function,
+    wearables,
+)
 from fedsplit.data import loading as loading_module
 from fedsplit.data import partition as partition_module
 from fedsplit.data.pooled import POOLS, load_pool
@@ -161,6 +171,60 @@ def test_device_data_takes_pairs_and_may_leave_out_test():
         DeviceData(train=[1, 2])
 
 
+# --- segments --------------------------------------------------------------------------------------------------
+
+
+def with_segments(segments: Any, records: int = 4) -> Records:
+    return check_records(
+        Records(np.ones((records, 2)), np.zeros(records, int), segments),
+        task="classification",
+        outputs=3,
+        input_shape=(2,),
+        where="device 3 (b.npz), train",
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64])
+def test_segments_become_int64(dtype):
+    given = np.array([[0, 1], [1, 2], [2, 3], [9, 9]], dtype)
+    found = with_segments(given).segments
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, given)
+
+
+def test_records_without_segments_have_none():
+    assert with_segments(None).segments is None
+    assert check(np.ones((2, 2)), [0, 1]).segments is None
+    assert DeviceData(train=(np.ones((4, 2)), np.zeros(4, int))).train.segments is None
+
+
+def test_segments_go_with_their_records():
+    records = with_segments(np.arange(8).reshape(4, 2))
+    assert records.take(np.array([2, 0])).segments.tolist() == [[4, 5], [0, 1]]
+    assert with_segments(None).take(np.array([2, 0])).segments is None
+    data = DeviceData(train=records, test=records.take(np.array([3])))
+    assert data.train.segments is records.segments and data.test.segments.tolist() == [[6, 7]]
+    assert len(DeviceData(train=records).test) == 0
+
+
+@pytest.mark.parametrize(
+    ("segments", "text"),
+    [
+        (np.arange(4), r"segments must be integers of shape \(records, pieces\), got \(4,\)"),
+        (np.arange(6).reshape(3, 2), r"segments must be integers of shape .*, got \(3, 2\)"),
+        (np.zeros((4, 0), int), r"segments must be integers of shape .*, got \(4, 0\)"),
+        (np.zeros((4, 2, 1), int), r"segments must be integers of shape .*, got \(4, 2, 1\)"),
+        (np.zeros((4, 2)), r"segments must be integers of shape"),
+        (np.zeros((4, 2), bool), r"segments must be integers of shape"),
+        (np.array([[0], [1], [2], [-1]]), r"segments must be in 0..2\^31-1"),
+        (np.array([[0], [1], [2], [2**31]]), r"segments must be in 0..2\^31-1"),
+    ],
+)
+def test_refuses_segments(segments, text):
+    with pytest.raises(DataError, match=rf"^device 3 \(b.npz\), train: {text}"):
+        with_segments(segments)
+
+
 # --- partitions ------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +369,56 @@ def test_wearables_train_records_are_normalised():
 def test_wearables_windows_overlap_by_half():
     x = opened(name="wearables", test=TESTERS).device(0).train.x
     np.testing.assert_array_equal(x[0][:, wearables.STEP :], x[1][:, : wearables.STEP])
+
+
+def test_wearables_segments_number_the_samples_that_windows_share():
+    """Equal numbers, equal samples; and a recording of n windows has n + 1 pieces."""
+    pool = load_pool("wearables")
+    assert pool.segments.shape == (4677, 2) and pool.segments.dtype == np.int64
+    halves = np.stack([pool.x[:, :, : wearables.STEP], pool.x[:, :, wearables.STEP :]], axis=1)
+    pieces: dict[int, bytes] = {}
+    for number, piece in zip(pool.segments.ravel().tolist(), halves.reshape(-1, 6 * wearables.STEP), strict=True):
+        assert pieces.setdefault(number, piece.tobytes()) == piece.tobytes()
+    assert len(pieces) == 4677 + len(wearables._read()["X"])
+    # as good as all pieces that are the same samples have the same number: what is left are sensors at rest
+    assert len(pieces) - len(set(pieces.values())) < 5
+    shared = np.bincount(np.unique(pool.segments, return_counts=True)[1])
+    assert len(shared) == 3  # a piece is in one window or in two
+
+
+def test_wearables_devices_hold_the_segments_of_their_windows():
+    source, pool = opened(name="wearables", test=TESTERS), load_pool("wearables")
+    pieces: list[set[int]] = []
+    for device in range(20):
+        data = source.device(device)
+        found = (data.test if device in TESTERS else data.train).segments
+        np.testing.assert_array_equal(found, pool.segments[pool.owners == device])
+        pieces.append(set(found.ravel().tolist()))
+    assert sum(map(len, pieces)) == len(set.union(*pieces))  # no two devices share samples
+
+
+def test_wearables_windows_without_overlap_share_no_samples():
+    whole, alone = load_pool("wearables"), load_pool("wearables", overlap=False)
+    assert alone.segments is None
+    assert load_pool("wearables", overlap=False) is alone
+    place = {record.tobytes(): row for row, record in enumerate(whole.x)}
+    rows = np.array([place[record.tobytes()] for record in alone.x])
+    assert len(np.unique(whole.segments[rows])) == 2 * len(rows)
+    np.testing.assert_array_equal(alone.y, whole.y[rows])
+    np.testing.assert_array_equal(alone.owners, whole.owners[rows])
+    np.testing.assert_array_equal(alone.held_out, whole.held_out[rows])
+    recordings = wearables._read()["X"]
+    assert len(rows) == sum(len(series) // wearables.WINDOW for series in recordings)  # none is lost
+    source = opened(name="wearables", test=TESTERS, overlap=False)
+    assert sum(len(source.device(d).train) for d in range(20)) == (~np.isin(alone.owners, TESTERS)).sum()
+    assert source.device(0).train.segments is None
+
+
+@pytest.mark.parametrize("settings", [{"name": "digits", "partition": "iid", "count": 4}, {"name": "mnist"}])
+def test_only_wearables_have_windows_that_could_overlap(settings):
+    said = f"overlap = false is for data set 'wearables'.*, not for '{settings['name']}'"
+    with pytest.raises(ConfigError, match=said):
+        opened(overlap=False, **settings)
 
 
 def test_wearables_constants_are_those_of_people_1_to_7():
@@ -494,6 +608,35 @@ def test_folder_of_regression_targets(tmp_path):
     assert source.outputs == 1 and source.device(0).train.y.shape == (2, 1)
 
 
+def test_folder_files_may_hold_segments(folder):
+    segments = np.array([[0, 1], [1, 2], [2, 3], [7, 8]], np.int32)
+    tested = {"x_test": np.ones((2, 3)), "y_test": np.zeros(2, int), "segments_test": np.array([[5], [6]])}
+    np.savez(folder / "hospital-b.npz", **device_arrays(), **tested, segments=segments)
+    np.savez(folder / "hospital-c.npz", **tested)
+    source = opened(folder=str(folder), outputs=3, test="all")
+    both = source.device(1)
+    np.testing.assert_array_equal(both.train.segments, segments)
+    assert both.train.segments.dtype == both.test.segments.dtype == np.int64
+    assert both.test.segments.tolist() == [[5], [6]]
+    assert source.device(0).train.segments is None
+    only = source.device(2)
+    assert len(only.train) == 0 and only.test.segments.tolist() == [[5], [6]]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("segments", [np.arange(4), np.zeros((3, 2), int), np.full((4, 1), -1), np.zeros((4, 1))])
+def test_folder_refuses_segments_and_says_of_which_part(folder, part, segments):
+    arrays = {f"{k}_test": v for k, v in device_arrays().items()} | device_arrays()
+    np.savez(folder / "hospital-b.npz", **arrays, **{"segments" + "_test" * (part == "test"): segments})
+    with pytest.raises(DataError, match=rf"^device 1 \(hospital-b.npz\), {part}: segments must be"):
+        opened(folder=str(folder), outputs=3).device(1)
+
+
+def test_folder_has_its_own_windows(folder):
+    with pytest.raises(ConfigError, match="overlap = false is for the data set 'wearables', not for a folder"):
+        opened(folder=str(folder), outputs=3, overlap=False)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("key", ["x", "y", "x_test"])
 def test_folder_refuses_numbers_that_are_not_finite(folder, bad, key):
@@ -586,6 +729,51 @@ def test_refuses_settings_that_do_not_fit_a_folder(folder, settings, text):
         opened(**({"folder": str(folder), "outputs": 3} | settings))
 
 
+# --- public records --------------------------------------------------------------------------------------------
+
+
+def test_public_records_are_of_a_sources_kind(folder, tmp_path):
+    source = opened(folder=str(folder), outputs=3)
+    file = tmp_path / "public.dat"
+    with file.open("wb") as opened_file:
+        np.savez(opened_file, x=np.full((5, 3), 0.5), y=np.arange(5) % 3, x_test=np.ones((1, 9)), other=np.ones(7))
+    found = read_records(str(file), source)
+    assert found.x.dtype == np.float32 and found.x.shape == (5, 3) and found.y.tolist() == [0, 1, 2, 0, 1]
+    assert found.y.dtype == np.int64 and found.segments is None
+
+
+def test_public_regression_targets_become_columns(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.ones((2, 5)), y=np.zeros(2))
+    source = opened(folder=str(tmp_path), task="regression", test=0)
+    assert read_records(str(tmp_path / "a.npz"), source).y.shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ({"x": np.ones((2, 3))}, "lacks y, which must come with x"),
+        ({"y": np.zeros(2, int)}, "lacks x, which must come with y"),
+        ({"x_test": np.ones((2, 3)), "y_test": np.zeros(2, int)}, "lacks x and y"),
+        ({"x": np.ones((2, 4)), "y": np.zeros(2, int)}, r"records must have shape \(3,\), got \(4,\)"),
+        ({"x": np.ones((2, 3)), "y": np.array([0, 3])}, r"labels must be in 0..2"),
+        ({"x": np.array([[SECRET, 1, 2], [np.nan, 1, 2]]), "y": np.zeros(2, int)}, "x holds NaN"),
+        ({"x": np.ones((2, 3), object), "y": np.zeros(2, int)}, r"cannot be read as .npz without pickles"),
+    ],
+)
+def test_refuses_public_records(folder, tmp_path, arrays, text):
+    file = tmp_path / "public.dat"
+    with file.open("wb") as opened_file:
+        np.savez(opened_file, **arrays)
+    with pytest.raises(DataError, match=rf"^public file {file}.*{text}") as error:
+        read_records(str(file), opened(folder=str(folder), outputs=3))
+    assert "7654" not in str(error.value)
+
+
+def test_refuses_a_public_file_that_is_not_there(folder, tmp_path):
+    with pytest.raises(DataError, match=r"^public file .*nowhere.npz: cannot be read .* \(FileNotFoundError\)"):
+        read_records(str(tmp_path / "nowhere.npz"), opened(folder=str(folder), outputs=3))
+
+
 # --- builders --------------------------------------------------------------------------------------------------
 
 
@@ -627,6 +815,14 @@ def test_builder_errors_name_the_device_and_no_values(builder, body, text):
     with pytest.raises(DataError, match=rf"^device 1 \(users_own_data:load\).*{text}") as error:
         source.device(1)
     assert "7654" not in str(error.value)
+
+
+def test_builder_may_give_segments(builder):
+    reference = builder("return DeviceData(Records(np.ones((2, 3)), np.arange(2), np.array([[4, 5], [5, 6]])))")
+    source = opened(builder=reference, outputs=2, count=1, test=0)
+    assert source.device(0).train.segments.tolist() == [[4, 5], [5, 6]]
+    with pytest.raises(ConfigError, match="overlap = false is for the data set 'wearables', not for a builder"):
+        opened(builder=reference, outputs=2, count=1, test=0, overlap=False)
 
 
 @pytest.mark.parametrize("count", [None, 0])

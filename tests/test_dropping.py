@@ -1,15 +1,19 @@
 """Dropping: every policy by hand, in distribution and refused; the streams against a slow plain reference."""
 
+import math
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedsplit.dropping import Dropping, Kept, keystream, record_order, simulation_secret, unpack_bitmap
+from fedsplit.dropping import POLICIES, Dropping, Kept, keystream, record_order, simulation_secret, unpack_bitmap
 from fedsplit.errors import ConfigError
 
 SECRET, OTHER = simulation_secret(1, 2), simulation_secret(1, 3)
@@ -61,7 +65,7 @@ def test_none_depends_on_no_stream() -> None:
 
 @pytest.mark.parametrize("policy", ["", "None", "topk", "random ", "at_most"])
 def test_an_unknown_policy_is_refused(policy: str) -> None:
-    with pytest.raises(ConfigError, match="policy must be one of none, random, at-most, top-k"):
+    with pytest.raises(ConfigError, match="policy must be one of none, random, at-most, top-k, units, bits, got"):
         Dropping(policy, keep=0.5, k=2)
 
 
@@ -130,14 +134,16 @@ def test_k_below_1_or_beyond_the_width_is_refused(policy: str) -> None:
     for k in (0, -1):
         with pytest.raises(ConfigError, match=f"k must be at least 1, got {k}"):
             Dropping(policy, k=k)
-    Dropping(policy, k=8).check_width(8)
-    with pytest.raises(ConfigError, match=r"k must be at most 8 \(the first layer's outputs\), got 9"):
-        Dropping(policy, k=9).check_width(8)
+    for relu in (True, False):
+        Dropping(policy, k=8).check_layer(8, relu)
+        with pytest.raises(ConfigError, match=r"k must be at most 8 \(the first layer's outputs\), got 9"):
+            Dropping(policy, k=9).check_layer(8, relu)
 
 
-def test_the_width_limits_no_policy_without_k() -> None:
-    Dropping("none", k=9).check_width(8)
-    Dropping("random", keep=0.5, k=9).check_width(8)
+@pytest.mark.parametrize("relu", [True, False])
+def test_the_layer_limits_no_policy_without_k_or_bits(relu: bool) -> None:
+    Dropping("none", k=9).check_layer(8, relu)
+    Dropping("random", keep=0.5, k=9).check_layer(8, relu)
 
 
 def test_at_most_does_not_look_at_the_outputs() -> None:
@@ -173,13 +179,192 @@ def test_top_k_ties_keep_the_lower_index(x: np.ndarray, data: st.DataObject) -> 
     assert mask(Dropping("top-k", k=k), x).tolist() == [reference_top_k(row, k) for row in x]
 
 
+# --- units -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("records", [0, 1, 5])
+def test_units_keeps_everything(records: int) -> None:
+    assert mask(Dropping("units", k=9), outputs(records, 9)).all()
+
+
+@pytest.mark.parametrize("k", [7, 9, 100])
+def test_units_sends_all_of_a_layer_of_just_so_many(k: int) -> None:
+    for relu in (True, False):
+        Dropping("units", k=8).check_layer(8, relu)
+        with pytest.raises(ConfigError, match=rf"policy 'units' sends all outputs: k must be 8 .*, got {k}"):
+            Dropping("units", k=k).check_layer(8, relu)
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_units_needs_an_output(k: int) -> None:
+    with pytest.raises(ConfigError, match=f"k must be at least 1, got {k}"):
+        Dropping("units", k=k)
+
+
+# --- bits ------------------------------------------------------------------------------------------------------
+
+relu_outputs = arrays(np.float32, st.tuples(st.integers(0, 4), st.integers(1, 12)), elements=st.floats(0, 8, width=32))
+
+
+def reference_level(value: float, bits: int) -> float:
+    """The lowest level that is not below the value; the highest one if there is none."""
+    levels = [code / 2 ** (bits - 1) for code in range(2**bits)]
+    return min((level for level in levels if level >= value), default=levels[-1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(relu_outputs, st.integers(1, 8))
+def test_bits_rounds_up_to_levels(x: np.ndarray, bits: int) -> None:
+    dropping = Dropping("bits", bits=bits)
+    before = x.copy()
+    found = dropping.coded(x)
+    assert found.dtype == np.float32
+    assert found.tolist() == [[reference_level(float(v), bits) for v in row] for row in x]
+    assert np.array_equal(x, before)
+    assert np.array_equal(dropping.coded(found), found)
+    assert mask(dropping, found).all()
+
+
+def test_one_bit_tells_zero_from_above_zero() -> None:
+    x = np.array([[0.0, 1e-45, 0.3, 1.0, 7.0, 1e30]], dtype=np.float32)
+    assert Dropping("bits", bits=1).coded(x).tolist() == [[0, 1, 1, 1, 1, 1]]
+
+
+def test_bits_by_hand() -> None:
+    x = np.array([[0.0, 0.01, 0.5, 0.51, 1.2, 1.5, 1.6, 40.0]], dtype=np.float32)
+    assert Dropping("bits", bits=2).coded(x).tolist() == [[0, 0.5, 0.5, 1, 1.5, 1.5, 1.5, 1.5]]
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "bits"])
+def test_other_policies_code_nothing(policy: str) -> None:
+    x = outputs(3, 4)
+    assert np.array_equal(Dropping(policy, keep=0.5, k=2, bits=3).coded(x), x)
+
+
+@pytest.mark.parametrize("bits", [0, -1, 9])
+def test_bits_outside_1_to_8_are_refused(bits: int) -> None:
+    with pytest.raises(ConfigError, match=rf"bits must be in 1\.\.8, got {bits}"):
+        Dropping("bits", bits=bits)
+
+
+def test_bits_needs_relu() -> None:
+    Dropping("bits", bits=2).check_layer(8, True)
+    with pytest.raises(ConfigError, match="policy 'bits' needs the activation relu"):
+        Dropping("bits", bits=2).check_layer(8, False)
+
+
+# --- what depends on a stream ----------------------------------------------------------------------------------
+
+
+def any_policy(policy: str, **more: Any) -> Dropping:
+    return Dropping(policy, keep=0.5, k=4, bits=2, **more)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_deterministic_is_what_no_stream_changes(policy: str) -> None:
+    dropping, x = any_policy(policy), np.abs(outputs(30, 9))
+    same = np.array_equal(mask(dropping, x), mask(dropping, x, OTHER, 7))
+    assert dropping.deterministic == same == (policy not in ("random", "at-most"))
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("top-k", "bits")])
+def test_nothing_with_noise_is_deterministic(policy: str) -> None:
+    assert not any_policy(policy, clip=1.0, noise=0.5).deterministic
+
+
+# --- noise -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["top-k", "bits"])
+def test_noise_is_refused_where_the_choice_of_outputs_tells(policy: str) -> None:
+    with pytest.raises(ConfigError, match=f"noise is not for policy '{policy}'"):
+        any_policy(policy, clip=1.0, noise=0.5)
+
+
+@pytest.mark.parametrize(
+    ("clip", "noise"), [(1.0, 0.0), (0.0, 1.0), (-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0), (0.0, -1.0)]
+)
+def test_noise_and_clip_need_each_other(clip: float, noise: float) -> None:
+    said = f"noise and clip must both be above 0 or both be left out, got {noise}, {clip}"
+    with pytest.raises(ConfigError, match=said):
+        Dropping("none", clip=clip, noise=noise)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([0.3, 1.0]))
+def test_scales_bring_the_kept_outputs_to_the_clip_and_no_further(seed: int, clip: float, keep: float) -> None:
+    rng = np.random.default_rng(seed)
+    x = (outputs(6, 8, seed) * 10.0 ** rng.integers(-3, 4, (6, 1))).astype(np.float32)
+    x[0] = 0
+    kept = rng.random(x.shape) < keep
+    found = Dropping("none", clip=clip, noise=1.0).scales(x, kept)
+    assert (found.shape, found.dtype) == ((6, 1), np.float32)
+    for row, pattern, (scale,) in zip(x, kept, found, strict=True):
+        norm = math.sqrt(sum(float(v) ** 2 for v, k in zip(row, pattern, strict=True) if k))
+        assert scale == pytest.approx(min(1, clip / norm) if norm else 1, rel=1e-5)
+
+
+NOISY = Dropping("none", clip=2.0, noise=0.75)  # standard deviation 1.5
+
+
+def noise(
+    name: bytes = b"weights", secret: bytes = SECRET, round_number: int = 1, records: int = 10, width: int = 100
+) -> np.ndarray:
+    found = NOISY.gaussian(secret, name, round_number, np.arange(records), width)
+    assert (found.shape, found.dtype) == ((records, width), np.float32)
+    return found
+
+
+def test_noise_is_gaussian_of_the_named_size() -> None:
+    found = noise(records=1000, width=101).ravel() / 1.5
+    n = found.size
+    assert abs(found.mean()) < 4 / n**0.5
+    assert abs(found.var() - 1) < 4 * (2 / n) ** 0.5
+    assert abs((found**3).mean()) < 4 * (15 / n) ** 0.5
+    assert abs((found**4).mean() - 3) < 4 * (96 / n) ** 0.5
+    for bound, within in ((0.5, 0.38292), (1.0, 0.68269), (2.0, 0.95450), (3.0, 0.99730)):
+        assert abs((np.abs(found) < bound).mean() - within) < 4 * (within * (1 - within) / n) ** 0.5
+    assert abs((found[1:] * found[:-1]).mean()) < 4 / n**0.5  # neighbours
+    assert np.abs(found).max() > 3.5  # tails are not cut
+
+
+def test_noises_of_records_are_independent() -> None:
+    correlations = np.corrcoef(noise(records=20, width=2000))[np.triu_indices(20, 1)]
+    assert np.abs(correlations).max() < 5 / 2000**0.5
+
+
+def test_noise_differs_between_weights_secrets_rounds_and_records_and_is_equal_for_equal_names() -> None:
+    first = noise()
+    assert np.array_equal(noise(), first)
+    assert len({row.tobytes() for row in first}) == 10
+    for other in (noise(b"other weights"), noise(secret=OTHER), noise(round_number=2)):
+        assert (first != other).all()
+        assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 4 / first.size**0.5
+
+
+def test_a_records_noise_does_not_depend_on_the_other_records_in_the_call() -> None:
+    together, some = noise(), np.array([7, 2, 9])
+    assert np.array_equal(NOISY.gaussian(SECRET, b"weights", 1, some, 100), together[some])
+
+
+def test_noise_by_hand_is_box_and_mullers_of_the_named_stream() -> None:
+    key = HKDF(algorithm=SHA256(), length=32, salt=None, info=b"fedsplit noise weights").derive(SECRET)
+    found = noise(round_number=5, records=3, width=7)
+    for record in range(3):
+        words = struct.unpack("<14I", reference_keystream(key, 2, 5, record, 56))
+        uniform = [(word + 0.5) / 2**32 for word in words]
+        for i in range(7):
+            radius, angle = math.sqrt(-2 * math.log(uniform[i])), 2 * math.pi * uniform[7 + i]
+            assert found[record, i] == pytest.approx(1.5 * radius * math.cos(angle), rel=1e-5, abs=1e-6)
+
+
 # --- streams ---------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     st.binary(min_size=32, max_size=32),
-    st.integers(0, 1),
+    st.integers(0, 2),
     st.integers(0, 2**32 - 1),
     st.lists(st.integers(0, 2**32 - 1), max_size=4),
     st.integers(1, 70),
@@ -289,6 +474,20 @@ def test_parts_join_to_the_whole(pattern: np.ndarray, at: int) -> None:
         found, expected = getattr(joined, name), getattr(whole, name)
         assert found.dtype == expected.dtype
         assert np.array_equal(found, expected)
+
+
+@settings(deadline=None)
+@given(patterns, st.data())
+def test_taking_some_records_is_keeping_of_these(pattern: np.ndarray, data: st.DataObject) -> None:
+    x, n = outputs(*pattern.shape), len(pattern)
+    chosen = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), dtype=bool)
+    found = Kept.of(x, pattern, zeros_count=True).take(chosen)
+    expected = Kept.of(x[chosen], pattern[chosen], zeros_count=True)
+    for name in ("counts", "bitmap", "values"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert np.array_equal(a, b)
+    assert found.width == expected.width
 
 
 def test_no_parts_join_to_no_records() -> None:

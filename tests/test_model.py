@@ -1,5 +1,7 @@
 """The first layer's own arithmetic against autograd, and which layers and networks are refused."""
 
+import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(6, 4), (6,)),
     (nn.Linear(6, 4, bias=False), (6,)),
     (nn.Linear(6, 4), (3, 6)),
+    (nn.Linear(6, 4), (2, 3)),
+    (nn.Linear(6, 4, bias=False), (1, 2, 3)),
+    (nn.Linear(6, 4), (1, 6)),
     (nn.Conv1d(2, 3, 5), (2, 16)),
     (nn.Conv1d(2, 3, 5, stride=2, padding=2), (2, 16)),
     (nn.Conv1d(2, 3, 3, stride=3, padding=1, bias=False), (2, 17)),
@@ -30,6 +35,13 @@ def inputs(shape: tuple[int, ...], records: int = 5, seed: int = 0) -> np.ndarra
     return np.random.default_rng(seed).normal(size=(records, *shape)).astype(np.float32)
 
 
+def plain(layer: nn.Module, shape: tuple[int, ...], x: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Run the layer as torch does, a linear one on flattened records if these have as many numbers as it has inputs."""
+    flat = isinstance(layer, nn.Linear) and math.prod(shape) == layer.in_features
+    x = torch.as_tensor(x)
+    return layer(x.reshape(len(x), -1) if flat else x)
+
+
 # --- arithmetic ------------------------------------------------------------------------------------------------
 
 
@@ -37,7 +49,7 @@ def inputs(shape: tuple[int, ...], records: int = 5, seed: int = 0) -> np.ndarra
 def test_gradient_is_autograds(layer: nn.Module, shape: tuple[int, ...]) -> None:
     first, x = FirstLayer(layer, nn.ReLU(), shape), inputs(shape)
     delta = inputs(first.cut_shape, seed=1)
-    total = (layer(torch.from_numpy(x)) * torch.from_numpy(delta)).sum()
+    total = (plain(layer, shape, x) * torch.from_numpy(delta)).sum()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(layer.parameters()))]).numpy()
     found = first.gradient(x, delta)
     assert found.dtype == np.float32
@@ -58,13 +70,64 @@ def test_gradient_adds_up_over_records(layer: nn.Module, shape: tuple[int, ...])
 def test_pre_activations_use_the_weights_of_the_call(layer: nn.Module, shape: tuple[int, ...]) -> None:
     first, x = FirstLayer(layer, nn.ReLU(), shape), inputs(shape)
     own = first.initial_weights()
-    plain = layer(torch.from_numpy(x)).detach()
-    torch.testing.assert_close(first.pre_activations(own, x), plain)
-    assert plain.shape == (5, *first.cut_shape)
-    assert first.width == plain[0].numel()
+    expected = plain(layer, shape, x).detach()
+    torch.testing.assert_close(first.pre_activations(own, x), expected)
+    assert expected.shape == (5, *first.cut_shape)
+    assert first.width == expected[0].numel()
     doubled = {name: 2 * w for name, w in own.items()}
-    torch.testing.assert_close(first.pre_activations(doubled, x), 2 * plain)
-    torch.testing.assert_close(layer(torch.from_numpy(x)).detach(), plain)  # the layer itself is unchanged
+    torch.testing.assert_close(first.pre_activations(doubled, x), 2 * expected)
+    torch.testing.assert_close(plain(layer, shape, x).detach(), expected)  # the layer itself is unchanged
+
+
+@PARTS
+def test_outputs_are_the_layers_own(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    first, x = FirstLayer(layer, nn.ReLU(), shape), torch.from_numpy(inputs(shape))
+    found = first.outputs(x)
+    assert torch.equal(found, plain(layer, shape, x))
+    assert (found < 0).any()  # before the activation
+    gradients = torch.autograd.grad(found.sum(), list(layer.parameters()))
+    assert all(g.abs().sum() > 0 for g in gradients)
+
+
+@PARTS
+def test_run_takes_the_parameters_of_the_call_and_passes_their_gradients_on(
+    layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    first, x = FirstLayer(layer, nn.ReLU(), shape), torch.from_numpy(inputs(shape))
+    own = {name: (p.detach() * 3).requires_grad_() for name, p in layer.named_parameters()}
+    found = first.run(own, x)
+    torch.testing.assert_close(found, 3 * plain(layer, shape, x))
+    got = torch.autograd.grad(found.sum(), list(own.values()))
+    expected = torch.autograd.grad(plain(layer, shape, x).sum(), list(layer.parameters()))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@PARTS
+def test_unrolled_is_the_layers_linear_map(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    first, x = FirstLayer(layer, nn.ReLU(), shape), torch.from_numpy(inputs(shape))
+    matrix = first.unrolled()
+    assert matrix.shape == (first.width, math.prod(shape))
+    bias = plain(layer, shape, torch.zeros(1, *shape))
+    expected = (plain(layer, shape, x) - bias).flatten(1)
+    torch.testing.assert_close(x.flatten(1) @ matrix.T, expected, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(matrix.square().sum(), layer.weight)
+    (by_columns,) = torch.autograd.grad(
+        (plain(layer, shape, torch.eye(math.prod(shape)).reshape(-1, *shape)) - bias).square().sum(), layer.weight
+    )
+    torch.testing.assert_close(gradient, by_columns)
+    assert gradient.abs().sum() > 0
+
+
+@PARTS
+def test_loaded_weights_are_the_initial_ones(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    first = FirstLayer(copy.deepcopy(layer), nn.ReLU(), shape)
+    new = {name: w - 1.5 for name, w in first.initial_weights().items()}
+    first.load_weights(new)
+    for name, w in first.initial_weights().items():
+        assert np.array_equal(w, new[name])
+        new[name][:] = 99  # the caller may go on using its arrays
+        assert not (first.initial_weights()[name] == 99).any()
 
 
 @PARTS
@@ -131,6 +194,30 @@ def test_cutting_a_network_changes_none_of_its_outputs(activation: nn.Module | N
     assert list(model.trunk) == parts[2 if activation else 1 :]
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4), (24,), (1, 24)])
+def test_a_leading_flatten_is_what_a_linear_layer_does_by_itself(shape: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = SplitModel.from_sequential(net, input_shape=shape)
+    x = torch.from_numpy(inputs(shape))
+    torch.testing.assert_close(model.forward(x), net(x))
+    assert model.first_layer.layer is net[1]
+    assert isinstance(model.first_layer.activation, nn.ReLU)
+    assert list(model.trunk) == [net[3]]
+    assert model.first_layer.cut_shape == (8,)
+
+
+def test_a_flatten_that_no_linear_layer_follows_is_no_first_layer() -> None:
+    with pytest.raises(ConfigError, match="first layer must be Linear, Conv1d or Conv2d, got Flatten"):
+        SplitModel.from_sequential(nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(8, 2)), (8,))
+    with pytest.raises(ConfigError, match="from_sequential needs at least one module after"):
+        SplitModel.from_sequential(nn.Sequential(nn.Flatten(), nn.Linear(8, 2), nn.ReLU()), (8,))
+
+
+def test_a_linear_layer_for_the_last_axis_keeps_the_others() -> None:
+    first = FirstLayer(nn.Linear(4, 5), nn.ReLU(), (2, 3, 4))
+    assert first.cut_shape == (2, 3, 5)
+
+
 def test_a_part_that_is_no_supported_activation_stays_in_the_trunk() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     model = SplitModel.from_sequential(net, input_shape=(4,))
@@ -161,6 +248,7 @@ def test_what_cannot_be_cut_is_refused(net: Any) -> None:
         (nn.Conv1d(2, 3, 3, padding="same"), nn.ReLU(), (2, 8), "pad with zeros by a number"),
         (nn.Conv2d(2, 3, 3, padding="valid"), nn.ReLU(), (2, 8, 8), "pad with zeros by a number"),
         (nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), nn.ReLU(), (2, 8), "pad with zeros by a number"),
+        (nn.Linear(6, 2), nn.ReLU(), (2, 4), r"records of shape \(2, 4\) do not fit the first layer Linear"),
         (nn.Linear(4, 2), nn.ReLU(), (5,), r"records of shape \(5,\) do not fit the first layer Linear"),
         (nn.Conv1d(2, 3, 3), nn.ReLU(), (3, 8), r"records of shape \(3, 8\) do not fit"),
         (nn.Conv1d(2, 3, 9), nn.ReLU(), (2, 8), r"records of shape \(2, 8\) do not fit"),
@@ -176,7 +264,13 @@ def test_first_layers_that_are_refused(
 
 # --- built-in models -------------------------------------------------------------------------------------------
 
-BUILT = [("sensor-cnn", (3, 40), (16, 20)), ("image-cnn", (1, 12, 12), (16, 6, 6)), ("mlp", (9,), (16,))]
+BUILT = [
+    ("sensor-cnn", (3, 40), (16, 20)),
+    ("image-cnn", (1, 12, 12), (16, 6, 6)),
+    ("mlp", (9,), (16,)),
+    ("mlp", (3, 40), (16,)),
+    ("mlp", (2, 3, 4), (16,)),
+]
 
 
 @pytest.mark.parametrize(("name", "shape", "cut_shape"), BUILT)
@@ -204,7 +298,7 @@ def test_built_in_models_follow_torchs_seed(name: str, shape: tuple[int, ...], c
 
 @pytest.mark.parametrize(
     ("name", "shape", "axes"),
-    [("sensor-cnn", (9,), 2), ("sensor-cnn", (1, 8, 8), 2), ("image-cnn", (3, 40), 3), ("mlp", (3, 40), 1)],
+    [("sensor-cnn", (9,), 2), ("sensor-cnn", (1, 8, 8), 2), ("image-cnn", (3, 40), 3), ("image-cnn", (9,), 3)],
 )
 def test_built_in_models_refuse_records_of_other_axes(name: str, shape: tuple[int, ...], axes: int) -> None:
     with pytest.raises(ConfigError, match=f"model '{name}' takes records of {axes} axes, the data's have shape"):

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.errors import WireError
-from fedsplit.packing import VERSION, Reader, check_ids, check_scaled, dequantise, pack_arrays, quantise, sum_groups
+from fedsplit.packing import (
+    VERSION,
+    Reader,
+    check_ids,
+    check_scaled,
+    dequantise,
+    pack_arrays,
+    pack_codes,
+    quantise,
+    sum_groups,
+    unpack_codes,
+)
 
 KIND = 9
 
@@ -100,6 +111,54 @@ def test_the_largest_code_with_the_largest_exponent_is_finite() -> None:
     assert np.isfinite(dequantise(codes, ints(1), exponents)).all()
 
 
+# --- codes of a few bits ---------------------------------------------------------------------------------------
+
+
+def bit_string(codes: list[int], bits: int) -> bytes:
+    """The codes less one, lowest bit first, behind one another in the lowest bits of bytes first."""
+    digits = [(code - 1) >> place & 1 for code in codes for place in range(bits)]
+    return bytes(sum(d << i for i, d in enumerate(digits[at : at + 8])) for at in range(0, len(digits), 8))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 8), st.data())
+def test_codes_come_back_from_a_plain_string_of_bits(bits: int, data: st.DataObject) -> None:
+    drawn = data.draw(st.lists(st.integers(1, 2**bits - 1), max_size=30))
+    packed = pack_codes(np.array(drawn, dtype=np.uint8), bits)
+    assert packed.dtype == np.uint8
+    assert packed.tobytes() == bit_string(drawn, bits)
+    found = unpack_codes(packed, len(drawn), bits)
+    assert found.dtype == np.uint8
+    assert found.tolist() == drawn
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_codes_of_one_bit_are_all_1_and_need_no_bytes(count: int) -> None:
+    packed = pack_codes(np.ones(count, dtype=np.uint8), 1)
+    assert (packed.dtype, packed.size) == (np.uint8, 0)
+    found = unpack_codes(packed, count, 1)
+    assert (found.dtype, found.tolist()) == (np.uint8, [1] * count)
+
+
+@pytest.mark.parametrize(("bits", "count", "size"), [(1, 3, 0), (2, 4, 1), (2, 5, 2), (3, 8, 3), (7, 1, 1), (8, 5, 5)])
+def test_packed_codes_of_another_length_are_refused(bits: int, count: int, size: int) -> None:
+    unpack_codes(np.zeros(size, dtype=np.uint8), count, bits)
+    for other in {size - 1, size + 1} - {-1}:
+        with pytest.raises(WireError, match=f"codes must be {count} of {bits} bits"):
+            unpack_codes(np.zeros(other, dtype=np.uint8), count, bits)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_code_beyond_the_highest_level_is_refused(bits: int) -> None:
+    """All bits set would be level 2^bits: levels go from 1 to 2^bits - 1."""
+    codes = np.array([1, 2**bits - 1, 1], dtype=np.uint8)
+    packed = np.unpackbits(pack_codes(codes, bits), bitorder="little")
+    assert unpack_codes(np.packbits(packed, bitorder="little"), 3, bits).tolist() == codes.tolist()
+    packed[bits : 2 * bits] = 1
+    with pytest.raises(WireError, match=f"codes must be below {2**bits - 1}"):
+        unpack_codes(np.packbits(packed, bitorder="little"), 3, bits)
+
+
 # --- groups and ids --------------------------------------------------------------------------------------------
 
 
@@ -132,6 +191,8 @@ ARRAYS = [
     np.array([255], dtype=np.uint8),
     np.array([65535], dtype=np.uint16),
     np.array([2**32 - 1], dtype=np.uint32),
+    np.array([[np.pi], [-np.inf]], dtype=np.float64),
+    np.array([-200, 32767], dtype=np.int16),
 ]
 
 
@@ -146,6 +207,16 @@ def test_arrays_of_every_dtype_come_back() -> None:
     for sent, found in zip(ARRAYS, read(pack_arrays(KIND, ARRAYS)), strict=True):
         assert found.dtype == sent.dtype
         np.testing.assert_array_equal(found, sent)
+
+
+def test_every_dtype_has_its_number() -> None:
+    """The numbers are what other versions read: a new dtype goes to the end."""
+    kinds = ("f4", "f2", "i4", "i8", "u1", "u2", "u4", "f8", "i2")
+    for number, kind in enumerate(kinds):
+        assert pack_arrays(KIND, [np.zeros(1, dtype=f"<{kind}")])[6] == number
+    assert {a.dtype.str[1:] for a in ARRAYS} == set(kinds)
+    with pytest.raises(ValueError):
+        pack_arrays(KIND, [np.zeros(1, dtype=np.uint64)])
 
 
 def test_big_endian_machines_would_find_little_endian_bytes() -> None:
@@ -172,7 +243,7 @@ def header(table: bytes, count: int = 1, magic: bytes = b"fs", version: int = VE
         (header(b"", kind=8), "kind must be 9, got 8"),
         (header(b""), "length 6 is too short"),
         (header(b"\x00\x01\x00"), "length 9 is too short"),
-        (header(struct.pack("<BBI", 8, 1, 0)), "table has an unknown dtype or number of axes"),
+        (header(struct.pack("<BBI", 9, 1, 0)), "table has an unknown dtype or number of axes"),
         (header(struct.pack("<BB", 0, 0)), "table has an unknown dtype or number of axes"),
         (header(struct.pack("<BB3I", 0, 3, 0, 0, 0)), "table has an unknown dtype or number of axes"),
         (header(struct.pack("<BBI", 0, 1, 1)), "length is 12, the table says 16"),

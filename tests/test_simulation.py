@@ -1,5 +1,6 @@
 """Whole runs: packing of devices into nodes, engines, resuming, and that every kind of data and model learns."""
 
+import gc
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 from conftest import CONFIGS, small_settings
 from references import largest_difference, moved, trained
 
-from fedsplit import simulate
+from fedsplit import simulate, training
 from fedsplit.checkpoint import load_checkpoint
 from fedsplit.config import Settings, load_settings
 from fedsplit.errors import RunError
@@ -34,6 +35,14 @@ EXACT = [
 
 def wearables(*overrides: str, engine: str = "inline", config: str = "wearables") -> Settings:
     return load_settings(CONFIGS / f"{config}.toml", [f"run.engine={engine}", *overrides])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes most of a small run's time, and is not looked at here."""
+    monkeypatch.setattr(training, "draw_curves", lambda folder: None)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(gc, "collect", lambda *arguments: 0)  # which Flower's Bulyan does for every contribution
 
 
 @pytest.mark.slow
@@ -136,6 +145,30 @@ def test_a_weighted_mean_needs_no_contributions_per_device(tmp_path: Path) -> No
     assert largest_difference(trained_by[1], trained_by[5]) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"policy": "bits", "bits": 1},
+        {"policy": "bits", "bits": 5},
+        {"policy": "units", "k": 10},
+        {"policy": "none", "clip": 2.0, "noise": 4.0},
+        {"policy": "random", "keep": 0.5, "clip": 2.0, "noise": 4.0},
+    ],
+    ids=lambda p: f"{p['policy']}{p.get('bits', '')}{'+noise' * ('noise' in p)}",
+)
+def test_packing_changes_nothing_of_any_policy(policy: dict[str, object], tmp_path: Path) -> None:
+    """Codes, noise and scales belong to records: the trunk sees the same, whoever they are sent with."""
+    results, ends = [], []
+    for per_node in (1, 5):
+        settings = small_settings(devices={"per-node": per_node}, dropping=policy, protocol={"dtype": "float16"})
+        results.append(simulate(settings, out=tmp_path / str(per_node)))
+        ends.append(trained(tmp_path / str(per_node)))
+    assert moved(settings, ends[0]) > 1e-3
+    assert largest_difference(*ends) < 1e-6
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-6)
+    assert results[0]["ledger"] == results[1]["ledger"]
+
+
 def test_frozen_sends_no_cut_gradients(tmp_path: Path) -> None:
     moving = simulate(small_settings(), out=tmp_path / "moving")
     settings = small_settings(first_layer={"strategy": "frozen"})
@@ -162,7 +195,7 @@ def test_breast_cancer_learns_as_a_binary_task(tmp_path: Path) -> None:
     settings = small_settings(
         run={"rounds": 20},
         data={"name": "breast-cancer", "builder": None, "task": None, "outputs": None},
-        devices={"count": 6, "test": 2, "partition": "iid"},
+        devices={"count": 6, "test": 2, "partition": "iid", "per-node": 3},
         model={"name": "mlp", "builder": None, "width": 16},
         dropping={"policy": "random", "keep": 0.5},
         first_layer={"strategy": "FedAdam", "lr": 0.01},
@@ -187,8 +220,25 @@ def test_a_folder_of_own_files_learns(tmp_path: Path) -> None:
     assert result["test_accuracy"] > 0.7
 
 
+def test_devices_whose_records_overlap_share_a_node_with_others(tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for device in range(3):
+        rng = np.random.default_rng(device)
+        segments = {"segments": np.stack([np.arange(9), np.arange(1, 10)], axis=1)} if device == 1 else {}
+        x, test = rng.normal(size=(9, 12)), rng.normal(size=(3, 12))
+        np.savez(folder / f"{device}.npz", x=x, y=np.arange(9) % 3, x_test=test, y_test=np.arange(3), **segments)
+    data = {"folder": str(folder), "builder": None}
+    settings = small_settings(data=data, devices={"count": 3, "per-node": 3, "test": [2]})
+    result = simulate(settings, out=tmp_path / "run")
+    assert result["samples"] == 4 * 3 * 9
+    assert result["ledger"]["releases"] == 2 * result["exposures_max"]  # of a piece that two windows share
+
+
 def test_an_own_model_learns_own_data(tmp_path: Path) -> None:
-    settings = small_settings(run={"rounds": 30}, dropping={"policy": "top-k", "k": 5}, first_layer={"lr": 0.5})
+    settings = small_settings(
+        run={"rounds": 30}, devices={"per-node": 5}, dropping={"policy": "top-k", "k": 5}, first_layer={"lr": 0.5}
+    )
     result = simulate(settings, out=tmp_path / "run")
     assert result["test_accuracy"] > 0.7
 
@@ -197,7 +247,7 @@ def test_regression_learns(tmp_path: Path) -> None:
     settings = small_settings(
         run={"rounds": 40},
         data={"builder": "own:regression", "task": "regression", "outputs": 1},
-        devices={"test": "all"},
+        devices={"test": "all", "per-node": 5},
         model={"builder": "own:regression_model"},
         first_layer={"strategy": "FedAdam", "lr": 0.02},
         trunk={"optimizer": "adam", "lr": 0.02},

@@ -1,20 +1,32 @@
 """What happens when nodes do not answer, answer late, or lie."""
 
+import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import small_settings
 from flwr.app import Error, Message
 from references import largest_difference, moved, trained
 
-from fedsplit import wire
+from fedsplit import training, wire
 from fedsplit.client_app import client_app
+from fedsplit.dropping import Kept
 from fedsplit.errors import RunError
 from fedsplit.grid import InProcessGrid
 from fedsplit.training import TrainingRun, open_run_folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes most of a small run's time, and is not looked at here."""
+    monkeypatch.setattr(training, "draw_curves", lambda folder: None)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
 
 Change = Callable[[int, Message, Message], Message | None]
 
@@ -143,9 +155,31 @@ def garbage(reply: Message) -> Message:
     return reply
 
 
+def release_of(reply: Message) -> wire.Release:
+    return wire.Upload.from_bytes(wire.from_record(reply.content), parameters=130).release
+
+
 def lying_release(reply: Message, **fields: Any) -> Message:
-    upload = wire.Upload.from_bytes(wire.from_record(reply.content), parameters=130)
-    return changed(reply, release=wire.Release(**{**vars(upload.release), **fields}))
+    return changed(reply, release=wire.Release(**{**vars(release_of(reply)), **fields}))
+
+
+def kept_of(release: wire.Release) -> Kept:
+    return Kept(release.counts, release.bitmap, release.values(), release.width)
+
+
+def fewer_records(reply: Message, refused: list[list[int]]) -> Message:
+    """Return the reply with the last of its device's ten records left out of the release."""
+    release = release_of(reply)
+    kept = kept_of(release).take(np.arange(10) < 9)
+    shorter = wire.Release.pack(kept, release.devices, np.array([9]), release.targets[:9], "float32")
+    return changed(reply, release=shorter, refused=np.array(refused, dtype=np.int64).reshape(-1, 3))
+
+
+def twice_the_records(reply: Message) -> Message:
+    release = release_of(reply)
+    kept = Kept.join([kept_of(release)] * 2, release.width)
+    targets = np.concatenate([release.targets] * 2)
+    return changed(reply, release=wire.Release.pack(kept, release.devices, np.array([20]), targets, "float32"))
 
 
 LIES: dict[str, Callable[[Message], Message]] = {
@@ -159,24 +193,101 @@ LIES: dict[str, Callable[[Message], Message]] = {
     "a gradient that was not asked for": lambda r: changed(
         r, gradients=wire.Gradients(np.array([1, 2]), np.array([10, 10]), np.ones((2, 130), np.float32))
     ),
+    "fewer records without a refusal": lambda r: fewer_records(r, []),
+    "fewer records and another device's refusal": lambda r: fewer_records(r, [[2, wire.Reason.EQUATIONS, 1]]),
+    "more records than were asked for": twice_the_records,
+    "a negative ledger": lambda r: changed(r, ledger=wire.Ledger(*[-1.0] * 8)),
     "no upload": garbage,
 }
 
 
+@pytest.fixture(scope="module")
+def without_node_1_in_round_2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Return what a run ends with in which node 1 is silent in round 2."""
+
+    def silent(number: int, message: Message, reply: Message) -> Message | None:
+        return None if number == 2 and node_of(message) == 1 else reply
+
+    folder = tmp_path_factory.mktemp("silent")
+    train(folder, silent)
+    return trained(folder / "run")
+
+
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lying_node_is_left_out(lie: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lying_node_is_left_out(
+    lie: str,
+    without_node_1_in_round_2: dict[str, torch.Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def lies(number: int, message: Message, reply: Message) -> Message:
         if number == 2 and node_of(message) == 1:
             return LIES[lie](reply)
         return reply
 
-    run = train(tmp_path / "lying", lies)
+    run = train(tmp_path, lies)
     assert "a node is left out" in caplog.text
-
-    def silent(number: int, message: Message, reply: Message) -> Message | None:
-        return None if number == 2 and node_of(message) == 1 else reply
-
-    train(tmp_path / "silent", silent)
-    found = trained(tmp_path / "lying" / "run")
+    found = trained(tmp_path / "run")
     assert moved(run.settings, found) > 1e-3
-    assert largest_difference(found, trained(tmp_path / "silent" / "run")) == 0.0
+    assert largest_difference(found, without_node_1_in_round_2) == 0.0
+
+
+# --- refusals and ledgers --------------------------------------------------------------------------------------
+
+
+def in_round_2_of_node_1(change: Callable[[Message], Message]) -> Change:
+    def changes(number: int, message: Message, reply: Message) -> Message:
+        return change(reply) if number == 2 and node_of(message) == 1 else reply
+
+    return changes
+
+
+def test_a_device_may_refuse_records_and_the_run_counts_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    refusal = [[1, wire.Reason.EQUATIONS, 1]]
+    run = train(tmp_path, in_round_2_of_node_1(lambda r: fewer_records(r, refusal)), first_layer={"strategy": "frozen"})
+    assert "left out" not in caplog.text
+    assert run.result is not None
+    assert run.result["samples"] == 4 * sum(7 + 3 * d for d in range(5)) - 1
+    assert run.result["guard"]["refused"]["equations"] > 0
+
+
+def test_all_of_a_devices_records_may_be_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def refuses(reply: Message) -> Message:
+        release = release_of(reply)
+        kept = Kept.join([], release.width)
+        nothing = wire.Release.pack(kept, np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), "float32")
+        return changed(reply, release=nothing, refused=np.array([[1, 99, 10]]))
+
+    run = train(tmp_path, in_round_2_of_node_1(refuses), first_layer={"strategy": "frozen"})
+    assert "left out" not in caplog.text
+    assert run.result is not None
+    assert run.result["samples"] == 4 * sum(7 + 3 * d for d in range(5)) - 10
+    assert run.result["guard"]["refused"]["reason 99"] == 10  # of a later version, perhaps
+
+
+def gaussian_delta(epsilon: float, sigma: float) -> float:
+    """Balle and Wang 2018, theorem 5, for a sensitivity of 1."""
+
+    def below(x: float) -> float:
+        return math.erfc(-x / 2**0.5) / 2
+
+    return below(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * below(-0.5 / sigma - epsilon * sigma)
+
+
+def test_the_result_tells_the_most_that_any_node_says_has_left(tmp_path: Path) -> None:
+    said = wire.Ledger(3.0, 5.0, 77.0, 1e9, 0.5, 1.0, 0.125, 0.75)
+    run = train(tmp_path, in_round_2_of_node_1(lambda r: changed(r, ledger=said)), dropping={"clip": 1.0, "noise": 9.0})
+    assert run.result is not None
+    ledger = run.result["ledger"]
+    assert (ledger["releases"], ledger["equations"], ledger["bits"]) == (5, 77, 10**9)
+    assert (ledger["gradient_leverage"], ledger["leverage"]) == (0.5, 0.75)
+    assert gaussian_delta(ledger["epsilon"], sigma=1.0) == pytest.approx(1e-5, rel=0.02)  # precision 1
+    assert ledger["dfil"] == pytest.approx(0.125)
+    assert run.result["exposures_max"] == 4  # of the other nodes
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan, 1e12])
+def test_a_ledger_without_bounds_does_not_end_the_run(bad: float, tmp_path: Path) -> None:
+    lies = in_round_2_of_node_1(lambda r: changed(r, ledger=wire.Ledger(*[bad] * 8)))
+    run = train(tmp_path, lies, dropping={"clip": 1.0, "noise": 9.0})  # so that no other node's is infinite
+    assert run.result is not None and run.result["rounds"] == 4

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedsplit.dropping import Kept
-from fedsplit.metrics import score
+from fedsplit.dropping import Dropping, Kept
+from fedsplit.metrics import correct, score
 from fedsplit.schedule import seed_of
 from fedsplit.trunk import Batches, Trunk, TrunkOptions, minibatches, summed_loss
 from fedsplit.wire import Release
@@ -89,6 +89,23 @@ def test_float16_releases_of_different_scales_join() -> None:
     joined = Batches.join([release({3: 2}, "float16"), release({1: 4}, "float32"), release({2: 3}, "float16")])
     expected = np.concatenate([dense_of(1, 4), dense_of(2, 3), dense_of(3, 2)])
     np.testing.assert_allclose(joined.dense(np.arange(9))[0], expected, rtol=2**-10)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_releases_of_few_bits_join(bits: int) -> None:
+    dropping = Dropping("bits", bits=bits)
+    dense = {d: dropping.coded(np.maximum(dense_of(d, n), 0)) for d, n in {2: 4, 5: 3}.items()}
+
+    def coded(device: int) -> Release:
+        kept = Kept.of(dense[device], np.ones(dense[device].shape, dtype=bool), zeros_count=False)
+        n = len(dense[device])
+        return Release.pack(kept, ints(device), ints(n), targets_of(device, n), "float16", bits)
+
+    joined = Batches.join([coded(5), coded(2)])
+    found, pattern, _ = joined.dense(np.arange(7))
+    assert np.array_equal(found, np.concatenate([dense[2], dense[5]]))
+    assert np.array_equal(pattern, found != 0)
+    assert pattern.any()
 
 
 def test_rounds_are_put_behind_one_another_for_replay() -> None:
@@ -307,6 +324,17 @@ def test_scores_of_classes_by_hand() -> None:
     found = score("classification", outputs, actual)
     assert found["test_accuracy"] == pytest.approx(4 / 6)
     assert found["test_f1"] == pytest.approx([4 / 5, 2 / 4, 2 / 3, 0.0])  # nothing is or is said to be class 3
+
+
+def test_correct_by_hand_and_as_the_accuracy_says() -> None:
+    outputs = np.eye(4, dtype=np.float32)[[0, 0, 0, 1, 2, 2]]
+    right = correct("classification", outputs, ints(0, 0, 1, 1, 1, 2))
+    assert right.tolist() == [True, True, False, True, False, True]
+    assert score("classification", outputs, ints(0, 0, 1, 1, 1, 2))["test_accuracy"] == right.mean()
+    chances, actual = np.array([[0.5], [-0.1], [2.0], [-3.0], [0.0]], dtype=np.float32), ints(1, 1, 0, 0, 0)
+    right = correct("binary", chances, actual)
+    assert right.tolist() == [True, False, False, True, True]
+    assert score("binary", chances, actual)["test_accuracy"] == right.mean()
 
 
 def test_scores_of_two_classes_by_hand() -> None:

@@ -19,6 +19,8 @@ from fedsplit.wire import (
     CutGradients,
     Download,
     Gradients,
+    Ledger,
+    Reason,
     Registration,
     Release,
     Upload,
@@ -40,26 +42,57 @@ def some_ids(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.sort(rng.choice(1000, count, replace=False)).astype(np.int64)
 
 
+def some_kept(rng: np.random.Generator, records: int, width: int, keep: float = 0.4, bits: int = 0) -> Kept:
+    """Outputs of very different sizes; with ``bits`` the levels of a relu's."""
+    x = (rng.normal(size=(records, width)) * 10.0 ** rng.integers(-9, 9, (records, 1))).astype(np.float32)
+    if bits:
+        x = Dropping("bits", bits=bits).coded(np.maximum(x, 0))
+    return Kept.of(x, rng.random((records, width)) < keep, zeros_count=not bits)
+
+
 def some_release(
-    rng: np.random.Generator, records: list[int], width: int, dtype: str, targets: str = "classes", keep: float = 0.4
+    rng: np.random.Generator,
+    records: list[int],
+    width: int,
+    dtype: str,
+    targets: str = "classes",
+    keep: float = 0.4,
+    bits: int = 0,
 ) -> Release:
     n = sum(records)
-    x = rng.normal(size=(n, width)).astype(np.float32)
-    kept = Kept.of(x, rng.random((n, width)) < keep, zeros_count=True)
     y = {
         "classes": rng.integers(0, 5, n),
         "column": rng.normal(size=n).astype(np.float32),
         "columns": rng.normal(size=(n, 2)).astype(np.float32),
     }[targets]
-    return Release.pack(kept, some_ids(rng, len(records)), ints(*records), y, dtype)
+    kept = some_kept(rng, n, width, keep, bits)
+    return Release.pack(kept, some_ids(rng, len(records)), ints(*records), y, dtype, bits)
+
+
+def some_ledger(rng: np.random.Generator) -> Ledger:
+    return Ledger(*rng.choice([0.0, 0.25, 3.0, 2.0**60, np.inf, np.nan], len(Ledger._fields)).tolist())
 
 
 def some_upload(
-    rng: np.random.Generator, records: list[int], width: int, dtype: str, targets: str, groups: int, lost: int = 1
+    rng: np.random.Generator,
+    records: list[int],
+    width: int,
+    dtype: str,
+    targets: str,
+    groups: int,
+    lost: int = 1,
+    bits: int = 0,
 ) -> Upload:
     sums = Gradients(some_ids(rng, groups), rng.integers(1, 99, groups), rng.normal(size=(groups, PARAMETERS)))
-    release = some_release(rng, records, width, dtype, targets)
-    return Upload(release, sums, rng.integers(1, 9, lost), some_ids(rng, lost), int(rng.integers(0, 2**40)))
+    release = some_release(rng, records, width, dtype, targets, bits=bits)
+    reasons, numbers = rng.integers(1, len(Reason) + 1, lost), rng.integers(0, 2**31, lost)
+    refused = np.stack([some_ids(rng, lost), reasons, numbers], axis=1)
+    return Upload(release, sums, rng.integers(1, 9, lost), some_ids(rng, lost), refused, some_ledger(rng))
+
+
+def nothing_but(release: Release, parameters: int = PARAMETERS) -> Upload:
+    nothing = Gradients(ints(), ints(), np.zeros((0, parameters)))
+    return Upload(release, nothing, ints(), ints(), np.zeros((0, 3), np.int64), Ledger(*[0.0] * 8))
 
 
 def some_download(rng: np.random.Generator, lengths: list[list[int]], rows: int, dtype: str) -> Download:
@@ -106,7 +139,7 @@ def assert_same(a: Any, b: Any) -> None:
         for x, y in zip(a, b, strict=True):
             assert_same(x, y)
     else:
-        assert a == b
+        assert a == b or (a != a and b != b)
 
 
 # --- there and back --------------------------------------------------------------------------------------------
@@ -118,14 +151,25 @@ widths = st.integers(1, 40)
 
 
 @settings(max_examples=150, deadline=None)
-@given(seeds, sizes, widths, dtypes, st.sampled_from(["classes", "column", "columns"]), st.integers(0, 3), sizes)
+@given(
+    seeds,
+    sizes,
+    widths,
+    dtypes,
+    st.sampled_from(["classes", "column", "columns"]),
+    st.integers(0, 3),
+    sizes,
+    st.integers(0, 8),
+)
 def test_uploads_come_back(
-    seed: int, records: list[int], width: int, dtype: str, targets: str, groups: int, more: list[int]
+    seed: int, records: list[int], width: int, dtype: str, targets: str, groups: int, more: list[int], bits: int
 ) -> None:
-    sent = some_upload(np.random.default_rng(seed), records, width, dtype, targets, groups, len(more))
+    sent = some_upload(np.random.default_rng(seed), records, width, dtype, targets, groups, len(more), bits)
     found = Upload.from_bytes(sent.to_bytes(), parameters=PARAMETERS)
     assert_same(found, sent)
     assert found.release.values().tobytes() == sent.release.values().tobytes()
+    assert found.release.bits == bits
+    assert found.to_bytes() == sent.to_bytes()
 
 
 @settings(max_examples=100, deadline=None)
@@ -145,13 +189,15 @@ def test_registrations_come_back(seed: int, devices: int) -> None:
     assert_same(Registration.from_bytes(sent.to_bytes()), sent)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 0), ("float32", 0), ("float32", 1), ("float32", 7)])
 @pytest.mark.parametrize("width", [65_535, 65_536, 70_003])
-def test_counts_beyond_16_bits_come_back(width: int, dtype: str) -> None:
-    release = some_release(np.random.default_rng(0), [1, 0, 1], width, dtype, keep=2.0)
+def test_counts_beyond_16_bits_come_back(width: int, dtype: str, bits: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.random((2, width)).astype(np.float32) + 0.25
+    kept = Kept.of(Dropping("bits", bits=bits).coded(x) if bits else x, np.ones(x.shape, bool), zeros_count=not bits)
+    release = Release.pack(kept, ints(3, 5, 6), ints(1, 0, 1), ints(0, 1), dtype, bits)
     assert release.counts.tolist() == [width, width]
-    nothing = Gradients(ints(), ints(), np.zeros((0, PARAMETERS)))
-    sent = Upload(release, nothing, ints(), ints(), 0)
+    sent = nothing_but(release)
     assert_same(Upload.from_bytes(sent.to_bytes(), parameters=PARAMETERS), sent)
 
 
@@ -161,11 +207,73 @@ def test_what_was_kept_arrives_where_it_was(dtype: str, tolerance: float) -> Non
     x = rng.normal(size=(7, 13)).astype(np.float32)
     mask = rng.random(x.shape) < 0.5
     release = Release.pack(Kept.of(x, mask, zeros_count=True), ints(3, 8), ints(4, 3), np.zeros(7, np.int64), dtype)
-    sent = Upload(release, Gradients(ints(), ints(), np.zeros((0, 5))), ints(), ints(), 0)
-    found = Upload.from_bytes(sent.to_bytes(), parameters=5).release
+    found = Upload.from_bytes(nothing_but(release).to_bytes(), parameters=PARAMETERS).release
     pattern = unpack_bitmap(found.bitmap, 13)
     assert np.array_equal(pattern, mask)
     np.testing.assert_allclose(found.values(), x[mask], rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_levels_arrive_exactly_where_they_were(bits: int) -> None:
+    x = np.maximum(np.random.default_rng(0).normal(size=(7, 13)), 0).astype(np.float32)
+    levels = Dropping("bits", bits=bits).coded(x)
+    kept = Kept.of(levels, np.ones(x.shape, dtype=bool), zeros_count=False)
+    release = Release.pack(kept, ints(3, 8), ints(4, 3), np.zeros(7, np.int64), "float16", bits)
+    found = Upload.from_bytes(nothing_but(release).to_bytes(), parameters=PARAMETERS).release
+    dense = np.zeros_like(x)
+    dense[unpack_bitmap(found.bitmap, 13)] = found.values()
+    assert np.array_equal(dense, levels)
+    assert np.array_equal(dense > 0, x > 0)
+    assert np.isin(levels, np.arange(2**bits) * 2.0 ** (1 - bits)).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds, st.integers(1, 6), widths, dtypes, st.integers(0, 8))
+def test_a_records_bytes_do_not_depend_on_what_it_is_sent_with(
+    seed: int, records: int, width: int, dtype: str, bits: int
+) -> None:
+    kept = some_kept(np.random.default_rng(seed), records, width, bits=bits)
+    together = Release.pack(kept, ints(4), ints(records), np.zeros(records, np.int64), dtype, bits)
+    assert together.exponents.shape == (records,)
+    stops = np.cumsum(together.counts)
+    for i, (start, stop) in enumerate(zip(stops - together.counts, stops, strict=True)):
+        row = kept.take(np.arange(records) == i)
+        alone = Release.pack(row, ints(4), ints(1), ints(0), dtype, bits)
+        assert alone.codes.dtype == together.codes.dtype
+        assert alone.codes.tobytes() == together.codes[start:stop].tobytes()
+        assert alone.exponents.tolist() == [together.exponents[i]]
+        assert alone.bitmap.tobytes() == together.bitmap[i].tobytes()
+        assert alone.values().tobytes() == together.values()[start:stop].tobytes()
+
+
+def test_the_other_records_decide_nothing_of_a_float16_records_scale() -> None:
+    """By hand: beside a record a million times larger, a shared scale would leave a few bits of the small one."""
+    x = np.array([[1e-3, 2e-3, 3e-3], [1e9, 0, 2e9]], dtype=np.float32)
+    kept = Kept.of(x, np.ones(x.shape, dtype=bool), zeros_count=True)
+    release = Release.pack(kept, ints(0), ints(2), ints(0, 0), "float16")
+    np.testing.assert_allclose(release.values(), x.ravel(), rtol=2**-10)
+    assert release.exponents[0] != release.exponents[1]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_take_their_bits_and_no_more(bits: int) -> None:
+    release = some_release(np.random.default_rng(0), [50], 64, "float32", bits=bits)
+    values = int(release.counts.sum())
+    without = [a.nbytes for a in release.arrays()]
+    assert without[6] == (0 if bits == 1 else -(-values * bits // 8))
+    assert without[7] == 0  # no exponents
+    assert release.arrays()[7].dtype == np.int16
+
+
+def test_with_bits_the_dtype_of_values_does_not_matter() -> None:
+    a, b = (some_release(np.random.default_rng(0), [5, 3], 20, d, bits=3) for d in ("float16", "float32"))
+    assert_same(a, b)
+
+
+def test_exponents_are_one_int16_per_record() -> None:
+    release = some_release(np.random.default_rng(0), [2, 0, 3], 20, "float16")
+    assert (release.arrays()[7].dtype, release.arrays()[7].shape) == (np.int16, (5,))
+    assert release.arrays()[0].tolist() == [20, 0]
 
 
 def test_float16_payloads_take_the_place_of_two_bytes_per_value() -> None:
@@ -201,19 +309,31 @@ def test_an_upload_is_at_most_an_eighth_of_dense_float32() -> None:
     kept = Kept.of(x, mask, zeros_count=False)
     assert 0.09 < kept.counts.sum() / x.size < 0.11
     release = Release.pack(kept, ints(0), ints(records), np.zeros(records, dtype=np.int64), "float16")
-    upload = Upload(release, Gradients(ints(), ints(), np.zeros((0, 5))), ints(), ints(), 1)
-    assert len(upload.to_bytes()) <= 4 * records * width / 8
+    assert len(nothing_but(release).to_bytes()) <= 4 * records * width / 8
+
+
+@pytest.mark.parametrize(("bits", "share"), [(1, 30), (2, 15), (4, 10)])
+def test_an_upload_of_few_bits_is_a_small_share_of_dense_float32(bits: int, share: int) -> None:
+    records, width = 200, 1600
+    x = np.maximum(np.random.default_rng(0).normal(size=(records, width)), 0).astype(np.float32)
+    kept = Kept.of(Dropping("bits", bits=bits).coded(x), np.ones(x.shape, dtype=bool), zeros_count=False)
+    assert 0.49 < kept.counts.sum() / x.size < 0.51
+    release = Release.pack(kept, ints(0), ints(records), np.zeros(records, dtype=np.int64), "float32", bits)
+    assert len(nothing_but(release).to_bytes()) <= 4 * records * width / share
 
 
 # --- hostile payloads ------------------------------------------------------------------------------------------
 
-DTYPES = ("<f4", "<f2", "<i4", "<i8", "<u1", "<u2", "<u4", "<f8")
+DTYPES = ("<f4", "<f2", "<i4", "<i8", "<u1", "<u2", "<u4", "<f8", "<i2")
 
 
 def message(kind: str, dtype: str = "float16") -> Any:
+    """Return a message; ``dtype`` of an upload's values may also be ``1 bits`` to ``8 bits``."""
     rng = np.random.default_rng(7)
     if kind == "upload":
-        return some_upload(rng, [2, 0, 3], 13, dtype, "columns" if dtype == "float32" else "classes", groups=2)
+        targets = "columns" if dtype == "float32" else "classes"
+        bits = int(dtype.removesuffix(" bits")) if dtype.endswith("bits") else 0
+        return some_upload(rng, [2, 0, 3], 13, dtype, targets, groups=2, lost=2, bits=bits)
     if kind == "download":
         return some_download(rng, [[3, 0, 2], [4]], 3, dtype)
     return some_registration(rng, 4)
@@ -322,7 +442,7 @@ def reshape(payload: bytes, rng: np.random.Generator) -> bytes:
         arrays[i].reshape(-1),
         np.zeros((2**32 - 1, 0), dtype=arrays[i].dtype),
         np.zeros((0, 2**32 - 1), dtype=arrays[i].dtype),
-        arrays[i].astype(np.int64 if arrays[i].dtype.kind == "f" else np.float32),
+        np.zeros(arrays[i].shape, dtype=np.int64 if arrays[i].dtype.kind == "f" else np.float32),
         arrays[i][:0],
     ][rng.integers(6)]
     return pack_arrays(payload[3], arrays)
@@ -358,6 +478,14 @@ def assert_usable(found: Any) -> None:
         assert np.isfinite(found.gradients.sums).all()
         assert unpack_bitmap(found.release.bitmap, found.release.width).sum() == len(found.release.values())
         assert (np.diff(found.release.devices) > 0).all()
+        assert found.release.exponents.shape == found.release.counts.shape
+        assert 0 <= found.release.bits <= 8
+        if found.release.bits:
+            assert found.release.codes.dtype == np.uint8
+            assert all(1 <= code < 2**found.release.bits for code in found.release.codes)
+        assert found.refused.shape[1:] == (3,)
+        assert (found.refused >= 0).all()
+        assert not any(spent < 0 for spent in found.ledger)
     elif isinstance(found, Download):
         assert np.isfinite(found.weights).all()
         assert (found.schedule[:, 2] <= found.schedule[:, 3]).all()
@@ -368,9 +496,14 @@ def assert_usable(found: Any) -> None:
         assert (found.test >= 0).all()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+VARIANTS = [
+    *(("upload", dtype) for dtype in ("float16", "float32", "1 bits", "3 bits", "8 bits")),
+    *((kind, dtype) for kind in ("download", "registration") for dtype in ("float16", "float32")),
+]
+
+
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda m: m.__name__)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), VARIANTS)
 def test_mutated_payloads_are_refused_or_still_valid(
     kind: str, mutate: Callable[[bytes, np.random.Generator], bytes], dtype: str
 ) -> None:
@@ -395,20 +528,21 @@ def test_mutated_payloads_are_refused_or_still_valid(
 
 
 UPLOAD_FIELDS = {
-    "exposures": 0,
+    "ledger": 0,
     "lost": 1,
     "failed": 2,
-    "width": 3,
-    "devices": 4,
-    "records": 5,
-    "targets": 6,
-    "counts": 7,
-    "bitmap": 8,
-    "values": 9,
-    "exponents": 10,
-    "gradient devices": 11,
-    "gradient records": 12,
-    "gradients": 13,
+    "refused": 3,
+    "width": 4,
+    "devices": 5,
+    "records": 6,
+    "targets": 7,
+    "counts": 8,
+    "bitmap": 9,
+    "values": 10,
+    "exponents": 11,
+    "gradient devices": 12,
+    "gradient records": 13,
+    "gradients": 14,
 }
 DOWNLOAD_FIELDS = {
     "head": 0,
@@ -443,9 +577,27 @@ def swap_rows(array: np.ndarray) -> None:
 
 
 REFUSALS: list[tuple[str, str, str, Callable[[np.ndarray], Any], str]] = [
-    ("upload", "float16", "exposures", put(0, -1), "exposures must not be negative"),
+    ("upload", "float16", "ledger", put(0, -1), "ledger must not be negative"),
+    ("upload", "float16", "ledger", put(7, -1e-300), "ledger must not be negative"),
+    ("upload", "float16", "ledger", put(3, -np.inf), "ledger must not be negative"),
+    ("upload", "float16", "ledger", lambda a: a[:7], "ledger must have 8 rows, got 7"),
+    ("upload", "float16", "ledger", lambda a: np.zeros(8, np.int64), "ledger must be of dtype f8, got i8"),
+    ("upload", "float16", "lost", lambda a: a.astype(np.int32), "lost must be of dtype i8, got i4"),
+    ("upload", "float16", "failed", lambda a: a[None], "failed must have 1 axes, got 2"),
+    ("upload", "float16", "refused", put((1, 2), -1), "refused must not be negative"),
+    ("upload", "float16", "refused", put((0, 0), -5), "refused must not be negative"),
+    ("upload", "float16", "refused", lambda a: a[:, :2], "refused must have 3 columns"),
+    ("upload", "float16", "refused", lambda a: a.ravel(), "refused must have 2 axes, got 1"),
+    ("upload", "float16", "refused", lambda a: a.astype(np.int64), "refused must be of dtype i4, got i8"),
     ("upload", "float16", "width", put(0, 21), "bitmap must have 3 bytes per record"),
     ("upload", "float16", "width", put(0, 9), "bitmap has bits beyond width 9"),
+    ("upload", "float16", "width", lambda a: a[:1], "width must have 2 rows, got 1"),
+    ("upload", "float16", "width", put(1, 9), "bits must be in 0..8"),
+    ("upload", "3 bits", "width", put(1, 2**32 - 1), "bits must be in 0..8"),
+    ("upload", "float16", "width", put(1, 3), "codes must be of dtype u1, got f2"),
+    ("upload", "3 bits", "width", put(1, 0), "values must be of dtype f2 or f4, got u1"),
+    ("upload", "3 bits", "width", put(1, 4), "codes must be [0-9]+ of 4 bits"),
+    ("upload", "3 bits", "width", put(1, 1), "codes must be [0-9]+ of 1 bits"),
     ("upload", "float16", "devices", swap_rows, "devices must be ascending device ids"),
     ("upload", "float16", "devices", put(0, -1), "devices must be ascending device ids"),
     ("upload", "float16", "devices", put(2, 10_000_000), "devices must be ascending device ids"),
@@ -465,7 +617,17 @@ REFUSALS: list[tuple[str, str, str, Callable[[np.ndarray], Any], str]] = [
     ("upload", "float32", "values", put(-1, np.inf), "values must be finite"),
     ("upload", "float16", "exponents", put(0, 112), "exponents must be in -200..111"),
     ("upload", "float32", "exponents", put(2, 1), "exponents must be in 0..0"),
-    ("upload", "float16", "exponents", lambda a: a[1:], "exponents must have 3 rows, got 2"),
+    ("upload", "float16", "exponents", put(-1, -201), "exponents must be in -200..111"),
+    ("upload", "float16", "exponents", lambda a: a[1:], "exponents must have 5 rows, got 4"),
+    ("upload", "float16", "exponents", lambda a: a.astype(np.int32), "exponents must be of dtype i2, got i4"),
+    ("upload", "1 bits", "values", lambda a: np.zeros(1, np.uint8), "codes must be [0-9]+ of 1 bits"),
+    ("upload", "3 bits", "values", lambda a: a[1:], "codes must be [0-9]+ of 3 bits"),
+    ("upload", "8 bits", "values", lambda a: np.append(a, a[:1]), "codes must be [0-9]+ of 8 bits"),
+    ("upload", "3 bits", "values", put(0, 0x07), "codes must be below 7"),
+    ("upload", "8 bits", "values", put(-1, 255), "codes must be below 255"),
+    ("upload", "3 bits", "values", lambda a: a.astype(np.float16), "codes must be of dtype u1, got f2"),
+    ("upload", "3 bits", "exponents", lambda a: np.zeros(5, np.int16), "exponents must have 0 rows, got 5"),
+    ("upload", "float16", "gradient devices", swap_rows, "gradient devices must be ascending"),
     ("upload", "float16", "gradient records", put(1, 0), "gradient records must be positive"),
     ("upload", "float16", "gradient records", put(0, -5), "gradient records must be positive"),
     ("upload", "float16", "gradients", put((0, 0), np.nan), "gradients must be finite"),

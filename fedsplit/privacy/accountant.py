@@ -2,16 +2,19 @@
 
 It is asked before a release and written to disk before the release leaves, so that a process killed between the two
 has counted too much, never too little. A file that is missing, damaged or another owner's is refused and never begun
-anew. (An older copy of the whole disk, put back, cannot be told from inside.)
+anew; so is one that another process has written to in the meantime. (An older copy of the whole disk, put back, cannot
+be told from inside.)
 """
 
+import fcntl
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +37,7 @@ class Cost:
     bits : int64
         An upper bound on the information: the pattern's bits and those of the values.
     gradient : float64
-        Leverage of the record in a sum of first-layer gradients.
+        Leverage of the record in a sum of first-layer gradients; at most 1, which it counts as where not computed.
     precision : float64
         1 / (noise multiplier)^2 of Gaussian noise; infinite without noise, 0 if nothing of the outputs is sent.
     fisher : float64
@@ -71,6 +74,7 @@ _TABLE: dict[str, type[np.generic]] = {
     "fisher": np.float64,
     "leverage": np.float64,
 }
+_NONE: dict[str, float] = dict.fromkeys(_TABLE, 0) | {"leverage": np.nan}
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,18 @@ def epsilon(precision: float, delta: float) -> float:
     """
     if precision == 0 or math.isinf(precision):
         return precision
-    from dp_accounting import GaussianDpEvent
-    from dp_accounting.pld import PLDAccountant
+    from dp_accounting import get_epsilon_gaussian
 
-    return float(PLDAccountant().compose(GaussianDpEvent(precision**-0.5)).get_epsilon(delta))
+    return float(get_epsilon_gaussian(precision**-0.5, delta))
+
+
+def largest_precision(epsilon: float | None, delta: float) -> float:
+    """Return the sum of precisions that :func:`epsilon` allows; without a limit anything."""
+    if epsilon is None or math.isinf(epsilon):
+        return math.inf
+    from dp_accounting import get_sigma_gaussian
+
+    return float(get_sigma_gaussian(epsilon, delta) ** -2)
 
 
 class ExposureAccountant:
@@ -112,6 +124,11 @@ class ExposureAccountant:
     owner : bytes
         A fingerprint of whose records these are.
 
+    Attributes
+    ----------
+    refused : int
+        Records that were refused because of what they hold.
+
     Raises
     ------
     StateError
@@ -122,17 +139,17 @@ class ExposureAccountant:
         self.path = path
         self._owner = owner
         try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
+            found, self._saved = load_sealed(path)
             self._names: IntArray = found["names"]
             self._table = {name: found[name] for name in _TABLE}
-            self._releases: list[bytes] = [row.tobytes() for row in found["releases_sent"]]
+            self._releases, self._sums = _split(found["releases_sent"]), _split(found["sums_sent"])
             self._sent: IntArray = found["sent"]
-            self._runs = {int(run): (int(last), int(refused)) for run, last, refused in found["runs"].tolist()}
+            self._last_rounds: dict[int, int] = dict(found["rounds"].tolist())
+            self.refused = int(found["refused"])
             saved_owner = found["owner"].tobytes()
         except FileNotFoundError:
             raise StateError(f"exposure ledger {path} is missing: what has left cannot be known") from None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile):
+        except Exception:  # not a file, cut off, or with anything else in it
             raise StateError(f"exposure ledger {path} is damaged: what has left cannot be known") from None
         if saved_owner != owner:
             raise StateError(f"exposure ledger {path} belongs to other devices")
@@ -152,7 +169,8 @@ class ExposureAccountant:
         new.path, new._owner = path, owner
         new._names = np.zeros(0, dtype=np.int64)
         new._table = {name: np.zeros(0, dtype=kind) for name, kind in _TABLE.items()}
-        new._releases, new._sent, new._runs = [], np.zeros((0, 2), dtype=np.int64), {}
+        new._releases, new._sent, new._sums = [], np.zeros((0, 2), dtype=np.int64), []
+        new._last_rounds, new.refused, new._saved = {}, 0, b""
         new.save()
         return new
 
@@ -166,8 +184,17 @@ class ExposureAccountant:
         sent = self._sent[self._sent[:, 1] == self._releases.index(release), 0]
         return ~np.isin(records, sent)
 
+    def earlier(self, records: IntArray) -> Iterator[tuple[bytes, NDArray[np.bool_]]]:
+        """Yield the names under which any of the records have left, and which of them."""
+        for number in np.unique(self._sent[np.isin(self._sent[:, 0], records), 1]).tolist():
+            yield self._releases[number], ~self.is_new(records, self._releases[number])
+
+    def spent(self, segments: IntArray) -> Spent:
+        """Return, as arrays ``(records,)``, the most that has left of any segment of each record."""
+        return Spent(**{name: np.fmax.reduce(column, axis=1) for name, column in self._ledgers(segments).items()})
+
     def after(self, segments: IntArray, cost: Cost) -> Spent:
-        """Return, as arrays ``(records,)``, what would have left of each record once these had, too.
+        """Return, as arrays ``(records,)``, what would have left of each record once all of these had, too.
 
         Parameters
         ----------
@@ -176,69 +203,69 @@ class ExposureAccountant:
         cost : Cost
             Of the records; they count as one new release each.
         """
-        names, place = np.unique(segments, return_inverse=True)
-        place = place.reshape(segments.shape)
-        charged = self._charge(len(names), place, cost)
-        known = np.searchsorted(self._names, names)
-        old = (known < len(self._names)) & (np.append(self._names, -1)[known] == names)
-        for name, column in charged.items():
-            before = self._table[name][known[old]]
-            column[old] = np.fmax(column[old], before) if name == "leverage" else column[old] + before
-        return Spent(**{name: np.fmax.reduce(column[place], axis=1) for name, column in charged.items()})
+        names = np.unique(segments)
+        place, table = np.searchsorted(names, segments), self._charged(names, segments, cost)
+        return Spent(**{name: np.fmax.reduce(column[place], axis=1) for name, column in table.items()})
 
     def step(self, records: IntArray, segments: IntArray, release: bytes, cost: Cost) -> None:
         """Count a release of records that :meth:`is_new` says have not left under this name."""
+        if not len(records):
+            return
         if release not in self._releases:
             self._releases.append(release)
         number = self._releases.index(release)
         rows = np.stack([records, np.full(len(records), number)], axis=1)
         self._sent = np.concatenate([self._sent, rows.astype(np.int64)])
-        self._add(segments, cost, count=True)
+        self._add(segments, cost, releases=1)
 
-    def add_gradient(self, segments: IntArray, leverage: Float64) -> None:
-        """Count a sum of gradients that records were part of with such leverages; it is no release of its own."""
-        self._add(segments, Cost.of(len(segments), gradient=leverage, leverage=np.nan), count=False)
+    @property
+    def sums(self) -> tuple[bytes, ...]:
+        """The names of the sums of gradients that have left."""
+        return tuple(self._sums)
 
-    def _add(self, segments: IntArray, cost: Cost, *, count: bool) -> None:
+    def add_gradient(self, name: bytes, segments: IntArray, leverage: Float64) -> None:
+        """Count a sum of gradients that records were part of with such leverages; it is no release of its own.
+
+        ``name`` is a 32-byte digest of all that decides it. It has no noise, whatever the activations had.
+        """
+        self._sums.append(name)
+        bare = Cost.of(len(segments), gradient=leverage, precision=np.inf, fisher=np.inf, leverage=np.nan)
+        self._add(segments, bare, releases=0)
+
+    def _add(self, segments: IntArray, cost: Cost, *, releases: int) -> None:
         names = np.union1d(self._names, segments)
-        place = np.searchsorted(names, segments)
-        charged = self._charge(len(names), place, cost)
-        old = np.searchsorted(names, self._names)
-        for name, column in charged.items():
-            before = np.full(len(names), np.nan) if name == "leverage" else np.zeros(len(names), column.dtype)
-            before[old] = self._table[name]
-            if name == "leverage":
-                charged[name] = np.fmax(before, column)
-            elif name != "releases" or count:
-                charged[name] = before + column
-            else:
-                charged[name] = before
-        self._names, self._table = names, charged
+        self._names, self._table = names, self._charged(names, segments, cost, releases=releases)
 
-    @staticmethod
-    def _charge(size: int, place: IntArray, cost: Cost) -> dict[str, NDArray[np.generic]]:
-        """Charge each record's cost in full to each of its segments."""
-        charged = {name: np.zeros(size, dtype=kind) for name, kind in _TABLE.items()}
-        charged["leverage"][:] = np.nan
-        for column in place.T:
-            np.add.at(charged["releases"], column, 1)
+    def _ledgers(self, names: IntArray) -> dict[str, NDArray[Any]]:
+        """Return the ledgers of segments, as arrays of the shape of ``names``."""
+        place = np.searchsorted(self._names, names)
+        known = np.append(self._names, -1)[place] == names  # no number is negative
+        found = {}
+        for name, column in self._table.items():
+            none = column.dtype.type(_NONE[name])
+            found[name] = np.where(known, np.append(column, none)[place], none)
+        return found
+
+    def _charged(
+        self, names: IntArray, segments: IntArray, cost: Cost, *, releases: int = 1
+    ) -> dict[str, NDArray[Any]]:
+        """Return the ledgers of ``names``, ascending, after charging each record in full to each of its segments."""
+        table, place = self._ledgers(names), np.searchsorted(names, segments)
+        for i, column in enumerate(place.T):
+            rows = ~(place[:, :i] == column[:, None]).any(axis=1)  # a segment that a record lists twice counts once
+            np.add.at(table["releases"], column[rows], releases)
             for name in _TABLE.keys() - {"releases", "leverage"}:
-                np.add.at(charged[name], column, getattr(cost, name))
-            np.fmax.at(charged["leverage"], column, cost.leverage)
-        return charged
+                np.add.at(table[name], column[rows], getattr(cost, name)[rows])
+            np.fmax.at(table["leverage"], column[rows], cost.leverage[rows])
+        return table
 
     def last_round(self, run: int) -> int:
         """Return the latest round of a run in which records left; 0 if none did."""
-        return self._runs.get(run, (0, 0))[0]
+        return self._last_rounds.get(run, 0)
 
-    def refused(self, run: int) -> int:
-        """Return how many records have been refused in a run."""
-        return self._runs.get(run, (0, 0))[1]
-
-    def note(self, run: int, round_number: int, refused: int) -> None:
-        """Remember a run's latest round and add to its refusals."""
-        last, before = self._runs.get(run, (0, 0))
-        self._runs[run] = (max(last, round_number), before + refused)
+    def note(self, run: int, round_number: int) -> None:
+        """Remember that records left in a round of a run."""
+        self._last_rounds[run] = max(self.last_round(run), round_number)
 
     def rows(self) -> Iterator[tuple[int, Spent]]:
         """Yield all ledgers, by the records' or segments' numbers."""
@@ -247,29 +274,69 @@ class ExposureAccountant:
 
     def most(self) -> Spent:
         """Return the most that has left of any record or segment, ledger by ledger; leverage NaN if not computed."""
-        none = dict.fromkeys(_TABLE, 0) | {"leverage": np.nan}
-        return Spent(**{name: np.fmax.reduce(np.append(v, none[name])).item() for name, v in self._table.items()})
+        return Spent(**{name: np.fmax.reduce(np.append(v, _NONE[name])).item() for name, v in self._table.items()})
 
     def exposures(self) -> int:
         """Return the largest number of releases of any record; a segment may have left more often."""
         return int(np.unique(self._sent[:, 0], return_counts=True)[1].max(initial=0))
 
     def save(self) -> None:
-        """Write the file in one step, and wait until the disk has it."""
-        runs = np.array([(run, *noted) for run, noted in self._runs.items()], dtype=np.int64).reshape(-1, 3)
-        names = np.frombuffer(b"".join(self._releases), dtype=np.uint8).reshape(-1, 32)
-        with replacing(self.path) as new, new.open("wb") as file:
-            np.savez(
-                file,
+        """Write the file in one step, and wait until the disk has it.
+
+        Raises
+        ------
+        StateError
+            If the file has been written to or taken away since it was opened.
+        """
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
+            if (self.path.read_bytes()[-32:] if self.path.exists() else b"") != self._saved:
+                raise StateError(f"exposure ledger {self.path} was changed by another process")
+            self._saved = save_sealed(
+                self.path,
                 owner=np.frombuffer(self._owner, dtype=np.uint8),
                 names=self._names,
-                releases_sent=names,
+                releases_sent=_join(self._releases),
                 sent=self._sent,
-                runs=runs,
+                sums_sent=_join(self._sums),
+                rounds=np.array(list(self._last_rounds.items()), dtype=np.int64).reshape(-1, 2),
+                refused=np.int64(self.refused),
                 **self._table,
             )
-            file.flush()
-            os.fsync(file.fileno())
+            os.fsync(folder)  # its entry for the file
+        finally:
+            os.close(folder)
+
+
+def save_sealed(path: Path, **arrays: NDArray[Any] | np.generic) -> bytes:
+    """Write arrays and the SHA-256 of all that is written behind them, in one step; return the hash."""
+    body = BytesIO()
+    np.savez(body, **arrays)  # type: ignore[arg-type]
+    digest = sha256(body.getvalue()).digest()
+    with replacing(path) as new, new.open("wb") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(body.getvalue() + digest)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest
+
+
+def load_sealed(path: Path) -> tuple[dict[str, NDArray[Any]], bytes]:
+    """Undo :func:`save_sealed`; ValueError if a single bit has changed (zip checks less), OSError if unreadable."""
+    content = path.read_bytes()
+    if sha256(content[:-32]).digest() != content[-32:]:
+        raise ValueError(f"{path} is damaged")
+    with np.load(BytesIO(content), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}, content[-32:]
+
+
+def _join(names: list[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(names), dtype=np.uint8).reshape(-1, 32)
+
+
+def _split(names: NDArray[np.uint8]) -> list[bytes]:
+    return [name.tobytes() for name in names]
 
 
 def gaussian_precision(noise: float) -> float:

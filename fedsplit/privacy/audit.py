@@ -4,7 +4,6 @@ Every figure is a lower bound on what leaks. Before anything is believed, the at
 raw gradient (the negative control).
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -238,31 +237,28 @@ def _criterion(evidence: Evidence, targets: IntArray) -> dict[str, Any]:
 def _control(evidence: Evidence, seed: int) -> dict[str, Any]:
     """Attack a raw gradient that decides its records: over 16 of them, or 2 for a convolution.
 
-    A narrow layer's gradient does not: then a wide one of the same kind stands in for it.
+    A narrow layer's gradient does not, nor that of a convolution whose strides skip numbers: a wide layer of the same
+    kind stands in for it.
     """
     layer, n = evidence.layer, int(np.prod(evidence.layer.input_shape))
-    dense = isinstance(layer.layer, nn.Linear)
-    records = evidence.subjects.x[: 16 if dense else 2]
-    wide = copy.deepcopy(layer.layer)
-    each = wide.get_parameter("weight")[0].numel()
-    channels = 256 if dense else math.ceil(1.4 * len(records) * n / each)
-    if len(wide.get_parameter("weight")) < channels:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            wide = _widened(wide, channels)
-    control = FirstLayer(wide, layer.activation, layer.input_shape)
+    records = evidence.subjects.x[: 16 if isinstance(layer.layer, nn.Linear) else 2]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        control = FirstLayer(_wide(layer.layer, 1.4 * len(records) * n), nn.ReLU(), layer.input_shape)
     found = negative_control(control, control.initial_weights(), records, seed)
     return {"records": len(records), "psnr": float(found), "holds": bool(found > CONTROL)}
 
 
-def _widened(layer: nn.Module, channels: int) -> nn.Module:
-    """Return a fresh layer with more outputs and all else the same."""
+def _wide(layer: nn.Module, equations: float) -> nn.Module:
+    """Return a fresh layer whose gradient has at least so many equations, and that reaches every number."""
     if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, channels)
+        return nn.Linear(layer.in_features, max(256, layer.out_features))
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-    more = -(-channels // layer.groups) * layer.groups
-    geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return type(layer)(layer.in_channels, more, *geometry)  # type: ignore[arg-type]
+    each = layer.get_parameter("weight")[0].numel()
+    channels = math.ceil(equations / each / layer.groups) * layer.groups
+    padding: Any = tuple(k // 2 for k in layer.kernel_size)
+    kernel: Any = layer.kernel_size
+    return type(layer)(layer.in_channels, channels, kernel, padding=padding, groups=layer.groups)
 
 
 def _is_image(evidence: Evidence) -> bool:

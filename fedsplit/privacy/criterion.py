@@ -334,7 +334,7 @@ def _bases(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     k, n = rows.shape[1:]
     if k <= n:
-        gram = rows @ rows.mT
+        gram = torch.from_numpy(np.matmul(rows.numpy(), rows.mT.numpy()))  # symmetric: numpy does half of torch's work
         norms = gram.diagonal(dim1=1, dim2=2).sqrt()[:, :, None]
         factor = torch.linalg.cholesky_ex(gram / norms / norms.mT)[0] * norms
         bases = torch.linalg.solve_triangular(factor.mT, rows.mT, upper=True, left=False).mT

@@ -1,7 +1,5 @@
 """How close reconstructions come to the records; all but :func:`ssim` take flat records ``(T, n)``."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,16 +11,21 @@ CAP = 120.0  # dB; an exact copy has no finite PSNR
 
 def psnr(x: NDArray[np.floating], guess: NDArray[np.floating], peak: float) -> Array:
     """Return each record's peak signal-to-noise ratio ``(T,)`` in dB, at most 120."""
-    return _decibels(np.square(np.asarray(x, np.float64) - guess).mean(axis=1), peak)
+    return _decibels(_errors(x, guess), peak)
 
 
 def pooled_psnr(x: NDArray[np.floating], guess: NDArray[np.floating], peak: float) -> float:
     """Return the PSNR in dB of the mean squared error over all records, at most 120."""
-    return float(_decibels(np.square(np.asarray(x, np.float64) - guess).mean(), peak))
+    return float(_decibels(_errors(x, guess).mean(), peak))
 
 
-def _decibels(error: Any, peak: float) -> Any:
-    return -10 * np.log10(np.maximum(error / peak**2, 10 ** (-CAP / 10)))
+def _errors(x: NDArray[np.floating], guess: NDArray[np.floating]) -> Array:
+    """Return each record's mean squared error ``(T,)``."""
+    return np.asarray(np.square(np.asarray(x, np.float64) - guess).mean(axis=1))
+
+
+def _decibels(errors: Array, peak: float) -> Array:
+    return np.asarray(-10 * np.log10(np.maximum(errors / peak**2, 10 ** (-CAP / 10))))
 
 
 def nmse(x: NDArray[np.floating], guess: NDArray[np.floating], variance: NDArray[np.floating]) -> Array:
@@ -33,7 +36,7 @@ def nmse(x: NDArray[np.floating], guess: NDArray[np.floating], variance: NDArray
     variance : array (n,)
         Of each value over public records.
     """
-    return np.square(np.asarray(x, np.float64) - guess).sum(axis=1) / max(float(np.sum(variance)), 1e-300)
+    return _errors(x, guess) / max(float(np.mean(variance)), 1e-300)
 
 
 def ssim(x: NDArray[np.floating], guess: NDArray[np.floating], peak: float) -> Array:

@@ -186,7 +186,7 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
             home(run).mkdir(parents=True, mode=0o700)
             for name in ("train", "test"):
                 ExposureAccountant.create(home(run) / f"ledger-{name}.npz", owner)
-        return Guard(own_limits, ExposureAccountant(path, owner), model.first_layer, enforce=enforce)
+        return Guard(own_limits, ExposureAccountant(path, owner, durable=False), model.first_layer, enforce=enforce)
 
     recorder = partial(record_exchange, Path(folder).parent / "audit" / "exchanges", partition)
     return Node(

@@ -171,7 +171,7 @@ class PublicSettings(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "PublicSettings":
-        if (self.devices is None) == (self.file is None):
+        if (self.devices is None) == (self.file is None) or self.devices == []:
             raise ValueError("public needs either devices or a file")
         return self
 

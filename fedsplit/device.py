@@ -188,6 +188,8 @@ class Node:
     def _join(self, parts: list[tuple[int, IntArray, Records]]) -> Chunk:
         shape = self.first_layer.input_shape
         segments = [index[:, None] if r.segments is None else r.segments for _, index, r in parts]
+        most = max((s.shape[1] for s in segments), default=1)  # a segment named twice counts once
+        segments = [np.concatenate([s, np.repeat(s[:, :1], most - s.shape[1], axis=1)], axis=1) for s in segments]
         return Chunk(
             devices=np.array([device for device, _, _ in parts], dtype=np.int64),
             records=np.array([len(index) for _, index, _ in parts], dtype=np.int64),

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -28,7 +29,7 @@ def one_line(error: ValidationError, root: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         allowed = _allowed_keys(root, steps[:-1])
         near = difflib.get_close_matches(steps[-1], allowed, n=1, cutoff=0.0)
-        kind = "section" if near and _section(root, [*steps[:-1], *near]) else "key"
+        kind = "section" if _section(root, [*steps[:-1], *near]) else "key"
         return f"{key}: unknown {kind}; nearest valid key is {'.'.join([*steps[:-1], *near])!r}"
     if first["type"] == "missing":
         choices = _allowed_values(root, steps)
@@ -44,9 +45,10 @@ def _section(root: type[BaseModel], steps: Sequence[str]) -> type[BaseModel] | N
     model = root
     for step in steps:
         found = [f.annotation for f in model.model_fields.values() if f.alias == step]
-        if not found or not isinstance(found[0], type) or not issubclass(found[0], BaseModel):
+        kinds = [k for f in found for k in (f, *get_args(f)) if isinstance(k, type) and issubclass(k, BaseModel)]
+        if not kinds:
             return None
-        model = found[0]
+        model = kinds[0]
     return model
 
 

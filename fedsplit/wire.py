@@ -239,6 +239,7 @@ class Upload:
         take = Reader(payload, _UPLOAD)
         ledger = take.array("ledger", "f8", 1, size=len(Ledger._fields))
         check("ledger", bool((np.nan_to_num(ledger, posinf=0.0) >= 0).all()), "must not be negative")
+        check("ledger", bool(np.isfinite(ledger[:5]).all()), "must have finite counts")  # up to the field gradient
         lost = take.array("lost", "i8", 1).astype(np.int64)
         failed = take.array("failed", "i4", 1).astype(np.int64)
         refused = take.array("refused", "i4", 2).astype(np.int64)

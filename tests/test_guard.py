@@ -753,7 +753,7 @@ def server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Callabl
 
     yield start
     for one in started:
-        said(one, caplog.text)
+        said(one, *map(logging.Formatter().format, caplog.get_records("call")))
 
 
 def said(server: Server, *texts: str) -> None:

@@ -123,6 +123,8 @@ class ExposureAccountant:
         Made by :meth:`create`.
     owner : bytes
         A fingerprint of whose records these are.
+    durable : bool
+        Whether :meth:`save` waits until the disk has it; a simulation need not survive a power cut.
 
     Attributes
     ----------
@@ -135,9 +137,10 @@ class ExposureAccountant:
         If the file is missing, damaged or another owner's.
     """
 
-    def __init__(self, path: Path, owner: bytes) -> None:
+    def __init__(self, path: Path, owner: bytes, *, durable: bool = True) -> None:
         self.path = path
         self._owner = owner
+        self._durable = durable
         try:
             found, self._saved = load_sealed(path)
             self._names: IntArray = found["names"]
@@ -166,7 +169,7 @@ class ExposureAccountant:
         if path.exists():
             raise StateError(f"exposure ledger {path} exists already")
         new = object.__new__(cls)
-        new.path, new._owner = path, owner
+        new.path, new._owner, new._durable = path, owner, True
         new._names = np.zeros(0, dtype=np.int64)
         new._table = {name: np.zeros(0, dtype=kind) for name, kind in _TABLE.items()}
         new._releases, new._sent, new._sums = [], np.zeros((0, 2), dtype=np.int64), []
@@ -295,6 +298,7 @@ class ExposureAccountant:
                 raise StateError(f"exposure ledger {self.path} was changed by another process")
             self._saved = save_sealed(
                 self.path,
+                durable=self._durable,
                 owner=np.frombuffer(self._owner, dtype=np.uint8),
                 names=self._names,
                 releases_sent=_join(self._releases),
@@ -304,12 +308,13 @@ class ExposureAccountant:
                 refused=np.int64(self.refused),
                 **self._table,
             )
-            os.fsync(folder)  # its entry for the file
+            if self._durable:
+                os.fsync(folder)  # its entry for the file
         finally:
             os.close(folder)
 
 
-def save_sealed(path: Path, **arrays: NDArray[Any] | np.generic) -> bytes:
+def save_sealed(path: Path, *, durable: bool = True, **arrays: NDArray[Any] | np.generic) -> bytes:
     """Write arrays and the SHA-256 of all that is written behind them, in one step; return the hash."""
     body = BytesIO()
     np.savez(body, **arrays)  # type: ignore[arg-type]
@@ -317,8 +322,9 @@ def save_sealed(path: Path, **arrays: NDArray[Any] | np.generic) -> bytes:
     with replacing(path) as new, new.open("wb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(body.getvalue() + digest)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     return digest
 
 

@@ -91,7 +91,7 @@ class History:
 
     def _save(self, name: bytes, **arrays: NDArray[Any]) -> None:
         self._folder.mkdir(exist_ok=True, mode=0o700)
-        save_sealed(self._path(name), **arrays)
+        save_sealed(self._path(name), durable=True, **arrays)
 
     def _load(self, name: bytes) -> dict[str, NDArray[Any]] | None:
         try:

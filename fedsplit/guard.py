@@ -7,6 +7,7 @@ A refusal is a coarse reason and a count, never a number of a record. That it is
 the rules that do not look at records come first, and how often the others may refuse is bounded, over all runs.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -19,7 +20,7 @@ from fedsplit.model import FirstLayer
 from fedsplit.packing import FloatArray, IntArray
 from fedsplit.privacy.accountant import Cost, ExposureAccountant, largest_precision
 from fedsplit.privacy.criterion import Joint, LayerMap, coordinates, joint
-from fedsplit.privacy.history import History
+from fedsplit.privacy.history import History, told_apart
 from fedsplit.privacy.limits import Limits
 from fedsplit.wire import Reason
 
@@ -150,17 +151,17 @@ class Guard:
         allowed = limits.gradients and len(delta) >= limits.gradient_records and not bounded
         if self.enforce and (not allowed or self._capped):
             return False
-        name = sha256(b"%r|%s|%s" % (segments.shape, segments.tobytes(), delta.tobytes())).digest()
+        name = sha256(b"%s|%s" % (repr(told_apart(segments)).encode(), delta.tobytes())).digest()
         if name in self.accountant.sums:
             return allowed
         leverage = np.ones(len(delta))
         if self.enforce:
-            found, rows = joint(self._map(weights), [delta], [pattern]), segments
-            leverage = found.leverage
+            found, records = joint(self._map(weights), [delta], [pattern]), len(delta)
+            leverage, equations = found.leverage, np.sum(self.accountant.spent(segments).equations)
             if related := self._history.related_sums(segments):
-                found, rows = self._together(weights, [(segments, delta), *related], pattern)
-            missing = np.sum(self.accountant.spent(rows).equations) - pattern.sum()  # those of other releases
-            share = found.share + max(0, missing) / (len(rows) * np.prod(self.layer.input_shape))
+                found, records, equations = self._together(weights, [(segments, delta), *related], pattern)
+            missing = max(0, equations - pattern.sum())  # those of other releases
+            share = found.share + missing / (records * np.prod(self.layer.input_shape))
             added = self.accountant.after(segments, Cost.of(len(segments), gradient=leverage)).gradient
             largest = max(np.max(added), np.max(found.leverage))
             if share > limits.gradient_share or largest > limits.gradient_leverage:
@@ -266,22 +267,25 @@ class Guard:
 
     def _together(
         self, weights: FloatArray, sums: Sequence[tuple[IntArray, FloatArray]], pattern: Mask
-    ) -> tuple[Joint, IntArray]:
-        """Return what sums of gradients tell together, and of which records; ``pattern`` is of the first sum's.
+    ) -> tuple[Joint, int, int]:
+        """Return what sums of gradients tell together, of how many records, and how many equations have left of these.
 
         Sums that differ in little give that little away: together they tell more than what each does adds up to.
+        ``pattern`` is of the first sum's records.
         """
-        segments = [own for own, _ in sums]
-        rows, place = np.unique(np.concatenate(segments), axis=0, return_inverse=True)
-        if any(len(np.unique(own, axis=0)) < len(own) for own in segments):  # which record is which cannot be told
-            return Joint(1.0, 1.0, np.ones(len(rows)), len(rows)), rows
-        places = np.split(place.ravel(), np.cumsum([len(own) for own in segments])[:-1])
-        deltas = np.zeros((len(sums), len(rows), self.layer.width), dtype=np.float32)
-        for stacked, own, (_, delta) in zip(deltas, places, sums, strict=True):
-            stacked[own] = delta
-        kept = np.zeros((len(rows), self.layer.width), dtype=bool)
-        kept[places[0]] = pattern
-        return joint(self._map(weights), list(deltas), [kept]), rows
+        records = [told_apart(segments) for segments, _ in sums]
+        place = {record: i for i, record in enumerate(dict.fromkeys(itertools.chain(*records)))}
+        deltas = np.zeros((len(sums), len(place), self.layer.width), dtype=np.float32)
+        kept, equations = np.zeros(deltas.shape[1:], dtype=bool), np.zeros(len(place), dtype=np.int64)
+        for i, (own, (segments, delta)) in enumerate(zip(records, sums, strict=True)):
+            if len(set(own)) < len(own):  # which record is which cannot be told
+                return Joint(1.0, 1.0, np.ones(len(place)), len(place)), len(place), 0
+            rows = [place[record] for record in own]
+            deltas[i, rows] = delta
+            equations[rows] = self.accountant.spent(segments).equations
+            if i == 0:
+                kept[rows] = pattern
+        return joint(self._map(weights), list(deltas), [kept]), len(place), int(equations.sum())
 
     def _map(self, weights: FloatArray) -> LayerMap:
         return LayerMap(self.layer, self.layer.unflatten(weights))

@@ -16,6 +16,8 @@ KINDS = [
     ("conv2d", "conv2d_model"),
 ]
 
+pytestmark = pytest.mark.slow  # many rounds, and each an exchange with every node
+
 
 @pytest.mark.parametrize(("data", "model"), KINDS)
 def test_synchronous_without_dropping_is_centralised_sgd(data: str, model: str, out: Path) -> None:

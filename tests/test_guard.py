@@ -542,6 +542,19 @@ def test_the_share_counts_equations_of_other_releases(guards: Guards) -> None:
     assert summed(guards, deltas(20), kept=1, records=range(100, 120), **loose)
 
 
+@pytest.mark.parametrize("known_by", ["pattern", "ledger"])
+def test_the_share_is_that_of_all_sums_of_the_records(known_by: str, guards: Guards) -> None:
+    """Two sums over 40 records are a tenth of the unknowns, a kept output of each record a sixteenth."""
+    if known_by == "ledger":
+        few = np.random.default_rng(0).normal(size=(N + 1) * 2).astype(np.float32)
+        assert not guards(layer=FEW).admit(release(first(40, 1, 2), few)).any()
+    kept = 1 if known_by == "pattern" else 0
+    assert summed(guards, deltas(40), kept=kept, gradient_leverage=1.0)
+    for seed, share, allowed in ((1, 0.162, False), (1, 0.163, True), (2, 0.163, False)):
+        loose = {"gradient_leverage": 1.0, "gradient_share": share}
+        assert summed(guards, deltas(40, seed=seed), kept=kept, **loose) == allowed
+
+
 def test_a_one_hot_cut_gradient_is_refused(guards: Guards) -> None:
     one_hot = np.zeros((60, 2), np.float32)
     one_hot[7, 1] = 1
@@ -580,6 +593,16 @@ def test_a_sum_that_leaves_one_record_out_is_refused(guards: Guards) -> None:
     assert summed(guards, np.ones((60, 2)))
     assert not summed(guards, np.ones((59, 2)), records=[*range(7), *range(8, 60)])
     assert summed(guards, np.ones((60, 2)), records=range(100, 160))
+
+
+def test_a_record_is_known_again_however_often_its_segment_is_named(guards: Guards) -> None:
+    """Beside records of more segments than it has, it names its own twice."""
+    assert summed(guards, np.ones((60, 2)))
+    twice = np.repeat(np.delete(np.arange(60), 7)[:, None], 2, axis=1)
+    assert not summed(guards, np.ones((59, 2)), records=twice)
+    assert not summed(guards, np.ones((59, 2)), records=twice[:, :1])
+    assert summed(guards, np.ones((60, 2)), records=np.repeat(np.arange(60)[:, None], 2, axis=1))  # the same again
+    assert len(guards().accountant.sums) == 1
 
 
 def test_a_record_is_not_isolated_through_others(guards: Guards) -> None:

@@ -102,6 +102,7 @@ def test_a_killed_run_resumes_bit_identically(tmp_path: Path) -> None:
     assert [m["train_loss"] for m in lines[0]] == [m["train_loss"] for m in lines[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "chunk"), [("synchronous", 4), ("pipelined", "epoch"), ("pipelined", 4), ("single-pass", "spread")]
 )
@@ -206,6 +207,7 @@ def test_breast_cancer_learns_as_a_binary_task(tmp_path: Path) -> None:
     assert len(result["test_f1"]) == 2
 
 
+@pytest.mark.slow
 def test_a_folder_of_own_files_learns(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()

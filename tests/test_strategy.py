@@ -102,6 +102,7 @@ def test_late_gradients_are_applied_once(tmp_path: Path) -> None:
     assert run.result is not None and sum(counted) == run.result["samples"]
 
 
+@pytest.mark.slow
 def test_gradients_too_late_are_dropped(tmp_path: Path) -> None:
     def never_again(number: int, message: Message, reply: Message) -> Message | None:
         return None if number >= 2 and node_of(message) == 1 else reply

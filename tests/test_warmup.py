@@ -87,6 +87,7 @@ def test_the_penalty_is_the_share_of_the_variance_that_rows_see() -> None:
     assert covariance_penalty(eye[[0, 0, 0]], factors) == pytest.approx(9 / 14, abs=2e-3)  # nor is saying it again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "components"), [((5,), 128), ((2, 3), 128), ((2, 3), 2)])
 def test_principal_factors_are_the_largest_of_the_covariance(shape: tuple[int, ...], components: int) -> None:
     x = (np.random.default_rng(0).normal(size=(50, *shape)) + 3).astype(np.float32)
@@ -191,6 +192,18 @@ def test_equal_seeds_give_equal_warm_ups(name: str) -> None:
     np.random.default_rng().random()
     assert torch.equal(warmed(5), first)
     assert not torch.equal(warmed(6), first)
+
+
+def test_a_trunk_that_draws_random_numbers_has_its_own_too() -> None:
+    def warmed(seed: int) -> torch.Tensor:
+        model = digits_model()
+        dropout = SplitModel(model.first_layer, torch.nn.Sequential(torch.nn.Dropout(), *model.trunk))
+        warm_up(dropout, digits_records(0, 40), "classification", Dropping("none"), options(epochs=1), seed)
+        return parameters(dropout)
+
+    first = warmed(5)
+    torch.rand(3)
+    assert torch.equal(warmed(5), first)
 
 
 def test_no_epochs_teach_nothing() -> None:
@@ -418,6 +431,18 @@ def test_release_once_moves_no_first_layer_and_sends_no_gradients(strategy: str,
         assert download.pending == ()
     assert all(len(upload.gradients.devices) == 0 for _, _, upload in grid.received)
     assert moved(chosen, trained(out)) > 0.01  # by the warm-up
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_bits_are_what_is_sent(bits: int, out: Path) -> None:
+    run, grid, _ = watch(digits(dropping={"policy": "bits", "bits": bits, "k": None}), out)
+    assert run.result is not None
+    assert len(grid.received) == 8
+    for _, _, upload in grid.received:
+        assert upload.release.bits == bits
+        assert 0 < upload.release.codes.min() <= upload.release.codes.max() < 2**bits
+    # a bit of the pattern for each of 32 outputs, and codes that one bit does not need
+    assert 32 < run.result["ledger"]["bits"] <= 32 + 32 * bits if bits > 1 else run.result["ledger"]["bits"] == 32
 
 
 def test_release_once_in_chunks_is_silent_once_all_is_released(out: Path) -> None:

@@ -70,7 +70,8 @@ def some_release(
 
 
 def some_ledger(rng: np.random.Generator) -> Ledger:
-    return Ledger(*rng.choice([0.0, 0.25, 3.0, 2.0**60, np.inf, np.nan], len(Ledger._fields)).tolist())
+    counts, rest = rng.choice([0.0, 0.25, 3.0, 2.0**60], 5), rng.choice([0.0, 0.25, 3.0, np.inf, np.nan], 3)
+    return Ledger(*counts.tolist(), *rest.tolist())
 
 
 def some_upload(
@@ -580,6 +581,8 @@ REFUSALS: list[tuple[str, str, str, Callable[[np.ndarray], Any], str]] = [
     ("upload", "float16", "ledger", put(0, -1), "ledger must not be negative"),
     ("upload", "float16", "ledger", put(7, -1e-300), "ledger must not be negative"),
     ("upload", "float16", "ledger", put(3, -np.inf), "ledger must not be negative"),
+    ("upload", "float16", "ledger", put(1, np.inf), "ledger must have finite counts"),
+    ("upload", "float16", "ledger", put(4, np.nan), "ledger must have finite counts"),
     ("upload", "float16", "ledger", lambda a: a[:7], "ledger must have 8 rows, got 7"),
     ("upload", "float16", "ledger", lambda a: np.zeros(8, np.int64), "ledger must be of dtype f8, got i8"),
     ("upload", "float16", "lost", lambda a: a.astype(np.int32), "lost must be of dtype i8, got i4"),

@@ -29,8 +29,10 @@ _FEW = 10  # public records below which a class has no mean and covariance of it
 _SHRINK = 100.0  # public records at which a class's own covariance weighs as much as the pooled one
 _RIDGE = 0.02  # of the mean variance, added to every covariance
 _ATOM = 0.01  # share of public records at the end of a feature's range that makes it a limit
-_STIFFNESS = 4.0  # of ADMM penalties, over the posterior precision; 1 and 16 took three times the iterations
-_RELAX = 1.6
+_STIFFNESS = 8.0  # of ADMM penalties at first, over the posterior precision
+_RELAX = 1.8
+_ENOUGH = 1e-5  # of a constraint's unit: when ADMM stops
+_BALANCE = 2.0  # ratio of ADMM's residuals at which its penalties change
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def map_qp(
     rhs: Rows,
     noise: Noise,
     inequalities: Sequence[tuple[Floats, Floats]] | None = None,
-    iterations: int = 400,
+    iterations: int = 1000,
 ) -> Array:
     """Return the most likely records ``(T, n)`` under the class's Gaussian, within box and inequalities.
 
@@ -192,30 +194,38 @@ def _constrained(
     """Return the most likely x ``(n,)`` of N(mean, C - V'V) within the box and ``below[0] @ x <= below[1]``."""
     prior, mean, v = known
     covariance = torch.addmm(prior, v.T, v, alpha=-1)
-    # x = mean + unit * e: with each constraint in units of its own posterior deviation all penalties are 1, and 50 to
-    # 100 iterations do
-    one = torch.eye(len(mean), dtype=torch.float64)
+    # x = mean + unit * e: with each constraint in units of its own posterior deviation all penalties are 1
     unit = _units(prior.diagonal(), covariance.diagonal())
     units = _units(*(((below[0] @ c) * below[0]).sum(dim=1) for c in (prior, covariance)))
     g = below[0] * unit / units[:, None]  # (q, n)
     low = torch.cat([(box[0] - mean) / unit, torch.full_like(units, -torch.inf)])
     high = torch.cat([(box[1] - mean) / unit, (below[1] - below[0] @ mean) / units])
-    # (covariance^-1 + 1 + g'g)^-1, without inverting a covariance that is almost singular
-    step = one - torch.cholesky_inverse(torch.linalg.cholesky(covariance / unit[:, None] / unit + one))
-    v, _ = _whiten(step, g, torch.zeros_like(units), torch.ones_like(units))
-    step.addmm_(v.T, v, alpha=-1)
+    step = _resolvent(covariance / unit[:, None] / unit, g)
     e, dual = torch.zeros_like(mean), torch.zeros_like(low)
     z = dual.clamp(low, high)
-    for _ in range(iterations):
+    for number in range(1, iterations + 1):
         pull = z - dual
         e = step @ (pull[: len(e)] + pull[len(e) :] @ g)
         there, before = torch.cat([e, g @ e]), z
         ahead = torch.lerp(z, there, _RELAX) + dual
         z = ahead.clamp(low, high)
         dual = ahead - z
-        if max(float((z - before).abs().max()), float((there - z).abs().max())) < 1e-5:
+        apart, moved = float((there - z).abs().max()), float((z - before).abs().max())
+        if max(apart, moved) < _ENOUGH:
             break
+        if number % 100 == 0 and max(apart, moved) > _BALANCE * min(apart, moved):
+            finer = 2.0 if apart > moved else 0.5  # penalties are squares of it
+            unit, low, high, z, e, dual = unit / finer, low * finer, high * finer, z * finer, e * finer, dual / finer
+            step = _resolvent(covariance / unit[:, None] / unit, g)
     return mean + unit * e
+
+
+def _resolvent(covariance: Tensor, g: Tensor) -> Tensor:
+    """Return ``(covariance^-1 + 1 + g'g)^-1`` without inverting a covariance that is almost singular."""
+    one = torch.eye(len(covariance), dtype=torch.float64)
+    step = one - torch.cholesky_inverse(torch.linalg.cholesky(covariance + one))
+    v, _ = _whiten(step, g, torch.zeros_like(g[:, 0]), torch.ones_like(g[:, 0]))
+    return torch.addmm(step, v.T, v, alpha=-1)
 
 
 def _units(before: Tensor, after: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class History:
 
     def related_sums(self, segments: IntArray) -> list[tuple[IntArray, FloatArray]]:
         """Return segments and deltas of the sums that have left and share records with these, or with one another."""
-        known, rest = _rows(segments), list(self.accountant.sums)
+        known, rest = set(told_apart(segments)), list(self.accountant.sums)
         found: list[tuple[IntArray, FloatArray]] = []
         grown = True
         while grown:
@@ -80,9 +80,9 @@ class History:
             for name in list(rest):
                 if (file := self._load(name)) is None:
                     raise StateError(f"exposure history {self._path(name)} is missing: what has left cannot be known")
-                if known & _rows(file["segments"]):
+                if known & (own := set(told_apart(file["segments"]))):
                     rest.remove(name)
-                    known, grown = known | _rows(file["segments"]), True
+                    known, grown = known | own, True
                     found.append((file["segments"], file["delta"]))
         return found
 
@@ -102,5 +102,6 @@ class History:
             raise StateError(f"exposure history {self._path(name)} is damaged: what has left cannot be known") from None
 
 
-def _rows(segments: IntArray) -> set[tuple[int, ...]]:
-    return set(map(tuple, segments.tolist()))
+def told_apart(segments: IntArray) -> list[tuple[int, ...]]:
+    """Return by what the records of sums are told apart: their segments, however often a row names one of them."""
+    return [tuple(sorted(set(row))) for row in segments.tolist()]

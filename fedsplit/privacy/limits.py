@@ -39,7 +39,8 @@ class Limits(Section):
     row_norms : float
         Largest norm of a row of weights, over the median of the rows that are not dead (relu).
     refusals : int
-        Records that may be refused in one run before everything is: which ones are refused tells of them.
+        Records that may be refused for what they hold, over the life of the ledger, before everything is refused:
+        which ones are refused tells of them.
     """
 
     releases: Annotated[int, Field(ge=0)] = 1

@@ -62,7 +62,7 @@ def public_records(settings: Settings, source: Source) -> Records | None:
     chosen = settings.public
     if chosen is None:
         return None
-    donors = donor_devices(settings)
+    donors = settings.donors
     if tested := sorted(set(donors) & set(source.test_devices)):
         raise ConfigError(f"public.devices: device {tested[0]} is a test device")
     if wrong := [d for d in donors if d >= source.count]:
@@ -76,11 +76,6 @@ def public_records(settings: Settings, source: Source) -> Records | None:
         raise ConfigError("public: there are no records")
     _check_disjoint(public, source, donors)
     return public
-
-
-def donor_devices(settings: Settings) -> tuple[int, ...]:
-    """Return the devices that give their records to everybody; they take no part as devices."""
-    return tuple(sorted(set(settings.public.devices or ()))) if settings.public else ()
 
 
 def _check_disjoint(public: Records, source: Source, donors: Sequence[int]) -> None:
@@ -219,7 +214,7 @@ def real_node(settings_json: str, folder: str) -> Node:
         model.first_layer,
         dropping(settings),
         home.devices,
-        lru_cache(maxsize=_CACHED_DEVICES)(source.device),
+        lru_cache(maxsize=_CACHED_DEVICES)(lambda device: home.known(device, source.device(device))),
         home.device_secret,
         lambda run: NodeState(home.folder / "runs" / f"{run:x}"),
         lambda run, ledger: home.guard(ledger, model.first_layer),
@@ -250,7 +245,7 @@ def split_strategy(settings: Settings, source: Source, model: SplitModel, run: i
         devices=source.count,
         test_devices=source.test_devices,
         evaluate_every=settings.run.evaluate_every,
-        donors=donor_devices(settings),
+        donors=settings.donors,
     )
     schedule = Schedule(protocol.once, protocol.chunk, settings.devices.fraction, rounds, seed)
     return SplitStrategy(trunk, first_layer, layer, schedule, options, run)

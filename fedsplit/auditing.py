@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fedsplit.assemble import data_source, donor_devices, dropping, public_records, split_model
+from fedsplit.assemble import data_source, dropping, public_records, split_model
 from fedsplit.config import Settings, load_settings
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.privacy.audit import Audit, audit
@@ -59,7 +59,7 @@ def audit_policy(settings: Settings, out: Path, *, seed: int, quick: bool = Fals
         options = WarmUp(chosen.epochs, chosen.lr, settings.protocol.batch_size, chosen.penalty)
         warm_up(model, public, source.task, policy, options, settings.run.seed)
     targets = settings.audit.targets or _TARGETS
-    subjects = Subjects.choose(source, public, donor_devices(settings), targets, settings.run.seed)
+    subjects = Subjects.choose(source, public, settings.donors, targets, settings.run.seed)
     evidence = rehearsed(model.first_layer, policy, settings.protocol.dtype, subjects, seed)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -204,6 +204,11 @@ class Settings(Section):
     guard: GuardSettings = GuardSettings()
     audit: AuditSettings = AuditSettings()
 
+    @property
+    def donors(self) -> tuple[int, ...]:
+        """The devices that give their records to everybody; they take no part as devices."""
+        return tuple(sorted(set(self.public.devices or ()))) if self.public else ()
+
     @model_validator(mode="after")
     def _together(self) -> "Settings":
         if self.protocol.once and self.run.evaluate_every:

@@ -7,14 +7,16 @@ into nodes changes no release, and a sum of gradients by far less than a float32
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.data import DeviceData, Records
 from fedsplit.dropping import KEYED_ROUND, Dropping, Kept, record_order, unpack_bitmap
+from fedsplit.errors import StateError
 from fedsplit.forward import BLOCK, Chunk, Outputs, forward
-from fedsplit.guard import Guard, Proposal, release_name
+from fedsplit.guard import Guard, Proposal, Summed, release_name
 from fedsplit.model import FirstLayer
 from fedsplit.packing import FloatArray, IntArray, sum_groups
 from fedsplit.privacy.accountant import Cost, gaussian_precision
@@ -154,8 +156,8 @@ class Node:
     def _size(self, device: int) -> tuple[int, int]:
         try:
             data = self._data(device)
-        except Exception as error:  # a device's own code may raise anything; its text could hold records
-            log.warning("device %d cannot take part (%s)", device, type(error).__name__)
+        except Exception as error:  # a device's own code may raise anything
+            log.warning("device %d cannot take part (%s)", device, _why(error))
             return 0, 0
         return len(data.train), len(data.test)
 
@@ -175,7 +177,7 @@ class Node:
                     index = np.sort(order[start:stop])
                 parts.append((device, index, records.take(index)))
             except Exception as error:  # see _size
-                log.warning("device %d sits out a round (%s)", device, type(error).__name__)
+                log.warning("device %d sits out a round (%s)", device, _why(error))
                 failed.append(device)
         return self._join(parts), np.array(failed, dtype=np.int64)
 
@@ -187,20 +189,18 @@ class Node:
 
     def _join(self, parts: list[tuple[int, IntArray, Records]]) -> Chunk:
         shape = self.first_layer.input_shape
-        segments = [index[:, None] if r.segments is None else r.segments for _, index, r in parts]
-        most = max((s.shape[1] for s in segments), default=1)  # a segment named twice counts once
-        segments = [np.concatenate([s, np.repeat(s[:, :1], most - s.shape[1], axis=1)], axis=1) for s in segments]
         return Chunk(
             devices=np.array([device for device, _, _ in parts], dtype=np.int64),
             records=np.array([len(index) for _, index, _ in parts], dtype=np.int64),
             index=np.concatenate([index for _, index, _ in parts] or [_NONE]),
-            segments=np.concatenate(segments or [np.zeros((0, 1), np.int64)]),
+            segments=_same_width([_segments(index, r) for _, index, r in parts]),
             x=np.concatenate([r.x for _, _, r in parts] or [np.zeros((0, *shape), np.float32)]),
             y=np.concatenate([r.y for _, _, r in parts] or [_NONE]),
         )
 
     def _forward(self, chunk: Chunk, weights: FloatArray, mask_round: int, *, want_slopes: bool) -> Outputs:
-        noise_name = release_name(weights, self._policy, mask_round)
+        # train and test records share their indices: equal noise on both could be subtracted
+        noise_name = release_name(weights, f"{self._policy} {'train' if want_slopes else 'test'}", mask_round)
         return forward(
             self.first_layer,
             self.dropping,
@@ -240,6 +240,7 @@ class Node:
     def _cost(self, kept: Kept, weights: FloatArray) -> Cost:
         dropping, layer, n = self.dropping, self.first_layer, len(kept.counts)
         each = {0: 8 * np.dtype(self.dtype).itemsize, 1: 0}.get(dropping.bits, dropping.bits)
+        exponent = 16 if self.dtype == "float16" and not dropping.bits else 0
         fisher: NDArray[np.float64] | float = np.inf
         if dropping.noise:
             variance = (dropping.noise * dropping.clip) ** 2 * np.prod(layer.input_shape)
@@ -248,7 +249,7 @@ class Node:
         return Cost.of(
             n,
             equations=kept.counts if dropping.bits != 1 else 0,
-            bits=layer.width + each * kept.counts,
+            bits=layer.width + each * kept.counts + exponent,
             precision=gaussian_precision(dropping.noise),
             fisher=fisher,
             leverage=np.nan,
@@ -267,48 +268,60 @@ class Node:
             if pending is None or not _fits(pending, block):
                 lost.append(block.round_number)
                 continue
-            if not self._admit_gradient(guard, download, pending, block):
-                refused += [(d, Reason.GRADIENTS, n) for d, n in zip(pending.devices, pending.records, strict=True)]
-                if guard.enforce:
-                    lost.append(block.round_number)
-                    continue
-            try:
-                chunk = self._chunk_gradients(pending, block)
-            except Exception as error:  # see _size
-                log.warning("backward half of round %d failed (%s)", block.round_number, type(error).__name__)
+            shares = self._shares(pending, block)
+            allowed = self._admit_gradient(guard, pending, shares, per_device=download.per_device)
+            if not allowed:
+                refused += [(s.device, Reason.GRADIENTS, len(s.index)) for s in shares]
+            if not shares or (guard.enforce and not allowed):
                 lost.append(block.round_number)
                 continue
-            for device, count, total in chunk:
-                group = device if download.per_device else _WHOLE_NODE
-                sums[group] = sums[group] + total if group in sums else total
-                counts[group] = counts.get(group, 0) + count
+            for share in shares:
+                group = share.device if download.per_device else _WHOLE_NODE
+                sums[group] = sums.get(group, 0) + self._gradient(share)
+                counts[group] = counts.get(group, 0) + len(share.index)
         groups = sorted(sums)
         gradients = self._gradients([sums[g] for g in groups], [counts[g] for g in groups], groups)
         return gradients, np.array(lost, dtype=np.int64), refused
 
-    def _admit_gradient(self, guard: Guard, download: Download, pending: Pending, block: CutGradients) -> bool:
-        """Ask the guard for a block's gradient: summed over the node, or by device."""
-        if not (guard.enforce and guard.limits.gradients):
-            return guard.limits.gradients
-        pattern = unpack_bitmap(pending.bitmap, self.first_layer.width)
-        delta = np.zeros(pattern.shape, dtype=np.float32)
-        delta[pattern] = block.values() * (pending.slopes if len(pending.slopes) else 1)
-        owners = np.repeat(pending.devices, pending.records)
-        segments = owners[:, None] << 32 | self._segments(pending)
-        groups = [owners == d for d in pending.devices] if download.per_device else [np.ones(len(owners), bool)]
-        return all(
-            guard.admit_gradient(download.run, pending.weights, delta[g], pattern[g], segments[g]) for g in groups
-        )
+    def _shares(self, pending: Pending, block: CutGradients) -> list["_Share"]:
+        """Return the devices' parts of a pending chunk; a device that raises is left out."""
+        delta = block.values() * (pending.slopes if len(pending.slopes) else 1)
+        rows = np.concatenate([[0], np.cumsum(pending.records)]).tolist()
+        values = np.concatenate([[0], np.cumsum(pending.counts)])
+        shares = []
+        for device, start, stop in zip(pending.devices.tolist(), rows[:-1], rows[1:], strict=True):
+            try:
+                index = pending.index[start:stop]
+                records = self._records(device, test=False).take(index)
+                shares.append(
+                    _Share(
+                        device,
+                        index,
+                        records,
+                        pending.counts[start:stop],
+                        pending.bitmap[start:stop],
+                        delta[values[start] : values[stop]],
+                    )
+                )
+            except Exception as error:  # see _size
+                log.warning("device %d sits out a backward half (%s)", device, _why(error))
+        return shares
 
-    def _segments(self, pending: Pending) -> IntArray:
-        """Return the segments of a pending chunk's records."""
-        stops = np.cumsum(pending.records)
-        parts = []
-        for device, start, stop in zip(pending.devices.tolist(), stops - pending.records, stops, strict=True):
-            index = pending.index[start:stop]
-            own = self._records(device, test=False).segments
-            parts.append(index[:, None] if own is None else own[index])
-        return np.concatenate(parts)
+    def _admit_gradient(self, guard: Guard, pending: Pending, shares: Sequence["_Share"], *, per_device: bool) -> bool:
+        """Ask the guard for a block's gradient: summed over the node, or by device."""
+        groups = [[share] for share in shares] if per_device else [shares] if shares else []
+        allowed = []
+        for group in groups:
+            owners = np.concatenate([np.repeat(np.int64(s.device) << 32, len(s.index)) for s in group])
+            summed = Summed(
+                pending.weights,
+                owners | np.concatenate([s.index for s in group]),
+                owners[:, None] | _same_width([_segments(s.index, s.records) for s in group]),
+                np.concatenate([s.bitmap for s in group]),
+                np.concatenate([s.delta for s in group]),
+            )
+            allowed.append(guard.admit_gradient(summed))
+        return all(allowed)  # of a list: when observing, all of them leave and are counted
 
     def _gradients(self, sums: list[NDArray[np.float64]], counts: list[int], groups: Sequence[int] = ()) -> Gradients:
         return Gradients(
@@ -317,38 +330,36 @@ class Node:
             np.stack(sums) if sums else np.zeros((0, self.first_layer.size)),
         )
 
-    def _chunk_gradients(self, pending: Pending, block: CutGradients) -> list[tuple[int, int, NDArray[np.float64]]]:
-        """Return (device, records, dW of the summed loss) of a pending chunk's devices."""
-        delta = block.values()
-        if len(pending.slopes):
-            delta = delta * pending.slopes
-        stops = np.cumsum(pending.records)
-        rows = np.concatenate([[0], stops])
-        values = np.concatenate([[0], np.cumsum(pending.counts)])
-        result = []
-        for device, start, stop in zip(pending.devices.tolist(), rows[:-1].tolist(), rows[1:].tolist(), strict=True):
-            if stop > start:
-                x = self._records(device, test=False).x[pending.index[start:stop]]
-                total = self._gradient(x, pending, start, stop, delta[values[start] : values[stop]])
-                result.append((device, stop - start, total))
-        return result
-
-    def _gradient(
-        self, x: FloatArray, pending: Pending, start: int, stop: int, delta: FloatArray
-    ) -> NDArray[np.float64]:
-        """Return dW over the rows ``start:stop`` of a pending chunk; ``delta`` are their values at what was sent."""
+    def _gradient(self, share: "_Share") -> NDArray[np.float64]:
+        """Return dW of the loss summed over a share's records."""
         layer, used = self.first_layer, 0
         total = np.zeros(layer.size)
-        for first in range(start, stop, BLOCK):
-            last = min(first + BLOCK, stop)
-            pattern = unpack_bitmap(pending.bitmap[first:last], layer.width)
+        for start in range(0, len(share.index), BLOCK):
+            rows = slice(start, start + BLOCK)
+            pattern = unpack_bitmap(share.bitmap[rows], layer.width)
             dense = np.zeros(pattern.shape, dtype=np.float32)
-            count = int(pending.counts[first:last].sum())
-            dense[pattern] = delta[used : used + count]
+            count = int(share.counts[rows].sum())
+            dense[pattern] = share.delta[used : used + count]
             used += count
-            shaped = dense.reshape(-1, *layer.cut_shape)
-            total += layer.gradient(x[first - start : last - start], shaped)
+            total += layer.gradient(share.records.x[rows], dense.reshape(-1, *layer.cut_shape))
         return total
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A device's part of a pending chunk; ``delta`` are the gradients at the pre-activations that were sent."""
+
+    device: int
+    index: IntArray
+    records: Records
+    counts: IntArray
+    bitmap: NDArray[np.uint8]
+    delta: FloatArray
+
+
+def _why(error: Exception) -> str:
+    """Return what may be said of an error: the text of others than ours could hold records."""
+    return str(error) if isinstance(error, StateError) else type(error).__name__
 
 
 def _fits(pending: Pending, block: CutGradients) -> bool:
@@ -358,3 +369,15 @@ def _fits(pending: Pending, block: CutGradients) -> bool:
         and np.array_equal(pending.devices, block.devices)
         and np.array_equal(sum_groups(pending.counts, pending.records), block.lengths)
     )
+
+
+def _segments(index: IntArray, records: Records) -> IntArray:
+    """Return the segments of records; one that overlaps none is its own."""
+    return index[:, None] if records.segments is None else records.segments
+
+
+def _same_width(segments: Sequence[IntArray]) -> IntArray:
+    """Join segments; where devices have records of fewer one is named again, and counts once."""
+    most = max((s.shape[1] for s in segments), default=1)
+    wide = [np.concatenate([s, np.repeat(s[:, :1], most - s.shape[1], axis=1)], axis=1) for s in segments]
+    return np.concatenate(wide or [np.zeros((0, 1), np.int64)])

@@ -7,7 +7,6 @@ A refusal is a coarse reason and a count, never a number of a record. That it is
 the rules that do not look at records come first, and how often the others may refuse is bounded, over all runs.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -20,7 +19,7 @@ from fedsplit.model import FirstLayer
 from fedsplit.packing import FloatArray, IntArray
 from fedsplit.privacy.accountant import Cost, ExposureAccountant, largest_precision
 from fedsplit.privacy.criterion import Joint, LayerMap, coordinates, joint
-from fedsplit.privacy.history import History, told_apart
+from fedsplit.privacy.history import History, Sum
 from fedsplit.privacy.limits import Limits
 from fedsplit.wire import Reason
 
@@ -69,6 +68,46 @@ class Proposal:
         """Return some of the releases."""
         chosen = {n: getattr(self, n)[rows] for n in ("owners", "records", "segments", "bitmap", "active")}
         return replace(self, **chosen, cost=Cost(**{name: values[rows] for name, values in vars(self.cost).items()}))
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A sum of first-layer gradients over some records, about to leave.
+
+    Attributes
+    ----------
+    weights : float32 array (parameters,)
+        Those that released the records.
+    records : int64 array (records,)
+    segments : int64 array (records, segments of each)
+        As in :class:`Proposal`.
+    bitmap : uint8 array (records, ceil(width / 8))
+        The outputs that were sent of the records.
+    values : float32 array (outputs sent,)
+        Gradients at their pre-activations.
+    """
+
+    weights: FloatArray
+    records: IntArray
+    segments: IntArray
+    bitmap: NDArray[np.uint8]
+    values: FloatArray
+
+    @property
+    def name(self) -> bytes:
+        """A 32-byte digest of all that decides the sum besides the records' content."""
+        return sha256(self.records.tobytes() + self.bitmap.tobytes() + self.values.tobytes()).digest()
+
+    def pattern(self, width: int) -> Mask:
+        """Return which outputs were sent, ``(records, width)``."""
+        return unpack_bitmap(self.bitmap, width)
+
+    def delta(self, width: int) -> FloatArray:
+        """Return the gradients at all pre-activations, ``(records, width)``."""
+        pattern = self.pattern(width)
+        dense = np.zeros(pattern.shape, dtype=np.float32)
+        dense[pattern] = self.values
+        return dense
 
 
 def release_name(weights: FloatArray, policy: str, mask_round: int) -> bytes:
@@ -126,47 +165,35 @@ class Guard:
             self._write(proposal.take(leaving), refused)
         return codes
 
-    def admit_gradient(
-        self, run: int, weights: FloatArray, delta: FloatArray, pattern: Mask, segments: IntArray
-    ) -> bool:
+    def admit_gradient(self, summed: Summed) -> bool:
         """Judge a sum of first-layer gradients over some records, and write it down if it leaves.
-
-        Parameters
-        ----------
-        weights : float32 array (parameters,)
-            Those that released the records.
-        delta : float32 array (records, width)
-            Gradients at the pre-activations.
-        pattern : bool array (records, width)
-            The outputs that were sent of the records.
-        segments : int64 array (records, segments of each)
 
         Returns
         -------
         bool
             Whether the limits allow it. When enforcing, only then may it leave.
         """
-        limits = self.limits
+        limits, records, segments = self.limits, summed.records, summed.segments
         bounded = np.isfinite(self._most_precision)  # which a sum without noise never is
-        allowed = limits.gradients and len(delta) >= limits.gradient_records and not bounded
+        allowed = limits.gradients and len(records) >= limits.gradient_records and not bounded
         if self.enforce and (not allowed or self._capped):
             return False
-        name = sha256(b"%s|%s" % (repr(told_apart(segments)).encode(), delta.tobytes())).digest()
-        if name in self.accountant.sums:
+        if (name := summed.name) in self.accountant.sums:
             return allowed
-        leverage = np.ones(len(delta))
+        leverage = np.ones(len(records))
         if self.enforce:
-            found, records = joint(self._map(weights), [delta], [pattern]), len(delta)
-            leverage, equations = found.leverage, np.sum(self.accountant.spent(segments).equations)
-            if related := self._history.related_sums(segments):
-                found, records, equations = self._together(weights, [(segments, delta), *related], pattern)
-            missing = max(0, equations - pattern.sum())  # those of other releases
-            share = found.share + missing / (records * np.prod(self.layer.input_shape))
+            delta, pattern = summed.delta(self.layer.width), summed.pattern(self.layer.width)
+            found, count = joint(self._map(summed.weights), [delta], [pattern]), len(records)
+            leverage, equations = found.leverage, int(np.sum(self.accountant.spent(segments).equations))
+            if related := self._history.related_sums(records):
+                found, count, equations = self._together(summed, delta, pattern, related)
+            missing = max(0, equations - int(np.count_nonzero(pattern)))  # those of other releases
+            share = found.share + missing / (count * np.prod(self.layer.input_shape))
             added = self.accountant.after(segments, Cost.of(len(segments), gradient=leverage)).gradient
             largest = max(np.max(added), np.max(found.leverage))
             if share > limits.gradient_share or largest > limits.gradient_leverage:
                 return False
-            self._history.keep_sum(name, segments, delta)
+            self._history.keep_sum(name, records, segments, delta)
         self.accountant.add_gradient(name, segments, leverage)
         self.accountant.save()
         return allowed
@@ -266,26 +293,23 @@ class Guard:
         accountant.save()
 
     def _together(
-        self, weights: FloatArray, sums: Sequence[tuple[IntArray, FloatArray]], pattern: Mask
+        self, summed: Summed, delta: FloatArray, pattern: Mask, related: Sequence[Sum]
     ) -> tuple[Joint, int, int]:
         """Return what sums of gradients tell together, of how many records, and how many equations have left of these.
 
         Sums that differ in little give that little away: together they tell more than what each does adds up to.
-        ``pattern`` is of the first sum's records.
         """
-        records = [told_apart(segments) for segments, _ in sums]
-        place = {record: i for i, record in enumerate(dict.fromkeys(itertools.chain(*records)))}
-        deltas = np.zeros((len(sums), len(place), self.layer.width), dtype=np.float32)
-        kept, equations = np.zeros(deltas.shape[1:], dtype=bool), np.zeros(len(place), dtype=np.int64)
-        for i, (own, (segments, delta)) in enumerate(zip(records, sums, strict=True)):
-            if len(set(own)) < len(own):  # which record is which cannot be told
-                return Joint(1.0, 1.0, np.ones(len(place)), len(place)), len(place), 0
-            rows = [place[record] for record in own]
-            deltas[i, rows] = delta
-            equations[rows] = self.accountant.spent(segments).equations
-            if i == 0:
-                kept[rows] = pattern
-        return joint(self._map(weights), list(deltas), [kept]), len(place), int(equations.sum())
+        sums = [Sum(summed.records, summed.segments, delta), *related]
+        records = np.unique(np.concatenate([s.records for s in sums]))
+        deltas = np.zeros((len(sums), len(records), self.layer.width), dtype=np.float32)
+        equations = np.zeros(len(records), dtype=np.int64)
+        for i, each in enumerate(sums):
+            rows = np.searchsorted(records, each.records)
+            deltas[i, rows] = each.delta
+            equations[rows] = self.accountant.spent(each.segments).equations
+        kept = np.zeros(deltas.shape[1:], dtype=bool)
+        kept[np.searchsorted(records, summed.records)] = pattern
+        return joint(self._map(summed.weights), list(deltas), [kept]), len(records), int(equations.sum())
 
     def _map(self, weights: FloatArray) -> LayerMap:
         return LayerMap(self.layer, self.layer.unflatten(weights))

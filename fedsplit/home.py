@@ -1,4 +1,4 @@
-"""A real node's folder: its secret, its owner's limits, and the ledgers of what has left its devices.
+"""A real node's folder: its secret, its owner's limits, the ledgers of what has left, and of which records.
 
 Made once by ``fedsplit node init``. Every file can be read by its owner alone. A folder that lacks one of them is
 refused, never mended: a new secret or an empty ledger would forget what has left.
@@ -11,21 +11,25 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 
+import numpy as np
 import tomli_w
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
 
+from fedsplit.data import DeviceData, Records
 from fedsplit.errors import ConfigError, StateError
 from fedsplit.guard import Guard
 from fedsplit.model import FirstLayer
 from fedsplit.packing import MAX_DEVICES
-from fedsplit.privacy.accountant import ExposureAccountant
+from fedsplit.privacy.accountant import ExposureAccountant, load_sealed, save_sealed
 from fedsplit.privacy.limits import SHIPPED, Limits, load_limits
 
 LEDGERS = ("train", "test")
+_NONE = np.zeros(0, dtype="<u8")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Home:
             raise ConfigError(f"folder {folder} cannot be written: {error.strerror}") from None
         for ledger in LEDGERS:
             ExposureAccountant.create(home.ledger_path(ledger), home.owner)
+        for device in devices:
+            save_sealed(home.known_path(device), train=_NONE, test=_NONE)
         return home
 
     @cached_property
@@ -99,6 +105,47 @@ class Home:
         """Return a device's 32-byte secret: HKDF-SHA256 of the node's (RFC 5869)."""
         info = b"fedsplit device %d" % device
         return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self.secret)
+
+    def known(self, device: int, data: DeviceData) -> DeviceData:
+        """Return a device's data after remembering, by keyed hashes, which record is at which place.
+
+        The ledgers name records by their place: behind those that were there, others may be added; nothing else.
+
+        Raises
+        ------
+        StateError
+            If a record is not the one that was at its place before, or it is not known what was.
+        """
+        path = self.known_path(device)
+        try:
+            before, _ = load_sealed(path)
+        except (OSError, ValueError):
+            raise StateError(f"{path} is missing or damaged: which records have left cannot be known") from None
+        now = {ledger: self._hashes(records) for ledger, records in zip(LEDGERS, (data.train, data.test), strict=True)}
+        for ledger, hashes in now.items():
+            most = max(len(hashes), len(before[ledger]))
+            old, new = (np.pad(h, (0, most - len(h))) for h in (before[ledger], hashes))
+            changed = np.flatnonzero((old != new)[: len(before[ledger])])
+            if len(changed):
+                raise StateError(
+                    f"{ledger} record {changed[0]} of device {device} is not the one that it was: the ledgers count "
+                    "records by their place, so add new ones behind the others and leave those as they are"
+                )
+        if any(len(hashes) > len(before[ledger]) for ledger, hashes in now.items()):
+            save_sealed(path, train=now["train"], test=now["test"])
+        return data
+
+    def _hashes(self, records: Records) -> NDArray[np.uint64]:
+        segments = [b""] * len(records) if records.segments is None else list(records.segments)
+        found = [
+            blake2b(np.ascontiguousarray(x).tobytes() + bytes(s), digest_size=8, key=self.secret).digest()
+            for x, s in zip(records.x, segments, strict=True)
+        ]
+        return np.frombuffer(b"".join(found), dtype="<u8")
+
+    def known_path(self, device: int) -> Path:
+        """Return the file of the hashes of a device's records."""
+        return self.folder / f"records-{device}.npz"
 
     def ledger_path(self, ledger: str) -> Path:
         """Return the file of the ledger ``train`` or ``test``."""

@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
+
 from fedsplit.config import Settings
 from fedsplit.data import Source
 from fedsplit.errors import ConfigError
 from fedsplit.model import FirstLayer
 from fedsplit.privacy.limits import Limits
+from fedsplit.schedule import Schedule
 
 
 def check_limits(settings: Settings, source: Source, layer: FirstLayer, limits: Limits) -> None:
@@ -17,20 +20,14 @@ def check_limits(settings: Settings, source: Source, layer: FirstLayer, limits: 
     ConfigError
         In one line: each limit that the settings cannot keep, and what would keep it.
     """
-    rules = (_releases, _gradients, _equations, _epsilon)
+    rules = (_releases, _overlap, _evaluations, _gradients, _equations, _epsilon)
     problems = [text for rule in rules if (text := rule(settings, source, layer, limits))]
     if problems:
         raise ConfigError(f"the limits do not allow this run: {'; '.join(problems)}")
 
 
 def _releases(settings: Settings, source: Source, layer: FirstLayer, limits: Limits) -> str:
-    protocol, rounds = settings.protocol, settings.run.rounds
-    if protocol.once:
-        releases = 1
-    else:
-        smallest = min((n for d in range(source.count) if (n := len(source.device(d).train))), default=1)
-        chunk = smallest if isinstance(protocol.chunk, str) else min(protocol.chunk, smallest)
-        releases = math.ceil(rounds * settings.devices.fraction * chunk / smallest)
+    releases = _passes(settings, source)
     if releases <= limits.releases:
         return ""
     return (
@@ -39,9 +36,55 @@ def _releases(settings: Settings, source: Source, layer: FirstLayer, limits: Lim
     )
 
 
+def _overlap(settings: Settings, source: Source, layer: FirstLayer, limits: Limits) -> str:
+    parts = [source.device(d).train for d in range(source.count)]
+    parts += [source.device(d).test for d in source.test_devices]
+    shared = max(
+        (int(np.bincount(r.segments.ravel()).max(initial=0)) for r in parts if r.segments is not None), default=1
+    )
+    # of records that share numbers one may leave, unless what leaves are single bits
+    if shared <= 1 or (settings.dropping.bits == 1 and shared <= limits.releases):
+        return ""
+    return f"up to {shared} records share a segment, and would not all be released (use data.overlap = false)"
+
+
+def _evaluations(settings: Settings, source: Source, layer: FirstLayer, limits: Limits) -> str:
+    rounds, every = settings.run.rounds, settings.run.evaluate_every
+    times = 1 if every == 0 or _frozen(settings) else math.ceil(rounds / every)
+    if times <= limits.releases or not source.test_devices:
+        return ""
+    return (
+        f"each test record would be released {times} times, releases is {limits.releases} (use run.evaluate-every = 0)"
+    )
+
+
+def _passes(settings: Settings, source: Source) -> int:
+    """Return the most times that something new of a record would leave."""
+    protocol, dropping = settings.protocol, settings.dropping
+    keyed = dropping.mask == "keyed" or (dropping.policy not in ("random", "at-most") and not dropping.noise)
+    if protocol.once or (_frozen(settings) and keyed):
+        return 1  # the same weights and masks give the same bytes
+    donors = settings.donors
+    counts = {d: len(source.device(d).train) for d in range(source.count) if d not in donors}
+    if settings.devices.fraction == 1.0:  # devices of one size are asked alike
+        counts = {d: n for n, d in {n: d for d, n in counts.items()}.items()}
+    schedule = Schedule(
+        protocol.once, protocol.chunk, settings.devices.fraction, settings.run.rounds, settings.run.seed
+    )
+    schedule.set_counts(counts)
+    passes: dict[int, set[int]] = {}
+    for round_number in range(1, settings.run.rounds + 1):
+        for device, row in schedule.rows(round_number).items():
+            passes.setdefault(device, set()).add(row[1])
+    return max(map(len, passes.values()), default=0)
+
+
+def _frozen(settings: Settings) -> bool:
+    return settings.first_layer.strategy == "frozen" or settings.protocol.mode == "release-once"
+
+
 def _gradients(settings: Settings, source: Source, layer: FirstLayer, limits: Limits) -> str:
-    frozen = settings.first_layer.strategy == "frozen" or settings.protocol.mode == "release-once"
-    if frozen or limits.gradients:
+    if _frozen(settings) or limits.gradients:
         return ""
     return (
         "first-layer gradients would leave, gradients is false "

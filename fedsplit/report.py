@@ -70,9 +70,10 @@ def _privacy(result: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("largest leverage of a number", f"{ledger['leverage']:.3f}"))
     if isinstance(ledger["epsilon"], float):
         rows.append((f"epsilon (delta {ledger['delta']:g})", f"{ledger['epsilon']:.2f}"))
-    if guard["refused"]:
-        said = ", ".join(f"{reason} ({count:,} records)" for reason, count in guard["refused"].items())
-        rows.append(("refused" if guard["mode"] == "enforce" else "a real node's limits would refuse", said))
+    for refused, of in (("refused", ""), ("test_refused", " of the test")):
+        if guard[refused]:
+            said = ", ".join(f"{reason} ({count:,} records{of})" for reason, count in guard[refused].items())
+            rows.append(("refused" if guard["mode"] == "enforce" else "a real node's limits would refuse", said))
     if result.get("public_only_accuracy") is not None:
         gain, interval = 100 * result["gain_over_public"], 100 * result["gain_interval"]
         rows.append(("public records alone", f"{result['public_only_accuracy']:.4f}"))

@@ -92,7 +92,7 @@ class Totals:
     payloads, ``dense_bytes_up`` the float32 activations of the same records without labels and gradients,
     ``failures`` how often a device sat out. ``exposures_max`` is the largest number of releases of any training
     record, ``ledger`` the most of everything else that has left of any (see :class:`fedsplit.wire.Ledger`),
-    ``refused`` counts by reason the records that the guard refused, or would have.
+    ``refused`` and ``test_refused`` count by reason the records that the guard refused, or would have.
     """
 
     exchanges: int = 0
@@ -105,6 +105,7 @@ class Totals:
     failures: int = 0
     ledger: dict[str, float] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
+    test_refused: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -281,6 +282,9 @@ class SplitStrategy(Strategy):
         """Score the trunk on the released test records."""
         releases = [u.release for u in self._receive(replies, needed=0, test=True) if len(u.release.targets)]
         if not releases:
+            if self.progress.round_number == self.options.rounds and self.options.test_devices:
+                log.warning("no test record was released: the accuracy of the end is not known")
+                self.progress.evaluation = {}  # an earlier round's is not that of the end
             return None
         test = Batches.join(releases)
         self.progress.evaluation = self.trunk.evaluate(test)
@@ -444,12 +448,14 @@ class SplitStrategy(Strategy):
         exposures = int(upload.ledger.exposures)
         if test:
             totals.test_exposures_max = max(totals.test_exposures_max, exposures)
-            return
-        totals.exposures_max = max(totals.exposures_max, exposures)
-        totals.ledger = {k: float(np.fmax(v, totals.ledger.get(k, np.nan))) for k, v in upload.ledger._asdict().items()}
+        else:
+            totals.exposures_max = max(totals.exposures_max, exposures)
+            most = totals.ledger
+            totals.ledger = {k: float(np.fmax(v, most.get(k, np.nan))) for k, v in upload.ledger._asdict().items()}
+        counts = totals.test_refused if test else totals.refused
         for _, reason, records in upload.refused.tolist():
             name = Reason(reason).name.lower() if reason in list(Reason) else f"reason {reason}"
-            totals.refused[name] = totals.refused.get(name, 0) + records
+            counts[name] = counts.get(name, 0) + records
 
     def _note_failures(self, upload: Upload, asked: Download, *, test: bool) -> None:
         failed = upload.failed.tolist()

@@ -18,7 +18,6 @@ from flwr.serverapp import Grid
 
 from fedsplit.assemble import (
     data_source,
-    donor_devices,
     dropping,
     num_nodes,
     public_records,
@@ -154,7 +153,7 @@ class TrainingRun:
         """Note the originals of the records that an audit will attack."""
         targets, folder = self.settings.audit.targets, self.folder / "audit"
         if targets and not (folder / "subjects.npz").exists():
-            donors = donor_devices(self.settings)
+            donors = self.settings.donors
             Subjects.choose(self.source, self.public, donors, targets, self.settings.run.seed).save(folder)
 
     def _learn_from_public_records(self) -> None:
@@ -200,7 +199,7 @@ class TrainingRun:
         evaluation = progress.evaluation or {"test_accuracy": None, "test_loss": None}
         finished = time.perf_counter()
         totals = {**vars(progress.totals)}
-        ledger, refused = totals.pop("ledger"), totals.pop("refused")
+        ledger, refused, test_refused = (totals.pop(key) for key in ("ledger", "refused", "test_refused"))
         return {
             "name": self.settings.run.name,
             **evaluation,
@@ -215,7 +214,7 @@ class TrainingRun:
                 "total": round(finished - self._created, 3),
             },
             "ledger": _ledger(ledger),
-            "guard": {"mode": self.settings.guard.mode, "refused": refused},
+            "guard": {"mode": self.settings.guard.mode, "refused": refused, "test_refused": test_refused},
             "seed": self.settings.run.seed,
             "versions": {
                 "fedsplit": version("fedsplit"),

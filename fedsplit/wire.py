@@ -379,6 +379,8 @@ class Download:
         check("schedule", bool(valid.all()), "must have pass >= 0 and 0 <= start <= stop")
         check("pending", 0 <= blocks <= take.total, "must be a count of the blocks sent")
         pending = tuple(CutGradients.read(take) for _ in range(blocks))
+        rounds = [block.round_number for block in pending]
+        check("pending round", len(set(rounds)) == len(rounds), "must not come twice")
         take.finish()
         return cls(run, round_number, keep_from, bool(per_device), weights, schedule, pending)
 

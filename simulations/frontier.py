@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from fedsplit.assemble import data_source, donor_devices, dropping, public_records, split_model
+from fedsplit.assemble import data_source, dropping, public_records, split_model
 from fedsplit.config import Settings, load_settings
 from fedsplit.data import Records, Source
 from fedsplit.model import SplitModel
@@ -58,7 +58,10 @@ def _entries() -> list[Entry]:
     def entry(family: str, name: str, policy: str, budget: str, width: int, penalty: float = 0.0) -> Entry:
         return Entry(family, name, (f"dropping.policy={policy}", budget, f"model.width={width}"), penalty)
 
-    rows = [entry(PAPER, f"random {keep} of 256", "random", f"dropping.keep={keep}", 256) for keep in (0.5, 0.35, 0.25)]
+    rows = [
+        entry(PAPER, f"random {keep} of 256", "random", f"dropping.keep={keep}", 256)
+        for keep in (0.5, 0.35, 0.25, 0.15)
+    ]
     for penalty in (0.0, 0.3):
         more = f" + penalty {penalty}" if penalty else ""
         rows += [entry("top-k", f"top-{k} of 256{more}", "top-k", f"dropping.k={k}", 256, penalty) for k in (12, 6, 4)]
@@ -100,8 +103,8 @@ def _measure(path: str, entry: Entry, seed: int, targets: int) -> dict[str, Any]
     model = split_model(settings, source)
     public = public_records(settings, source)
     assert public is not None and settings.public is not None
-    subjects = Subjects.choose(source, public, donor_devices(settings), 2 * targets, seed)
-    everything, test = _pooled(source, public, donor_devices(settings))
+    subjects = Subjects.choose(source, public, settings.donors, 2 * targets, seed)
+    everything, test = _pooled(source, public, settings.donors)
     policy = dropping(settings)
     if entry.projection:
         projected = Projection(model.first_layer.width, entry.projection, seed)

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fedsplit import simulate
-from fedsplit.assemble import data_source, donor_devices, public_records, split_model
+from fedsplit.assemble import data_source, public_records, split_model
 from fedsplit.auditing import audit_run
 from fedsplit.config import Settings, load_settings
 from fedsplit.data import Records
@@ -63,7 +63,7 @@ def _without_dropping(settings: Settings, seed: int) -> float:
     """Return the accuracy of the same network trained centrally on all records, public ones included."""
     source = data_source(settings)
     model, public = split_model(settings, source), public_records(settings, source)
-    donors = donor_devices(settings)
+    donors = settings.donors
     parts = [source.device(d).train for d in range(source.count) if d not in donors]
     parts = [r for r in (public, *parts) if r is not None and len(r)]
     records = Records(np.concatenate([r.x for r in parts]), np.concatenate([r.y for r in parts]))

@@ -19,9 +19,10 @@ from fedsplit.answers import PendingBlock, check_upload
 from fedsplit.assemble import data_source, limits, split_model
 from fedsplit.client_app import HOME, client_app
 from fedsplit.config import Settings, load_settings
+from fedsplit.data import Records
 from fedsplit.errors import ConfigError, StateError
 from fedsplit.grid import InProcessGrid
-from fedsplit.guard import Guard, Proposal, release_name
+from fedsplit.guard import Guard, Proposal, Summed, release_name
 from fedsplit.home import Home
 from fedsplit.model import FirstLayer
 from fedsplit.preflight import check_limits
@@ -499,7 +500,20 @@ def summed(
     pattern = np.tile(np.arange(width) < kept, (len(delta), 1))
     weights = np.random.default_rng(0).normal(size=(N + 1) * width).astype(np.float32)
     guard = guards(**{**SOME, **changes})
-    return guard.admit_gradient(1, weights, np.asarray(delta, np.float32), pattern, segments)
+    return guard.admit_gradient(summed_of(weights, np.asarray(delta), pattern, segments))
+
+
+class Dense(Summed):
+    """Gradients at all outputs, sent or not: cases that are easy to follow."""
+
+    def delta(self, width: int) -> np.ndarray:
+        return self.values.reshape(-1, width)
+
+
+def summed_of(weights: np.ndarray, delta: np.ndarray, pattern: np.ndarray, segments: np.ndarray) -> Summed:
+    """Records that are named by their first segment."""
+    bitmap = np.packbits(pattern, axis=1, bitorder="little")
+    return Dense(weights, segments[:, 0], segments, bitmap, delta.astype(np.float32).ravel())
 
 
 def deltas(count: int, width: int = 2, seed: int = 0) -> np.ndarray:
@@ -598,9 +612,6 @@ def test_a_sum_that_leaves_one_record_out_is_refused(guards: Guards) -> None:
 def test_a_record_is_known_again_however_often_its_segment_is_named(guards: Guards) -> None:
     """Beside records of more segments than it has, it names its own twice."""
     assert summed(guards, np.ones((60, 2)))
-    twice = np.repeat(np.delete(np.arange(60), 7)[:, None], 2, axis=1)
-    assert not summed(guards, np.ones((59, 2)), records=twice)
-    assert not summed(guards, np.ones((59, 2)), records=twice[:, :1])
     assert summed(guards, np.ones((60, 2)), records=np.repeat(np.arange(60)[:, None], 2, axis=1))  # the same again
     assert len(guards().accountant.sums) == 1
 
@@ -612,13 +623,6 @@ def test_a_record_is_not_isolated_through_others(guards: Guards) -> None:
     assert summed(guards, np.concatenate([a, b]), records=range(60))
     last = np.concatenate([b, [[1e-3, 1e-3]]])
     assert not summed(guards, last, records=[*range(30, 60), 99])
-
-
-def test_records_that_cannot_be_told_apart_are_not_summed_twice(guards: Guards) -> None:
-    """Segments may be coarser than records."""
-    coarse = np.arange(60)[:, None] // 2
-    assert summed(guards, deltas(60), records=coarse)
-    assert not summed(guards, deltas(60, seed=1), records=coarse, gradient_leverage=1.0)
 
 
 def test_a_sum_that_was_not_kept_is_refused(guards: Guards) -> None:
@@ -652,10 +656,10 @@ def test_sums_of_a_convolution_are_judged_by_positions(guards: Guards) -> None:
     segments, weights = np.arange(20)[:, None], np.random.default_rng(0).normal(size=layer.size).astype(np.float32)
     pattern, delta = np.zeros((20, 80), bool), deltas(20, 80)
     guard = guards(layer=layer, gradients=True)
-    assert guard.admit_gradient(1, weights, delta, pattern, segments)
+    assert guard.admit_gradient(summed_of(weights, delta, pattern, segments))
     one_hot = delta * (np.arange(20) == 3)[:, None]
-    assert not guard.admit_gradient(1, weights, delta + 1e-3 * one_hot, pattern, segments)
-    assert not guard.admit_gradient(1, weights, one_hot, pattern, segments)
+    assert not guard.admit_gradient(summed_of(weights, delta + 1e-3 * one_hot, pattern, segments))
+    assert not guard.admit_gradient(summed_of(weights, one_hot, pattern, segments))
 
 
 # --- through the ClientApp: a server that sends what it likes --------------------------------------------------------
@@ -1014,8 +1018,7 @@ def test_one_hot_cut_gradients_bring_refusals(per_device: bool, server: Start) -
     assert answer is not None and answer.lost.tolist() == [1] and answer.ledger.gradient == 0
 
 
-@pytest.mark.parametrize("apart", [True, False])
-def test_cut_gradients_that_cancel_but_for_one_record_bring_refusals(apart: bool, server: Start) -> None:
+def test_cut_gradients_that_cancel_but_for_one_record_bring_refusals(server: Start) -> None:
     """Twice the same chunk: first a, then -a + e_7. Together, or subtracted, they are record 7."""
     hostile = server(LOOSE + "\ngradient-share = 1.0\ngradient-leverage = 0.6")
     asked = hostile.ask()
@@ -1025,8 +1028,7 @@ def test_cut_gradients_that_cancel_but_for_one_record_bring_refusals(apart: bool
     other = -spread
     other[7] += 0.5
     cuts = [hostile.cut(upload, asked, deltas) for deltas in (spread, other)]
-    messages = [[cut] for cut in cuts] if apart else [cuts]
-    answers = [hostile.send(hostile.ask(2, rows=[], pending=blocks), honest=apart) for blocks in messages]
+    answers = [hostile.send(hostile.ask(2, rows=[], pending=[cut])) for cut in cuts]
     sums = [answer.gradients.sums for answer in answers if answer is not None and len(answer.gradients.sums)]
     assert len(sums) == 1  # the first alone
     pattern = np.unpackbits(upload.release.bitmap, axis=1, count=WIDTH, bitorder="little")
@@ -1034,6 +1036,15 @@ def test_cut_gradients_that_cancel_but_for_one_record_bring_refusals(apart: bool
     np.testing.assert_allclose(sums[0][0], np.concatenate([(pattern.T @ x).ravel(), pattern.sum(axis=0)]), rtol=1e-4)
     refused = [r for answer in answers if answer is not None for r in answer.refused.tolist()]
     assert sorted(refused) == [[d, Reason.GRADIENTS, 20] for d in range(3)]
+
+
+def test_two_cut_gradients_for_one_chunk_in_a_message_are_refused(server: Start) -> None:
+    hostile = server(LOOSE)
+    asked = hostile.ask()
+    upload = hostile.send(asked)
+    assert upload is not None
+    cut = hostile.cut(upload, asked, np.ones((60, WIDTH)))
+    assert hostile.send(hostile.ask(2, rows=[], pending=[cut, cut]), honest=False) is None
 
 
 def test_a_chunk_asked_for_again_without_one_record_gives_no_difference(server: Start) -> None:
@@ -1116,7 +1127,7 @@ def test_a_run_goes_on_without_the_device_that_is_refused(tmp_path: Path) -> Non
         first_layer={"strategy": "frozen"},
     )
     result = simulate(settings, out=tmp_path / "run")
-    assert result["guard"] == {"mode": "enforce", "refused": {"weights": 20}}
+    assert result["guard"] == {"mode": "enforce", "refused": {"weights": 20}, "test_refused": {}}
     assert result["samples"] == 40 and result["exposures_max"] == 1 and result["test_accuracy"] is not None
 
 
@@ -1177,6 +1188,42 @@ def test_the_published_configuration_is_refused_with_the_ways_out(mnist: Any) ->
     assert "\n" not in text
     for said in ("up to 12 times, releases is 1", "'release-once' or 'single-pass'", "gradients is false", "'frozen'"):
         assert said in text
+
+
+PIPELINED = {"mode": "pipelined"}
+FROZEN = {"first_layer": {"strategy": "frozen"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"protocol": PIPELINED, **FROZEN}, ""),  # top-k of the same weights: the same bytes
+        ({"protocol": PIPELINED, "dropping": {"policy": "random", "keep": 0.1, "k": None}, **FROZEN}, "up to 4 times"),
+        ({"protocol": {**PIPELINED, "chunk": 7}, "run": {"rounds": 3, "evaluate-every": 0}}, "gradients is false"),
+        ({"protocol": {**PIPELINED, "chunk": 7}, "run": {"rounds": 4, "evaluate-every": 0}}, "up to 2 times"),
+        ({"protocol": {"mode": "single-pass"}, "run": {"rounds": 4, "evaluate-every": 0}, **FROZEN}, ""),
+        ({"protocol": PIPELINED, "run": {"rounds": 4, "evaluate-every": 2}}, "each test record would be released 2"),
+        ({"protocol": PIPELINED, **FROZEN, "data": {"builder": "test_guard:overlapping"}}, "up to 2 records share a"),
+    ],
+)
+def test_the_preflight_counts_what_would_leave(changes: dict[str, Any], refused: str, tmp_path: Path) -> None:
+    """Of 20 records, seven at a time, three rounds are one pass."""
+    settings = run_settings(tmp_path / "s", "equations = 1.0", **changes)
+    source = data_source(settings)
+    try:
+        check_limits(settings, source, split_model(settings, source).first_layer, limits(settings))
+    except ConfigError as error:
+        assert refused and refused in str(error)
+        assert ("times" in refused) == ("each record would" in str(error)) or "test" in refused
+    else:
+        assert not refused
+
+
+def overlapping(device_id: int, num_devices: int) -> DeviceData:
+    """Every record shares a segment with the next."""
+    train, test = (private(device_id, num_devices).train, private(device_id, num_devices).test)
+    parts = [Records(r.x, r.y, np.arange(len(r))[:, None] + [0, 1]) for r in (train, test)]
+    return DeviceData(*parts)
 
 
 def test_the_command_line_refuses_it_in_one_line(

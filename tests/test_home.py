@@ -3,9 +3,11 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedsplit import cli
+from fedsplit.data import DeviceData, Records
 from fedsplit.errors import ConfigError, StateError
 from fedsplit.home import Home
 
@@ -73,3 +75,38 @@ def test_the_owners_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert main("ledger", tmp_path / "nowhere") == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said and "is missing" in said
+
+
+def some(count: int, segments: np.ndarray | None = None) -> DeviceData:
+    x = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)[:count]
+    return DeviceData(Records(x, np.zeros(count, np.int64), segments), Records(x[:2], np.zeros(2, np.int64)))
+
+
+def test_records_may_be_added_behind_the_others(tmp_path: Path) -> None:
+    home = Home.create(tmp_path / "home", [1])
+    assert home.known(1, some(5)).train.x.shape == (5, 3)
+    home.known(1, some(5))
+    Home(home.folder).known(1, some(7))
+
+
+def test_a_record_that_is_not_the_one_it_was_is_refused(tmp_path: Path) -> None:
+    """Else what left of the old one would be counted for the new, and a shuffled file would start all ledgers anew."""
+    home = Home.create(tmp_path / "home", [1])
+    home.known(1, some(7))
+    shuffled = some(7)
+    shuffled.train.x[[2, 3]] = shuffled.train.x[[3, 2]]
+    for data, place in ((some(5), 5), (shuffled, 2), (some(7, np.arange(7)[:, None] // 2), 0)):
+        with pytest.raises(StateError, match=f"train record {place} of device 1 is not the one that it was"):
+            home.known(1, data)
+    home.known(1, some(7))
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_what_a_device_held_is_never_begun_anew(damage: str, tmp_path: Path) -> None:
+    home = Home.create(tmp_path / "home", [1])
+    path = home.known_path(1)
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(StateError, match="which records have left cannot be known"):
+        home.known(1, some(5))
+    with pytest.raises(StateError, match=r"records-2\.npz is missing"):
+        home.known(2, some(5))

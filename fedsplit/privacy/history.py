@@ -1,5 +1,6 @@
 """What has left, kept beside the exposure ledger where later releases must be judged together with it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from fedsplit.privacy.accountant import ExposureAccountant, load_sealed, save_se
 from fedsplit.privacy.criterion import LayerMap
 
 Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum of gradients: the records, their segments, and the gradients at their pre-activations."""
+
+    records: IntArray
+    segments: IntArray
+    delta: FloatArray
 
 
 class History:
@@ -66,24 +76,24 @@ class History:
             found.append((LayerMap(self.layer, self.layer.unflatten(file["weights"])), pattern))
         return found, count, complete
 
-    def keep_sum(self, name: bytes, segments: IntArray, delta: FloatArray) -> None:
+    def keep_sum(self, name: bytes, records: IntArray, segments: IntArray, delta: FloatArray) -> None:
         """Keep a sum of gradients that leaves."""
-        self._save(name, segments=segments, delta=delta)
+        self._save(name, records=records, segments=segments, delta=delta)
 
-    def related_sums(self, segments: IntArray) -> list[tuple[IntArray, FloatArray]]:
-        """Return segments and deltas of the sums that have left and share records with these, or with one another."""
-        known, rest = set(told_apart(segments)), list(self.accountant.sums)
-        found: list[tuple[IntArray, FloatArray]] = []
+    def related_sums(self, records: IntArray) -> list["Sum"]:
+        """Return the sums that have left and share records with these, or with one another."""
+        known, rest = records, list(self.accountant.sums)
+        found: list[Sum] = []
         grown = True
         while grown:
             grown = False
             for name in list(rest):
                 if (file := self._load(name)) is None:
                     raise StateError(f"exposure history {self._path(name)} is missing: what has left cannot be known")
-                if known & (own := set(told_apart(file["segments"]))):
+                if np.isin(file["records"], known).any():
                     rest.remove(name)
-                    known, grown = known | own, True
-                    found.append((file["segments"], file["delta"]))
+                    known, grown = np.union1d(known, file["records"]), True
+                    found.append(Sum(**file))
         return found
 
     def _path(self, name: bytes) -> Path:
@@ -100,8 +110,3 @@ class History:
             return None
         except (OSError, ValueError):
             raise StateError(f"exposure history {self._path(name)} is damaged: what has left cannot be known") from None
-
-
-def told_apart(segments: IntArray) -> list[tuple[int, ...]]:
-    """Return by what the records of sums are told apart: their segments, however often a row names one of them."""
-    return [tuple(sorted(set(row))) for row in segments.tolist()]

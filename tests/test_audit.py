@@ -26,6 +26,8 @@ from fedsplit.privacy.transcript import Subjects
 
 TARGETS = 40
 
+pytestmark = pytest.mark.slow  # whole runs and their attacks
+
 
 def digits(**changes: dict[str, Any]) -> Settings:
     """Return a short run over digits that records targets."""
@@ -118,7 +120,6 @@ def test_nothing_is_known_of_what_random_dropping_did_not_send() -> None:
     assert not any(len(right) for _, right in found.inequalities)
 
 
-@pytest.mark.slow
 def test_an_audit_finds_what_leaked_and_repeats(run: Path) -> None:
     report = audit_run(run, seed=0)
     again = audit_run(run, seed=0)
@@ -135,7 +136,6 @@ def test_an_audit_finds_what_leaked_and_repeats(run: Path) -> None:
     assert text.count("<img") == 1 and "data:image/png;base64," in text and "http" not in text
 
 
-@pytest.mark.slow
 def test_a_quick_audit_and_one_before_training(run: Path, tmp_path: Path) -> None:
     assert audit_run(run, seed=0, quick=True)["attacks"].keys() == {"Wiener", "linear, with label"}
     report = audit_policy(digits(dropping={"policy": "bits", "bits": 1}), tmp_path / "policy", seed=0)
@@ -196,7 +196,6 @@ def test_too_many_targets_are_refused(tmp_path: Path) -> None:
         simulate(digits(audit={"targets": 9999}), out=tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_single_class_and_constant_features_are_no_obstacle(tmp_path: Path) -> None:
     """The prior must not divide by a variance of zero."""
     folder = tmp_path / "devices"

@@ -21,6 +21,8 @@ from fedsplit.errors import RunError
 from fedsplit.first_layer import STRATEGIES
 from fedsplit.training import TrainingRun
 
+pytestmark = pytest.mark.slow  # whole runs
+
 EXACT = [
     "run.rounds=3",
     "protocol.mode=pipelined",
@@ -45,7 +47,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "collect", lambda *arguments: 0)  # which Flower's Bulyan does for every contribution
 
 
-@pytest.mark.slow
 def test_packing_and_engine_change_nothing(tmp_path: Path) -> None:
     """14 training devices (and 6 test devices) as 14 x 1, 7 x 2 and 2 x 7 nodes, and the same on Ray."""
     settings = wearables(*EXACT, "devices.per-node=1", config="wearables-paper")
@@ -62,7 +63,6 @@ def test_packing_and_engine_change_nothing(tmp_path: Path) -> None:
     assert largest_difference(trained(tmp_path / "ray"), reference) < 1e-5
 
 
-@pytest.mark.slow
 def test_packing_and_engine_change_no_bit_of_the_shipped_run(tmp_path: Path) -> None:
     """Float16, top-k and adaptive steps would magnify one different bit to half a point of accuracy in 60 rounds."""
     runs = {
@@ -74,7 +74,6 @@ def test_packing_and_engine_change_no_bit_of_the_shipped_run(tmp_path: Path) -> 
         assert largest_difference(trained(tmp_path / name), trained(tmp_path / "1")) == 0
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_bit_identically(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     rounds = ["--set", "run.rounds=12", "--engine", "inline"]
@@ -103,7 +102,6 @@ def test_a_killed_run_resumes_bit_identically(tmp_path: Path) -> None:
     assert [m["train_loss"] for m in lines[0]] == [m["train_loss"] for m in lines[1]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "chunk"), [("synchronous", 4), ("pipelined", "epoch"), ("pipelined", 4), ("single-pass", "spread")]
 )
@@ -187,7 +185,6 @@ def test_sampling_devices_trains_and_delivers_late_gradients(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("config", "accuracy"), [("mnist", 0.75), ("digits", 0.75), ("wearables-paper", 0.6)])
-@pytest.mark.slow
 def test_shipped_settings_learn(config: str, accuracy: float, tmp_path: Path) -> None:
     settings = load_settings(CONFIGS / f"{config}.toml", ["run.engine=inline"])
     assert simulate(settings, out=tmp_path / "run")["test_accuracy"] > accuracy
@@ -208,7 +205,6 @@ def test_breast_cancer_learns_as_a_binary_task(tmp_path: Path) -> None:
     assert len(result["test_f1"]) == 2
 
 
-@pytest.mark.slow
 def test_a_folder_of_own_files_learns(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()

@@ -522,6 +522,7 @@ INTERRUPTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "policy"), INTERRUPTED)
 def test_an_interrupted_run_resumes_exactly(protocol: dict[str, Any], policy: dict[str, Any], tmp_path: Path) -> None:
     chosen = digits(protocol=protocol, dropping=policy, first_layer={"strategy": "FedAdam", "lr": 0.01})
@@ -538,6 +539,7 @@ def test_an_interrupted_run_resumes_exactly(protocol: dict[str, Any], policy: di
     assert moved(chosen, trained(tmp_path / "cut")) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_in", [1, 2, 5])
 def test_what_left_before_its_round_was_saved_leaves_as_the_same_bytes(
     killed_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

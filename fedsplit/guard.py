@@ -18,7 +18,8 @@ from fedsplit.dropping import unpack_bitmap
 from fedsplit.model import FirstLayer
 from fedsplit.packing import FloatArray, IntArray
 from fedsplit.privacy.accountant import Cost, ExposureAccountant, largest_precision
-from fedsplit.privacy.criterion import Joint, LayerMap, coordinates, joint
+from fedsplit.privacy.criterion import LayerMap, coordinates
+from fedsplit.privacy.gradient import Joint, joint
 from fedsplit.privacy.history import History, Sum
 from fedsplit.privacy.limits import Limits
 from fedsplit.wire import Reason
@@ -191,7 +192,8 @@ class Guard:
             share = found.share + missing / (count * np.prod(self.layer.input_shape))
             added = self.accountant.after(segments, Cost.of(len(segments), gradient=leverage)).gradient
             largest = max(np.max(added), np.max(found.leverage))
-            if share > limits.gradient_share or largest > limits.gradient_leverage:
+            determined = found.largest >= limits.leverage  # by both together, as a convolution's equations can
+            if share > limits.gradient_share or largest > limits.gradient_leverage or determined:
                 return False
             self._history.keep_sum(name, records, segments, delta)
         self.accountant.add_gradient(name, segments, leverage)

@@ -28,9 +28,10 @@ from fedsplit.assemble import data_source, dropping, public_records, split_model
 from fedsplit.config import Settings, load_settings
 from fedsplit.data import Records, Source
 from fedsplit.model import SplitModel
-from fedsplit.privacy.attacks import Prior, decoder, lmmse, map_qp
+from fedsplit.privacy.attacks import decoder, lmmse, map_qp
 from fedsplit.privacy.audit import audit
 from fedsplit.privacy.evidence import rehearsed, released
+from fedsplit.privacy.prior import Prior
 from fedsplit.privacy.scores import summarise
 from fedsplit.privacy.transcript import Subjects
 from fedsplit.schedule import seed_of

@@ -10,18 +10,15 @@ from torch import nn
 
 from fedsplit.data.packaged import mnist as load_mnist
 from fedsplit.model import FirstLayer
-from fedsplit.privacy.attacks import (
+from fedsplit.privacy.attacks import decoder, lmmse, map_qp, wiener
+from fedsplit.privacy.gradient_attacks import (
     FLOAT32,
-    Prior,
     conv_operator,
-    decoder,
     gradient_conv,
     gradient_dense,
-    lmmse,
-    map_qp,
     negative_control,
-    wiener,
 )
+from fedsplit.privacy.prior import Prior
 from fedsplit.privacy.scores import pooled_psnr, psnr
 
 Known = tuple[list[np.ndarray], list[np.ndarray]]

@@ -11,7 +11,8 @@ from torch import nn
 
 from fedsplit.model import FirstLayer
 from fedsplit.privacy import criterion
-from fedsplit.privacy.criterion import LayerMap, coordinates, joint, leverage, null_probe, record_leverage
+from fedsplit.privacy.criterion import LayerMap, coordinates, leverage, null_probe
+from fedsplit.privacy.gradient import joint, record_leverage
 
 LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(6, 4), (6,)),

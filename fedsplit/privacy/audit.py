@@ -17,19 +17,11 @@ from torch import nn
 
 from fedsplit.model import FirstLayer
 from fedsplit.packing import IntArray
-from fedsplit.privacy.attacks import (
-    Prior,
-    conv_operator,
-    decoder,
-    gradient_conv,
-    gradient_dense,
-    lmmse,
-    map_qp,
-    negative_control,
-    wiener,
-)
+from fedsplit.privacy.attacks import decoder, lmmse, map_qp, wiener
 from fedsplit.privacy.criterion import coordinates
 from fedsplit.privacy.evidence import Evidence, GradientGroup, equations, released
+from fedsplit.privacy.gradient_attacks import conv_operator, gradient_conv, gradient_dense, negative_control
+from fedsplit.privacy.prior import Prior
 from fedsplit.privacy.scores import summarise
 
 Array = NDArray[np.float64]

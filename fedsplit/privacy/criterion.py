@@ -10,13 +10,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import unfold
 from torch.nn.grad import conv1d_input, conv2d_input
 
 from fedsplit.model import FirstLayer
@@ -27,7 +25,6 @@ Mask = NDArray[np.bool_]
 _DENSE = 20_000_000  # largest matrix that is held: 160 MB
 _BLOCK = 2**21  # numbers that are worked on at once; more no longer fit the caches
 _EXACT = 1e-6  # a leverage this close to 1 counts as 1
-_SMALL = 1e-12  # squared sine of the angle below which a gradient's equation adds nothing to the activations'
 
 
 class LayerMap:
@@ -49,19 +46,19 @@ class LayerMap:
         self.layer = layer
         self.n = math.prod(layer.input_shape)
         self.width = layer.width
-        self.weight = _tensor(weights["weight"])
+        self.weight = double(weights["weight"])
         zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in layer.shapes.items()}
         self._parameters = {**zeros, "weight": self.weight}
 
     def apply(self, x: NDArray[np.floating]) -> Array:
         """Return the outputs ``(records, width)`` of records ``(records, n)``, float64."""
-        inputs = _tensor(x).reshape(-1, *self.layer.input_shape)
+        inputs = double(x).reshape(-1, *self.layer.input_shape)
         outputs = self.layer.run(self._parameters, inputs)
         return np.asarray(outputs.reshape(len(inputs), self.width).numpy())
 
     def transpose(self, u: NDArray[np.floating]) -> Array:
         """Return the transposed map ``(records, n)`` of ``u`` ``(records, width)``, float64."""
-        d, c = _tensor(u).reshape(-1, *self.layer.cut_shape), self.layer.layer
+        d, c = double(u).reshape(-1, *self.layer.cut_shape), self.layer.layer
         if isinstance(c, nn.Linear):
             x = d @ self.weight
         else:
@@ -99,7 +96,7 @@ def leverage(rows: NDArray[np.floating]) -> tuple[int, Array]:
     >>> leverage(np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 5.0]]))[1].round(6)
     array([0.5, 0.5, 1. ])
     """
-    ranks, bases = _bases(_tensor(rows)[None])
+    ranks, bases = bases_of(double(rows)[None])
     return int(ranks[0]), _leverages(bases)[0]
 
 
@@ -192,12 +189,12 @@ def coordinates(releases: Sequence[Release], *, probes: int = 8, iterations: int
 
     Exact where a record's rows have at most 2e7 elements, otherwise by :func:`null_probe`.
     """
-    maps, kept, alive = _stacked(releases)
+    maps, kept, alive = stacked(releases)
     n, ends = maps[0].n, np.cumsum([m.width for m in maps])[:-1]
     found = Coordinates(kept.sum(axis=1), *(np.zeros(len(kept), dtype) for dtype in "qddd?"))
     for block, k in _blocks(alive.sum(axis=1), n):
         if k * n <= _DENSE:
-            ranks, bases = _bases(_gather(maps, alive[block]))
+            ranks, bases = bases_of(gather(maps, alive[block]))
             h, converged = _leverages(bases), True
         else:
             own = np.split(alive[block[0]], ends)
@@ -210,124 +207,7 @@ def coordinates(releases: Sequence[Release], *, probes: int = 8, iterations: int
     return found
 
 
-def record_leverage(delta: NDArray[np.floating], ridge: float = 0.0) -> Array:
-    """Return how much a sum of a dense layer's gradients tells of each record: float64 ``(N,)`` in 0..1.
-
-    The sum is ``delta' X``, and record i is handed back exactly iff ``d_i (delta' delta)^+ d_i'`` is 1. Deltas are
-    taken as exact: directions that only their rounding made count too, which errs on the safe side.
-
-    Parameters
-    ----------
-    delta : array (N, m)
-        Each record's gradient at the pre-activations; several releases over the same records side by side.
-    ridge : float
-        Added to ``delta' delta``: variance of the noise on the sum over that of a coordinate.
-    """
-    u, s = _column_space(_tensor(delta), scale=ridge == 0)
-    return np.asarray((u.square() @ (s.square() / (s.square() + ridge))).clamp(0, 1).numpy())
-
-
-@dataclass(frozen=True)
-class Joint:
-    """What activations and sums of first-layer gradients over the same N records tell of them together.
-
-    Attributes
-    ----------
-    share : float
-        Equations of both over unknowns; k/n + r/N for a dense layer. From 1 on everything is determined, generically.
-    largest : float
-        Convolution: largest leverage of any coordinate in all equations together. Linear: largest of ``leverage``.
-    leverage : float64 array (N,)
-        :func:`record_leverage` in the gradients alone; of a record with several positions, the largest of these.
-    rank : int
-        Row rank r of the gradients: of the deltas side by side, for a convolution unfolded over positions.
-    """
-
-    share: float
-    largest: float
-    leverage: Array
-    rank: int
-
-
-def joint(
-    layer: LayerMap, deltas: Sequence[NDArray[np.floating]], kept: Sequence[Mask], maps: Sequence[LayerMap] = ()
-) -> Joint:
-    """Return what releases of N records' activations and of sums of their gradients tell together.
-
-    Parameters
-    ----------
-    deltas : Sequence of arrays (N, width)
-        Gradients at the pre-activations, for each sum that is released.
-    kept : Sequence of bool arrays (N, width)
-        Outputs kept, for each release of activations.
-    maps : Sequence[LayerMap]
-        The map of each release of activations; without it all are of ``layer``.
-    """
-    stacked, outputs, alive = _stacked(list(zip(maps or [layer] * len(kept), kept, strict=True)))
-    spread = torch.cat([_spread(layer.layer, _tensor(delta)) for delta in deltas], dim=-1)
-    groups, records, positions, _ = spread.shape
-    spaces = [_column_space(rows.flatten(0, 1))[0].reshape(records, positions, -1) for rows in spread]
-    alone = torch.stack([u.square().sum(-1).amax(1) for u in spaces]).amax(0).clamp(max=1).numpy()
-    rank = sum(u.shape[-1] for u in spaces)
-    share = (int(outputs.sum()) + rank * layer.n // (positions * groups)) / (records * layer.n)
-    dense = isinstance(layer.layer.layer, nn.Linear)
-    largest = alone.max(initial=0.0) if dense else _largest_joint(stacked, alive, spaces)
-    return Joint(share, float(largest), alone, rank)
-
-
-def _largest_joint(maps: list[LayerMap], alive: Mask, spaces: list[Tensor]) -> float:
-    """Return the largest leverage of any coordinate of any record in all equations of a convolution together.
-
-    The gradients' equations, made orthonormal, are the same ``spaces[g]`` ``(records, positions, r)`` for every input
-    channel of group g. What they add to a record's leverages is their part outside the span of its activations' rows.
-    """
-    records, positions, _ = spaces[0].shape
-    channels = maps[0].n // (positions * len(spaces))
-    sizes = [channels * u.shape[-1] for u in spaces]
-
-    def activations() -> Iterator[tuple[Tensor, Tensor]]:  # a basis (k, n), and the equations' parts along it
-        for i in range(records):
-            basis = _bases(_gather(maps, alive[i : i + 1]))[1][0]
-            parts = basis.reshape(len(basis), len(spaces), channels, positions)
-            yield basis, torch.cat([(parts[:, g] @ u[i]).flatten(1) for g, u in enumerate(spaces)], dim=1)
-
-    gram = torch.eye(sum(sizes), dtype=torch.float64)
-    for _, along in activations():
-        gram -= along.T @ along
-    # singular as a rule: a gradient of kept outputs, times their weights, is a combination of these outputs
-    values, vectors = torch.linalg.eigh(gram)
-    root = vectors[:, values > _SMALL] / values[values > _SMALL].sqrt()  # root root' = gram^+
-    largest = 0.0
-    for i, (basis, along) in enumerate(activations()):
-        pieces = zip(spaces, torch.split(root, sizes), strict=True)
-        parts = [u[i] @ piece.reshape(channels, u.shape[-1], root.shape[1]) for u, piece in pieces]
-        added = torch.cat(parts).flatten(0, 1) - basis.T @ (along @ root)
-        largest = max(largest, float((basis.square().sum(0) + added.square().sum(1)).max()))
-    return min(largest, 1.0)
-
-
-def _spread(layer: FirstLayer, delta: Tensor) -> Tensor:
-    """Return ``(groups, N, positions, q)``: what a position's coordinates are multiplied by in the q gradients.
-
-    Those of one position, one for each input channel of the group, have the same factors, each in its own part of the
-    gradient. For a linear layer, positions are the record's leading axes, and the factors the delta.
-    """
-    if isinstance(layer.layer, nn.Linear):
-        return delta.reshape(1, len(delta), -1, layer.layer.out_features)
-    c, shape = cast(nn.Conv2d, layer.layer), layer.input_shape[1:]
-    flat = (1,) * (2 - len(shape))  # a Conv1d is a Conv2d of height 1
-    numbers = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(1, 1, *flat, *shape)
-    padding = (0,) * len(flat) + cast(tuple[int, ...], c.padding)
-    places = unfold(numbers, flat + c.kernel_size, flat + c.dilation, padding, flat + c.stride)[0].long()  # 0: padding
-    steps = delta.reshape(len(delta), c.groups, -1, places.shape[1]).permute(1, 0, 3, 2)  # (groups, N, steps, outputs)
-    size = (c.groups, len(delta), math.prod(shape) + 1, steps.shape[-1], len(places))
-    spread = torch.zeros(size, dtype=torch.float64)
-    for k, place in enumerate(places):
-        spread[:, :, place, :, k] = steps
-    return spread[:, :, 1:].flatten(3)
-
-
-def _bases(rows: Tensor) -> tuple[Tensor, Tensor]:
+def bases_of(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the ranks ``(B,)`` of rows ``(B, k, n)`` and orthonormal bases ``(B, min(k, n), n)``, zeros at their ends.
 
     By Cholesky factors of Gram matrices, which must prove themselves; by singular values where they do not.
@@ -348,20 +228,13 @@ def _bases(rows: Tensor) -> tuple[Tensor, Tensor]:
     ranks = torch.full((len(rows),), min(k, n))
     for b in torch.nonzero(~good).flatten().tolist():
         _, s, vt = torch.linalg.svd(rows[b] / norms[b].where(norms[b] > 0, 1), full_matrices=False)
-        ranks[b] = _rank(s, k, n)
+        ranks[b] = rank_of(s, k, n)
         bases[b] = vt.where(torch.arange(len(s))[:, None] < ranks[b], 0)
     return ranks, bases
 
 
-def _column_space(rows: Tensor, *, scale: bool = True) -> tuple[Tensor, Tensor]:
-    """Return the left singular vectors ``(N, r)`` and singular values ``(r,)`` of ``(N, m)``, columns of norm 1."""
-    norms = torch.linalg.vector_norm(rows, dim=0)
-    u, s, _ = torch.linalg.svd(rows / norms.where(norms > 0, 1) if scale else rows, full_matrices=False)
-    rank = _rank(s, *rows.shape)
-    return u[:, :rank], s[:rank]
-
-
-def _rank(singular: Tensor, *shape: int) -> int:
+def rank_of(singular: Tensor, *shape: int) -> int:
+    """Return how many singular values of a matrix of such a shape are not rounding."""
     return int((singular > singular[:1] * max(shape) * torch.finfo(torch.float64).eps).sum())
 
 
@@ -369,11 +242,11 @@ def _leverages(bases: Tensor) -> Array:
     return np.asarray(np.minimum(np.einsum("bkn,bkn->bn", bases.numpy(), bases.numpy()), 1))
 
 
-def _stacked(releases: Sequence[Release]) -> tuple[list[LayerMap], Mask, Mask]:
+def stacked(releases: Sequence[Release]) -> tuple[list[LayerMap], Mask, Mask]:
     """Return maps, the outputs kept under them side by side, and those of them whose rows are not zero.
 
     Releases under equal weights are joined: an output that is kept twice is one equation. Doubled rows and rows of
-    zeros would also send every record the slow way of :func:`_bases`.
+    zeros would also send every record the slow way of :func:`bases_of`.
     """
     joined: dict[bytes, Release] = {}
     for layer, mask in releases:
@@ -384,7 +257,7 @@ def _stacked(releases: Sequence[Release]) -> tuple[list[LayerMap], Mask, Mask]:
     return maps, kept, kept & (np.concatenate([layer.norms for layer in maps]) > 0)
 
 
-def _gather(maps: list[LayerMap], kept: Mask) -> Tensor:
+def gather(maps: list[LayerMap], kept: Mask) -> Tensor:
     """Return the rows ``(records, k, n)`` of records that keep k outputs each."""
     column = np.nonzero(kept)[1]
     rows, start = np.empty((len(column), maps[0].n)), 0
@@ -403,5 +276,6 @@ def _blocks(counts: IntArray, n: int) -> Iterator[tuple[IntArray, int]]:
         yield from ((records[start : start + step], k) for start in range(0, len(records), step))
 
 
-def _tensor(array: NDArray[np.generic]) -> Tensor:
+def double(array: NDArray[np.generic]) -> Tensor:
+    """Return a float64 tensor, sharing memory where it can."""
     return torch.from_numpy(np.require(array, np.float64, ["C", "W"]))  # torch warns of arrays that cannot be written

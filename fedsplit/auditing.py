@@ -11,7 +11,10 @@ from safetensors.numpy import load_file
 
 from fedsplit.assemble import data_source, dropping, public_records, split_model
 from fedsplit.config import Settings, load_settings
+from fedsplit.dropping import simulation_secret
 from fedsplit.errors import ConfigError, DataError
+from fedsplit.forward import Chunk
+from fedsplit.home import Home
 from fedsplit.privacy.audit import Audit, audit
 from fedsplit.privacy.evidence import Evidence, recorded, rehearsed, released_bytes
 from fedsplit.privacy.page import page
@@ -78,10 +81,13 @@ class Preview:
     report: dict[str, Any]
 
 
-def preview_record(settings: Settings, device: int, record: int, weights: Path | None, page_path: Path) -> Preview:
+def preview_record(
+    settings: Settings, device: int, record: int, weights: Path | None, home: Path | None, page_path: Path
+) -> Preview:
     """Release one record as the settings would have it, attack it, and write a page.
 
-    The attacker's public records are those that the settings name, or else the device's other records.
+    Masks and noise are drawn from the secret of the node in ``home``, or the simulation's. The attacker's public
+    records are those that the settings name, or else the device's other records.
 
     Raises
     ------
@@ -118,7 +124,9 @@ def preview_record(settings: Settings, device: int, record: int, weights: Path |
     with replacing(page_path) as new:
         title = f"Device {device}, record {record}"
         new.write_text(page(found, one.x, shape if len(shape) == 3 else None, title), encoding="utf-8")
-    payload = released_bytes(layer, policy, dtype, records.take(at), device, seed)
+    secret = simulation_secret(seed, device) if home is None else Home(home).device_secret(device)
+    chunk = Chunk(np.array([device]), np.ones(1, np.int64), at, at[:, None], one.x, one.y)
+    payload = released_bytes(layer, policy, dtype, chunk, secret)
     return Preview(payload, int(evidence.seen[0].pattern.sum()), layer.width, found.report)
 
 

@@ -162,6 +162,8 @@ class Guard:
         codes[rows] = self._in_turn(proposal.take(rows))
         leaving = rows[codes[rows] == 0] if self.enforce else new
         refused = int(np.isin(codes[looked_at], _TELLING).sum()) if self.enforce else 0
+        if refused > (left := max(0, self.limits.refusals - accountant.refused)):
+            codes[new], leaving, refused = Reason.CAPPED, new[:0], left + 1  # one answer, and the last
         if len(leaving) or refused:
             self._write(proposal.take(leaving), refused)
         return codes

@@ -28,13 +28,14 @@ def preview(
     device: Annotated[int, typer.Option(help="Whose record.")] = 0,
     record: Annotated[int, typer.Option(help="Which of its training records.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="first_layer.safetensors; default: before training.")] = None,
+    home: Annotated[Path | None, typer.Option(help="The node's folder, whose secret draws masks.")] = None,
     out: Annotated[Path, typer.Option(help="Page with what the attacks make of it.")] = Path("preview.html"),
 ) -> None:
     """Show the exact bytes that one record would release, and what the standard attacks make of them."""
     from fedsplit.auditing import preview_record
     from fedsplit.config import load_settings
 
-    shown = preview_record(load_settings(config), device, record, weights, out)
+    shown = preview_record(load_settings(config), device, record, weights, home, out)
     console = Console()
     console.print(
         f"device {device}, record {record}: {shown.sent} of {shown.width} outputs leave, in {len(shown.payload)} bytes "

@@ -214,14 +214,14 @@ def test_single_class_and_constant_features_are_no_obstacle(tmp_path: Path) -> N
 
 def test_a_preview_shows_the_bytes_of_one_record(tmp_path: Path) -> None:
     settings = digits(dropping={"policy": "top-k", "k": 4})
-    shown = preview_record(settings, 5, 2, None, tmp_path / "preview.html")
+    shown = preview_record(settings, 5, 2, None, None, tmp_path / "preview.html")
     assert shown.sent == 4 and shown.width == 48
     assert len(shown.payload) < 90
     assert (tmp_path / "preview.html").read_text().startswith("<!doctype html>")
     with pytest.raises(ConfigError, match=r"device 5 has \d+ training records, there is no record 9999"):
-        preview_record(settings, 5, 9999, None, tmp_path / "preview.html")
+        preview_record(settings, 5, 9999, None, None, tmp_path / "preview.html")
     with pytest.raises(DataError, match=r"weights .* are missing, damaged or of another first layer"):
-        preview_record(settings, 5, 2, tmp_path / "nothing.safetensors", tmp_path / "preview.html")
+        preview_record(settings, 5, 2, tmp_path / "nothing.safetensors", None, tmp_path / "preview.html")
 
 
 def test_a_forgotten_device_is_in_no_file_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -119,25 +119,21 @@ def released(
     layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray, x: FloatArray, seed: int
 ) -> tuple[NDArray[np.bool_], FloatArray]:
     """Return pattern and values ``(records, width)`` that some records would release."""
-    records = Records(x, np.zeros(len(x), dtype=np.int64))
-    return _dense(_release(layer, dropping, dtype, weights, records, 0, seed))
+    chunk = Chunk.of(0, Records(x, np.zeros(len(x), dtype=np.int64)))
+    return _dense(_release(layer, dropping, dtype, weights, chunk, simulation_secret(seed, 0)))
 
 
-def released_bytes(
-    layer: FirstLayer, dropping: Dropping, dtype: str, records: Records, device: int, seed: int
-) -> bytes:
-    """Return some records' release under the layer's own weights as it would stand on the wire."""
-    weights = layer.flatten(layer.initial_weights())
-    release = _release(layer, dropping, dtype, weights, records, device, seed)
+def released_bytes(layer: FirstLayer, dropping: Dropping, dtype: str, chunk: Chunk, secret: bytes) -> bytes:
+    """Return a device's release under the layer's own weights as it would stand on the wire."""
+    release = _release(layer, dropping, dtype, layer.flatten(layer.initial_weights()), chunk, secret)
     return b"".join(np.ascontiguousarray(array).tobytes() for array in release.arrays())
 
 
 def _release(
-    layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray, records: Records, device: int, seed: int
+    layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray, chunk: Chunk, secret: bytes
 ) -> Release:
-    secret, chunk = simulation_secret(seed, device), Chunk.of(device, records)
     kept = forward(layer, dropping, lambda _: secret, chunk, weights, KEYED_ROUND, b"audit", want_slopes=False).kept
-    return Release.pack(kept, chunk.devices, chunk.records, records.y, dtype, dropping.bits)
+    return Release.pack(kept, chunk.devices, chunk.records, chunk.y, dtype, dropping.bits)
 
 
 def _dense(release: Release) -> tuple[NDArray[np.bool_], FloatArray]:

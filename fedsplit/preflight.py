@@ -8,6 +8,7 @@ from fedsplit.config import Settings
 from fedsplit.data import Source
 from fedsplit.errors import ConfigError
 from fedsplit.model import FirstLayer
+from fedsplit.packing import IntArray
 from fedsplit.privacy.limits import Limits
 from fedsplit.schedule import Schedule
 
@@ -37,11 +38,9 @@ def _releases(settings: Settings, source: Source, layer: FirstLayer, limits: Lim
 
 
 def _overlap(settings: Settings, source: Source, layer: FirstLayer, limits: Limits) -> str:
-    parts = [source.device(d).train for d in range(source.count)]
+    parts = [source.device(d).train for d in range(source.count) if d not in settings.donors]
     parts += [source.device(d).test for d in source.test_devices]
-    shared = max(
-        (int(np.bincount(r.segments.ravel()).max(initial=0)) for r in parts if r.segments is not None), default=1
-    )
+    shared = max((_sharing(r.segments) for r in parts if r.segments is not None), default=1)
     # of records that share numbers one may leave, unless what leaves are single bits
     if shared <= 1 or (settings.dropping.bits == 1 and shared <= limits.releases):
         return ""
@@ -58,14 +57,20 @@ def _evaluations(settings: Settings, source: Source, layer: FirstLayer, limits: 
     )
 
 
+def _sharing(segments: IntArray) -> int:
+    """Return the most records that share a segment."""
+    ordered = np.sort(segments, axis=1)
+    first = np.diff(ordered, axis=1, prepend=-1) != 0  # a record may name a segment twice
+    return int(np.unique(ordered[first], return_counts=True)[1].max(initial=0))
+
+
 def _passes(settings: Settings, source: Source) -> int:
     """Return the most times that something new of a record would leave."""
     protocol, dropping = settings.protocol, settings.dropping
     keyed = dropping.mask == "keyed" or (dropping.policy not in ("random", "at-most") and not dropping.noise)
     if protocol.once or (_frozen(settings) and keyed):
         return 1  # the same weights and masks give the same bytes
-    donors = settings.donors
-    counts = {d: len(source.device(d).train) for d in range(source.count) if d not in donors}
+    counts = {d: len(source.device(d).train) for d in range(source.count) if d not in settings.donors}
     if settings.devices.fraction == 1.0:  # devices of one size are asked alike
         counts = {d: n for n, d in {n: d for d, n in counts.items()}.items()}
     schedule = Schedule(

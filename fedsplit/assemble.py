@@ -209,7 +209,7 @@ def real_node(settings_json: str, folder: str) -> Node:
     """
     settings, source, model = _opened(settings_json)
     home = Home(Path(folder))
-    check_limits(settings, source, model.first_layer, home.limits)
+    check_limits(settings, source, model.first_layer, home.limits, home.devices)
     return Node(
         model.first_layer,
         dropping(settings),

@@ -126,8 +126,8 @@ def preview_record(
         new.write_text(page(found, one.x, shape if len(shape) == 3 else None, title), encoding="utf-8")
     secret = simulation_secret(seed, device) if home is None else Home(home).device_secret(device)
     chunk = Chunk(np.array([device]), np.ones(1, np.int64), at, at[:, None], one.x, one.y)
-    payload = released_bytes(layer, policy, dtype, chunk, secret)
-    return Preview(payload, int(evidence.seen[0].pattern.sum()), layer.width, found.report)
+    payload, sent = released_bytes(layer, policy, dtype, chunk, secret)
+    return Preview(payload, sent, layer.width, found.report)
 
 
 def _write(folder: Path, found: Audit, evidence: Evidence, settings: Settings) -> dict[str, Any]:

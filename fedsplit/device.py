@@ -284,7 +284,7 @@ class Node:
         return gradients, np.array(lost, dtype=np.int64), refused
 
     def _shares(self, pending: Pending, block: CutGradients) -> list["_Share"]:
-        """Return the devices' parts of a pending chunk; a device that raises is left out."""
+        """Return the devices' parts of a pending chunk; none if a device raises: the server expects all or nothing."""
         delta = block.values() * (pending.slopes if len(pending.slopes) else 1)
         rows = np.concatenate([[0], np.cumsum(pending.records)]).tolist()
         values = np.concatenate([[0], np.cumsum(pending.counts)])
@@ -304,7 +304,8 @@ class Node:
                     )
                 )
             except Exception as error:  # see _size
-                log.warning("device %d sits out a backward half (%s)", device, _why(error))
+                log.warning("device %d fails in a backward half (%s)", device, _why(error))
+                return []
         return shares
 
     def _admit_gradient(self, guard: Guard, pending: Pending, shares: Sequence["_Share"], *, per_device: bool) -> bool:

@@ -97,7 +97,8 @@ class Summed:
     @property
     def name(self) -> bytes:
         """A 32-byte digest of all that decides the sum besides the records' content."""
-        return sha256(self.records.tobytes() + self.bitmap.tobytes() + self.values.tobytes()).digest()
+        parts = (self.records, self.bitmap, self.values)
+        return sha256(b"".join(sha256(part.tobytes()).digest() for part in parts)).digest()
 
     def pattern(self, width: int) -> Mask:
         """Return which outputs were sent, ``(records, width)``."""
@@ -253,8 +254,9 @@ class Guard:
     def _by_leverage(self, proposal: Proposal) -> tuple[IntArray, Float64]:
         """Return reasons by, and the largest leverage of each record's numbers in this release and all earlier ones.
 
-        Where it cannot be known the record has had its releases: where earlier patterns were not kept, and where
-        another record with the same segment has left, since segments do not say which numbers they share.
+        Where it cannot be known the record has had its releases: where earlier patterns were not kept, where sums of
+        gradients have left, and where another record with the same segment has, since segments do not say which
+        numbers they share.
         """
         if not (proposal.exact and len(proposal.records)):
             return np.zeros(len(proposal.records), dtype=np.int64), np.zeros(len(proposal.records))
@@ -262,7 +264,8 @@ class Guard:
         own = self._map(proposal.weights), unpack_bitmap(proposal.bitmap, self.layer.width)
         found = coordinates([own, *earlier])
         broken = (found.largest >= self.limits.leverage) | (found.determined > 0)
-        unknown = ~complete | (self.accountant.spent(proposal.segments).releases > count)
+        spent = self.accountant.spent(proposal.segments)
+        unknown = ~complete | (spent.releases > count) | (np.asarray(spent.gradient) > 0)
         return np.where(unknown, Reason.RELEASES, np.where(broken, Reason.LEVERAGE, 0)), found.largest
 
     def _in_turn(self, proposal: Proposal) -> IntArray:

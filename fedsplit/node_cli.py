@@ -31,7 +31,10 @@ def preview(
     home: Annotated[Path | None, typer.Option(help="The node's folder, whose secret draws masks.")] = None,
     out: Annotated[Path, typer.Option(help="Page with what the attacks make of it.")] = Path("preview.html"),
 ) -> None:
-    """Show the exact bytes that one record would release, and what the standard attacks make of them."""
+    """Show the bytes that one record would release, and what the standard attacks make of such a release.
+
+    They are exact but for what is drawn anew in a run: noise, and masks unless dropping.mask is "keyed".
+    """
     from fedsplit.auditing import preview_record
     from fedsplit.config import load_settings
 

@@ -123,10 +123,10 @@ def released(
     return _dense(_release(layer, dropping, dtype, weights, chunk, simulation_secret(seed, 0)))
 
 
-def released_bytes(layer: FirstLayer, dropping: Dropping, dtype: str, chunk: Chunk, secret: bytes) -> bytes:
-    """Return a device's release under the layer's own weights as it would stand on the wire."""
+def released_bytes(layer: FirstLayer, dropping: Dropping, dtype: str, chunk: Chunk, secret: bytes) -> tuple[bytes, int]:
+    """Return a device's release under the layer's own weights as it would stand on the wire, and the outputs in it."""
     release = _release(layer, dropping, dtype, layer.flatten(layer.initial_weights()), chunk, secret)
-    return b"".join(np.ascontiguousarray(array).tobytes() for array in release.arrays())
+    return b"".join(np.ascontiguousarray(array).tobytes() for array in release.arrays()), int(release.counts.sum())
 
 
 def _release(

@@ -162,11 +162,17 @@ class Guard:
             rows = rows[codes[rows] == 0]
         codes[rows] = self._in_turn(proposal.take(rows))
         leaving = rows[codes[rows] == 0] if self.enforce else new
-        refused = int(np.isin(codes[looked_at], _TELLING).sum()) if self.enforce else 0
-        if refused > (left := max(0, self.limits.refusals - accountant.refused)):
-            codes[new], leaving, refused = Reason.CAPPED, new[:0], left + 1  # one answer, and the last
-        if len(leaving) or refused:
-            self._write(proposal.take(leaving), refused)
+        telling = looked_at[np.isin(codes[looked_at], _TELLING)] if self.enforce else new[:0]
+        # which records are judged together decides activity: there the same question has other answers
+        again = accountant.was_refused(proposal.records[telling], proposal.name) & (codes[telling] != Reason.WEIGHTS)
+        telling = telling[~again]
+        if accountant.refused + len(telling) > self.limits.refusals and len(telling):
+            codes[new], leaving = Reason.CAPPED, new[:0]  # one answer, and the last
+            accountant.refused = self.limits.refusals
+            telling = telling[:1]
+        if len(leaving) or len(telling):
+            accountant.refuse(proposal.records[telling], proposal.name)
+            self._write(proposal.take(leaving))
         return codes
 
     def admit_gradient(self, summed: Summed) -> bool:
@@ -287,8 +293,8 @@ class Guard:
                 shared[own] = True
         return codes
 
-    def _write(self, proposal: Proposal, refused: int) -> None:
-        """Write down what leaves, and how many records were refused for what they hold."""
+    def _write(self, proposal: Proposal) -> None:
+        """Write down what leaves."""
         accountant = self.accountant
         if len(proposal.records):
             if self.enforce and self.limits.releases > 1:  # else there is nothing that it would be judged with
@@ -296,7 +302,6 @@ class Guard:
                 self._history.keep_release(proposal.name, proposal.weights, proposal.records, bitmap)
             accountant.step(proposal.records, proposal.segments, proposal.name, proposal.cost)
             accountant.note(proposal.run, proposal.round_number)
-        accountant.refused += refused
         accountant.save()
 
     def _together(

@@ -284,9 +284,9 @@ def test_new_runs_do_not_bring_new_refusals(telling: str, guards: Guards) -> Non
     rows = np.eye(WIDTH, N) if telling == "leverage" else dense()
     kept, active = first(2, 9 if telling == "equations" else 1), 1.0 if telling == "activity" else 0.5
     for run in range(2):
-        codes = guards(refusals=5).admit(release(kept, flat(rows), active=active, run=run))
+        codes = guards(refusals=5).admit(release(kept, flat(rows * 2.0**run), active=active, run=run))
         assert set(codes.tolist()) <= {Reason.WEIGHTS, Reason.EQUATIONS, Reason.LEVERAGE} and codes.all()
-    codes = guards(refusals=5).admit(release(kept, flat(rows), active=active, run=77))
+    codes = guards(refusals=5).admit(release(kept, flat(rows / 2), active=active, run=77))
     assert codes.tolist() == [Reason.CAPPED] * 2
 
 
@@ -303,6 +303,16 @@ def test_refusals_that_do_not_look_at_records_do_not_count(guards: Guards) -> No
         noisy = release(first(4, 1), flat(dense(1)), records=range(4, 8), round_number=9)
         assert set(guards(refusals=0, epsilon=1.0).admit(noisy).tolist()) == {Reason.EPSILON}
     assert guards(refusals=0).admit(release(first(1, 1), records=[9], round_number=9)).tolist() == [0]
+
+
+def test_the_same_refusal_again_does_not_count(guards: Guards) -> None:
+    """A frozen layer asks the same in every round."""
+    for _ in range(5):
+        assert guards(refusals=1).admit(release(outputs(9, 1))).tolist() == [Reason.EQUATIONS, 0]
+    assert guards().accountant.refused == 1
+    assert (
+        guards(refusals=1).admit(release(outputs(9, 1), flat(dense(1)), records=[0, 7])).tolist() == [Reason.CAPPED] * 2
+    )
 
 
 def test_a_record_that_has_left_answers_no_questions(guards: Guards) -> None:

@@ -74,6 +74,7 @@ _TABLE: dict[str, type[np.generic]] = {
     "fisher": np.float64,
     "leverage": np.float64,
 }
+_REFUSAL = np.dtype([("record", np.int64), ("release", np.uint8, 32)])
 _NONE: dict[str, float] = dict.fromkeys(_TABLE, 0) | {"leverage": np.nan}
 
 
@@ -148,7 +149,7 @@ class ExposureAccountant:
             self._releases, self._sums = _split(found["releases_sent"]), _split(found["sums_sent"])
             self._sent: IntArray = found["sent"]
             self._last_rounds: dict[int, int] = dict(found["rounds"].tolist())
-            self.refused = int(found["refused"])
+            self.refused, self._refusals = int(found["refused"]), found["refusals"]
             saved_owner = found["owner"].tobytes()
         except FileNotFoundError:
             raise StateError(f"exposure ledger {path} is missing: what has left cannot be known") from None
@@ -174,6 +175,7 @@ class ExposureAccountant:
         new._table = {name: np.zeros(0, dtype=kind) for name, kind in _TABLE.items()}
         new._releases, new._sent, new._sums = [], np.zeros((0, 2), dtype=np.int64), []
         new._last_rounds, new.refused, new._saved = {}, 0, b""
+        new._refusals = np.zeros(0, dtype=_REFUSAL)
         new.save()
         return new
 
@@ -262,6 +264,18 @@ class ExposureAccountant:
             np.fmax.at(table["leverage"], column[rows], cost.leverage[rows])
         return table
 
+    def refuse(self, records: IntArray, release: bytes) -> None:
+        """Count records that are refused because of what they hold."""
+        new = np.empty(len(records), dtype=_REFUSAL)
+        new["record"], new["release"] = records, np.frombuffer(release, np.uint8)
+        self._refusals = np.concatenate([self._refusals, new])
+        self.refused += len(records)
+
+    def was_refused(self, records: IntArray, release: bytes) -> NDArray[np.bool_]:
+        """Return which of the records have been refused under this name: to say so again tells nothing new."""
+        same = (self._refusals["release"] == np.frombuffer(release, np.uint8)).all(axis=1)
+        return np.isin(records, self._refusals["record"][same])
+
     def last_round(self, run: int) -> int:
         """Return the latest round of a run in which records left; 0 if none did."""
         return self._last_rounds.get(run, 0)
@@ -306,6 +320,7 @@ class ExposureAccountant:
                 sums_sent=_join(self._sums),
                 rounds=np.array(list(self._last_rounds.items()), dtype=np.int64).reshape(-1, 2),
                 refused=np.int64(self.refused),
+                refusals=self._refusals,
                 **self._table,
             )
             if self._durable:

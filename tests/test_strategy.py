@@ -20,6 +20,8 @@ from fedsplit.errors import RunError
 from fedsplit.grid import InProcessGrid
 from fedsplit.training import TrainingRun, open_run_folder
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +104,6 @@ def test_late_gradients_are_applied_once(tmp_path: Path) -> None:
     assert run.result is not None and sum(counted) == run.result["samples"]
 
 
-@pytest.mark.slow
 def test_gradients_too_late_are_dropped(tmp_path: Path) -> None:
     def never_again(number: int, message: Message, reply: Message) -> Message | None:
         return None if number >= 2 and node_of(message) == 1 else reply

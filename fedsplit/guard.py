@@ -171,7 +171,9 @@ class Guard:
             accountant.refused = self.limits.refusals
             telling = telling[:1]
         if len(leaving) or len(telling):
-            accountant.refuse(proposal.records[telling], proposal.name)
+            lasting = telling[codes[telling] != Reason.WEIGHTS]
+            accountant.refuse(proposal.records[lasting], proposal.name)
+            accountant.refused += len(telling) - len(lasting)
             self._write(proposal.take(leaving))
         return codes
 

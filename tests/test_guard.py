@@ -644,6 +644,14 @@ def test_a_sum_that_was_not_kept_is_refused(guards: Guards) -> None:
         summed(guards, deltas(60, seed=1))
 
 
+def test_a_record_that_is_part_of_a_sum_is_released_no_more(guards: Guards) -> None:
+    """Releases are judged with releases: what they would tell beside a sum is not known."""
+    assert summed(guards, deltas(60))
+    few = np.random.default_rng(0).normal(size=(N + 1) * 2).astype(np.float32)
+    ask = release(first(2, 1, 2), few, records=[3, 99])
+    assert guards(layer=FEW).admit(ask).tolist() == [Reason.RELEASES, 0]
+
+
 def test_gradients_have_no_epsilon(guards: Guards) -> None:
     assert not summed(guards, deltas(60), epsilon=1e6)
 
@@ -952,6 +960,15 @@ def test_a_real_node_counts_over_all_runs(server: Start, tmp_path: Path) -> None
         only_refusals(hostile.send(hostile.ask(2, run=run, weights=flat(dense(3)))), all_of(Reason.RELEASES))
     (tmp_path / "home" / "ledger-train.npz").unlink()
     assert hostile.send(hostile.ask(3)) is None and "nothing leaves" in hostile.errors[-1]
+
+
+def test_a_device_of_a_real_node_whose_records_were_changed_sits_out(server: Start, tmp_path: Path) -> None:
+    home = Home.create(tmp_path / "home", [0, 1, 2])
+    home.known(1, private(2, 3))  # what device 1 held before
+    settings = {"protocol": {"mode": "single-pass", "chunk": "epoch"}, "first-layer": {"strategy": "frozen"}}
+    hostile = server(home=tmp_path / "home", **settings)
+    upload = hostile.send(hostile.ask())
+    assert upload is not None and upload.failed.tolist() == [1] and upload.release.devices.tolist() == [0, 2]
 
 
 def test_a_real_node_answers_no_more_questions_in_new_runs(server: Start, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """From settings to the parts of a run: data source, model, dropping, a node's devices, the server's strategy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fedsplit.config import Settings
-from fedsplit.data import Records, Source, open_source, read_records
+from fedsplit.data import DeviceData, Records, Source, open_source, read_records
 from fedsplit.data.loading import resolve_function
 from fedsplit.device import Node
 from fedsplit.dropping import Dropping, simulation_secret
@@ -28,7 +28,7 @@ from fedsplit.state import NodeState
 from fedsplit.strategy import ProtocolOptions, SplitStrategy
 from fedsplit.trunk import Trunk, TrunkOptions
 
-_CACHED_DEVICES = 256  # of a user's own data, per process; packaged data sets are shared arrays
+_CACHED_BYTES = 2**28  # of a user's own data, per process; packaged data sets are shared arrays
 
 
 def data_source(settings: Settings) -> Source:
@@ -167,7 +167,7 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
     if partitions > source.count:
         raise ConfigError(f"{partitions} nodes for {source.count} devices: lower the number of nodes")
     pooled = settings.data.name is not None
-    data = source.device if pooled else lru_cache(maxsize=_CACHED_DEVICES)(source.device)
+    data = source.device if pooled else _cached(source.device)
     seed = settings.run.seed
     own_limits, enforce = limits(settings), settings.guard.mode == "enforce"
     owner = sha256(b"%d %d %d" % (seed, partition, partitions)).digest()
@@ -214,13 +214,32 @@ def real_node(settings_json: str, folder: str) -> Node:
         model.first_layer,
         dropping(settings),
         home.devices,
-        lru_cache(maxsize=_CACHED_DEVICES)(lambda device: home.known(device, source.device(device))),
+        _cached(lambda device: home.known(device, source.device(device))),
         home.device_secret,
         lambda run: NodeState(home.folder / "runs" / f"{run:x}"),
         lambda run, ledger: home.guard(ledger, model.first_layer),
         dtype=settings.protocol.dtype,
         keyed=settings.dropping.mask == "keyed",
     )
+
+
+def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:
+    """Keep what is loaded while there is room, first come first served: devices come in turns, so the last would go."""
+    kept: dict[int, DeviceData] = {}
+    room = _CACHED_BYTES
+
+    def cached(device: int) -> DeviceData:
+        nonlocal room
+        if device in kept:
+            return kept[device]
+        data = load(device)
+        size = sum(r.x.nbytes + r.y.nbytes for r in (data.train, data.test))
+        if size <= room:
+            kept[device] = data
+            room -= size
+        return data
+
+    return cached
 
 
 def split_strategy(settings: Settings, source: Source, model: SplitModel, run: int) -> SplitStrategy:

@@ -20,12 +20,16 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class RunSettings(Section):
-    """``[run]``: the name (of the run folder), seed, rounds, engine, and rounds between evaluations (0: at the end)."""
+    """``[run]``: the name (of the run folder), seed, rounds, engine, and rounds between evaluations (0: at the end).
+
+    ``ray_address``: of a Ray cluster that is there already, for the engine ``ray``; without it a private one is made.
+    """
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     rounds: Positive
     engine: Literal["ray", "inline"] = "ray"
+    ray_address: str | None = None
     evaluate_every: Annotated[int, Field(ge=0)] = 0
 
 

@@ -6,8 +6,9 @@ into nodes changes no release, and a sum of gradients by far less than a float32
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ from fedsplit.wire import (
 
 log = logging.getLogger(__name__)
 _WHOLE_NODE = -1
+_FEW_RECORDS = 32  # of a device, below which it takes no product of its own
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -275,10 +277,9 @@ class Node:
             if not shares or (guard.enforce and not allowed):
                 lost.append(block.round_number)
                 continue
-            for share in shares:
-                group = share.device if download.per_device else _WHOLE_NODE
-                sums[group] = sums.get(group, 0) + self._gradient(share)
-                counts[group] = counts.get(group, 0) + len(share.index)
+            for group, records, total in self._sums(shares, per_device=download.per_device):
+                sums[group] = sums.get(group, 0) + total
+                counts[group] = counts.get(group, 0) + records
         groups = sorted(sums)
         gradients = self._gradients([sums[g] for g in groups], [counts[g] for g in groups], groups)
         return gradients, np.array(lost, dtype=np.int64), refused
@@ -331,18 +332,35 @@ class Node:
             np.stack(sums) if sums else np.zeros((0, self.first_layer.size)),
         )
 
-    def _gradient(self, share: "_Share") -> NDArray[np.float64]:
-        """Return dW of the loss summed over a share's records."""
+    def _sums(self, shares: Sequence["_Share"], *, per_device: bool) -> Iterator[tuple[int, int, NDArray[np.float64]]]:
+        """Yield sums of dW of the summed loss: the group that each belongs to, how many records it is over, the sum.
+
+        A device with many records is summed alone, in float32. Of those with few a product takes many, but in float64:
+        which other devices a node happens to have must not show.
+        """
+        few = [] if per_device else [s for s in shares if len(s.index) < _FEW_RECORDS]
+        for share in shares if per_device else [s for s in shares if len(s.index) >= _FEW_RECORDS]:
+            group = share.device if per_device else _WHOLE_NODE
+            yield group, len(share.index), self._gradient([share], np.float32)
+        for start in range(0, len(few), _FEW_RECORDS):
+            several = few[start : start + _FEW_RECORDS]
+            yield _WHOLE_NODE, sum(len(s.index) for s in several), self._gradient(several, np.float64)
+
+    def _gradient(self, shares: Sequence["_Share"], dtype: type[np.floating[Any]]) -> NDArray[np.float64]:
+        """Return dW of the loss summed over all records of some shares, a block at a time."""
         layer, used = self.first_layer, 0
         total = np.zeros(layer.size)
-        for start in range(0, len(share.index), BLOCK):
+        x, counts, bitmap, delta = (
+            np.concatenate([getattr(share, name) for share in shares]) for name in ("x", "counts", "bitmap", "delta")
+        )
+        for start in range(0, len(x), BLOCK):
             rows = slice(start, start + BLOCK)
-            pattern = unpack_bitmap(share.bitmap[rows], layer.width)
-            dense = np.zeros(pattern.shape, dtype=np.float32)
-            count = int(share.counts[rows].sum())
-            dense[pattern] = share.delta[used : used + count]
+            pattern = unpack_bitmap(bitmap[rows], layer.width)
+            dense = np.zeros(pattern.shape, dtype=dtype)
+            count = int(counts[rows].sum())
+            dense[pattern] = delta[used : used + count]
             used += count
-            total += layer.gradient(share.records.x[rows], dense.reshape(-1, *layer.cut_shape))
+            total += layer.gradient(x[rows].astype(dtype, copy=False), dense.reshape(-1, *layer.cut_shape))
         return total
 
 
@@ -356,6 +374,11 @@ class _Share:
     counts: IntArray
     bitmap: NDArray[np.uint8]
     delta: FloatArray
+
+    @property
+    def x(self) -> FloatArray:
+        """The records' numbers."""
+        return self.records.x
 
 
 def _why(error: Exception) -> str:

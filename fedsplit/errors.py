@@ -21,5 +21,9 @@ class RunError(FedsplitError):
     """A run cannot go on: too few nodes answered, or a checkpoint does not fit."""
 
 
+class EngineError(RunError):
+    """What runs the simulated nodes has stopped; the run can go on from its checkpoint on a new one."""
+
+
 class StateError(FedsplitError):
     """A device's own state (secret, ledger, limits) is missing, damaged or another's: nothing may leave."""

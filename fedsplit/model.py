@@ -121,12 +121,12 @@ class FirstLayer:
             total = self.activation(z).sum()
         return cast(NDArray[np.float32], torch.autograd.grad(total, z)[0].numpy())
 
-    def gradient(self, x: NDArray[np.float32], delta: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return dW of the summed loss, all parameters in one flat float32 vector.
+    def gradient(self, x: NDArray[Number], delta: NDArray[Number]) -> NDArray[Number]:
+        """Return dW of the summed loss, all parameters in one flat vector of the arguments' dtype.
 
         Parameters
         ----------
-        x : array (records, *input_shape)
+        x : float32 or float64 array (records, *input_shape)
         delta : array (records, *cut_shape)
             Gradient of the summed loss at the pre-activations; for a linear layer dW = delta^T x.
         """
@@ -141,7 +141,7 @@ class FirstLayer:
         if self.layer.bias is not None:
             axes = [axis for axis in range(d.ndim) if axis != self._channel_axis(d.ndim)]
             parts.append(d.sum(dim=axes))
-        return cast(NDArray[np.float32], torch.cat([p.flatten() for p in parts]).numpy())
+        return cast(NDArray[Number], torch.cat([p.flatten() for p in parts]).numpy())
 
     def flatten(self, weights: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
         """Join the parameters into one float32 vector, in the layer's own order."""

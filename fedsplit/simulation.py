@@ -3,18 +3,22 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
-from flwr.app import Context
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.assemble import limits, num_nodes
 from fedsplit.client_app import client_app
 from fedsplit.config import Settings, load_settings
-from fedsplit.errors import ConfigError, RunError
-from fedsplit.grid import InProcessGrid
+from fedsplit.errors import ConfigError, EngineError, RunError
+from fedsplit.grid import InProcessGrid, PollingGrid
 from fedsplit.preflight import check_limits
 from fedsplit.training import (
     Report,
@@ -24,6 +28,9 @@ from fedsplit.training import (
     forget_node_states,
     open_run_folder,
 )
+
+log = logging.getLogger(__name__)
+_UNKNOWN = 0  # Flower's error code for what was raised around a ClientApp, not in it
 
 
 def simulate(
@@ -71,42 +78,105 @@ def simulate(
     return result
 
 
-def _on_ray(run: TrainingRun, app: Any, nodes: int) -> dict[str, Any]:
-    """Train on Flower's simulation runtime with a private local Ray."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later versions of Ray do; saves a warning
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    import ray
+def _on_ray(run: TrainingRun, app: ClientApp, nodes: int) -> dict[str, Any]:
+    """Train on Flower's simulation runtime; where an actor dies, on a new one from the last checkpoint."""
+    died = -1
+    while True:
+        try:
+            with _engine(app, nodes, run.settings.run.ray_address) as grid:
+                return run.train(grid)
+        except EngineError as error:
+            at = run.strategy.progress.round_number
+            if at == died:
+                raise RunError(f"the simulation engine stopped twice in round {at}: {error}") from None
+            died = at
+            log.warning("round %d: the simulation engine stopped: starting it anew (%s)", at, error)
+            run = run.again()
+
+
+class _RayGrid(PollingGrid):
+    """Flower's simulation grid, which sees when the engine behind it has stopped."""
+
+    def __init__(self, grid: Grid, alive: Callable[[], bool]) -> None:
+        super().__init__(grid)
+        self._alive = alive
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come; raises EngineError if an actor died, or all of it."""
+        replies = list(super().pull_messages(message_ids))
+        for reply in replies:
+            # Flower goes on without an actor that died, and answers for it: with another result, if nobody looked
+            if reply.has_error() and reply.error.code == _UNKNOWN:
+                raise EngineError((reply.error.reason or "no reason given").strip().splitlines()[0][:200])
+        if not self._alive():
+            raise EngineError("Flower's simulation runtime ended")
+        return replies
+
+
+@contextmanager
+def _engine(app: ClientApp, nodes: int, address: str | None) -> Iterator[Grid]:
+    """Start Ray and Flower's simulation runtime, yield its grid, and stop both.
+
+    The runtime gets a thread of its own, and training stays in this one: OpenMP gives every thread that computes its
+    own helpers, and lets all of them sleep between any two operations once there are more than cores.
+    """
     from flwr.simulation import run_simulation
 
+    grids: Queue[Grid | None] = Queue()
+    finished = threading.Event()
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        run.train(grid)
+        grids.put(grid)
+        finished.wait()
 
-    # Started here and not by Flower, so that a failure is raised here instead of leaving the ServerApp waiting;
-    # "local", so that no other cluster of this machine is joined. Actors need this process's import path.
+    def simulate() -> None:
+        try:
+            run_simulation(
+                server_app,
+                app,
+                num_supernodes=nodes,
+                backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+            )
+        except Exception as error:  # seen by _RayGrid
+            log.debug("Flower's simulation runtime: %s", error)
+        finally:
+            grids.put(None)
+
+    _start_ray(address)
+    import ray
+
+    thread = threading.Thread(target=simulate, name="flower-simulation", daemon=True)
+    thread.start()
+    try:
+        if (grid := grids.get()) is None:
+            raise RunError("Flower's simulation runtime did not start: see its log with --verbose")
+        yield _RayGrid(grid, thread.is_alive)
+    finally:
+        finished.set()
+        thread.join()
+        ray.shutdown()
+
+
+def _start_ray(address: str | None) -> None:
+    """Start a private Ray, or join the one at an address; raises RunError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later versions of Ray do; saves a warning
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    import ray
+
+    # Started here and not by Flower, so that a failure is raised here; "local", so that no other cluster of this
+    # machine is joined. Actors need this process's import path.
     path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
     try:
         ray.init(
-            address="local",
-            include_dashboard=False,
+            address=address or "local",
+            include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": path}},
         )
     except Exception as error:
-        raise RunError(f"Ray did not start: {str(error).splitlines()[0]}") from None
-    try:
-        run_simulation(
-            server_app,
-            app,
-            num_supernodes=nodes,
-            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
-        )
-    finally:
-        ray.shutdown()
-    if run.result is None:
-        raise RunError("the simulation ended before the training did")
-    return run.result
+        where = f" at run.ray-address {address!r}" if address else ""
+        raise RunError(f"Ray did not start{where}: {str(error).splitlines()[0]}") from None

@@ -74,7 +74,7 @@ def _check_same(config: Path, settings: Settings) -> None:
     if not config.exists():
         raise ConfigError(f"nothing to resume: {config} does not exist")
     old, new = (_flat(s.model_dump(by_alias=True)) for s in (load_settings(config), settings))
-    differing = sorted(k for k in old | new if old.get(k) != new.get(k) and k != "run.engine")
+    differing = sorted(k for k in old | new if old.get(k) != new.get(k) and k not in ("run.engine", "run.ray-address"))
     if differing:
         key = differing[0]
         raise ConfigError(f"cannot resume with other settings: {key} was {old.get(key)!r}, is {new.get(key)!r}")
@@ -123,6 +123,10 @@ class TrainingRun:
         self._training = self._round_start = 0.0
         self._registered = self._created
         self.result: dict[str, Any] | None = None
+
+    def again(self) -> "TrainingRun":
+        """Return the same run as it was before its first round; :meth:`train` goes on from the last checkpoint."""
+        return TrainingRun(self.settings, self.folder, self._report)
 
     def train(self, grid: Grid) -> dict[str, Any]:
         """Train (from the last checkpoint, if there is one) and return what ``result.json`` holds."""

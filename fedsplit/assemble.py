@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,6 +29,7 @@ from fedsplit.state import NodeState
 from fedsplit.strategy import ProtocolOptions, SplitStrategy
 from fedsplit.trunk import Trunk, TrunkOptions
 
+_KNOWN_DEVICES = 256  # of a real node: those whose records were compared with the ones it knows
 _CACHED_BYTES = 2**28  # of a user's own data, per process; packaged data sets are shared arrays
 
 
@@ -148,7 +150,27 @@ def num_nodes(settings: Settings, source: Source) -> int:
 def _opened(settings_json: str) -> tuple[Settings, Source, SplitModel]:
     settings = Settings.from_json(settings_json)
     source = data_source(settings)
+    if settings.data.name is None:
+        source = replace(source, load=_cached(source.load))
     return settings, source, split_model(settings, source)
+
+
+def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:
+    """Keep what is loaded while there is room, first come first served: devices come in turns, so the last would go."""
+    kept: dict[int, DeviceData] = {}
+    room = _CACHED_BYTES
+
+    def cached(device: int) -> DeviceData:
+        nonlocal room
+        if device in kept:
+            return kept[device]
+        data = load(device)
+        room -= sum(r.x.nbytes + r.y.nbytes for r in (data.train, data.test))
+        if room > 0:
+            kept[device] = data
+        return data
+
+    return cached
 
 
 @lru_cache(maxsize=4096)
@@ -166,8 +188,6 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
     settings, source, model = _opened(settings_json)
     if partitions > source.count:
         raise ConfigError(f"{partitions} nodes for {source.count} devices: lower the number of nodes")
-    pooled = settings.data.name is not None
-    data = source.device if pooled else _cached(source.device)
     seed = settings.run.seed
     own_limits, enforce = limits(settings), settings.guard.mode == "enforce"
     owner = sha256(b"%d %d %d" % (seed, partition, partitions)).digest()
@@ -188,7 +208,7 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
         model.first_layer,
         dropping(settings),
         np.array_split(np.arange(source.count), partitions)[partition].tolist(),
-        data,
+        source.device,
         lambda device: simulation_secret(seed, device),
         lambda run: NodeState(home(run)),
         guard,
@@ -214,32 +234,13 @@ def real_node(settings_json: str, folder: str) -> Node:
         model.first_layer,
         dropping(settings),
         home.devices,
-        _cached(lambda device: home.known(device, source.device(device))),
+        lru_cache(maxsize=_KNOWN_DEVICES)(lambda device: home.known(device, source.device(device))),
         home.device_secret,
         lambda run: NodeState(home.folder / "runs" / f"{run:x}"),
         lambda run, ledger: home.guard(ledger, model.first_layer),
         dtype=settings.protocol.dtype,
         keyed=settings.dropping.mask == "keyed",
     )
-
-
-def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:
-    """Keep what is loaded while there is room, first come first served: devices come in turns, so the last would go."""
-    kept: dict[int, DeviceData] = {}
-    room = _CACHED_BYTES
-
-    def cached(device: int) -> DeviceData:
-        nonlocal room
-        if device in kept:
-            return kept[device]
-        data = load(device)
-        size = sum(r.x.nbytes + r.y.nbytes for r in (data.train, data.test))
-        if size <= room:
-            kept[device] = data
-            room -= size
-        return data
-
-    return cached
 
 
 def split_strategy(settings: Settings, source: Source, model: SplitModel, run: int) -> SplitStrategy:

@@ -42,9 +42,9 @@ def simulate(
     """Train over simulated devices with the settings of CONFIG."""
     _quiet(verbose)
     from fedsplit import config as configuration
+    from fedsplit.config import default_folder
     from fedsplit.report import result_table
     from fedsplit.simulation import simulate as run
-    from fedsplit.training import default_folder
 
     if resume and out is None:
         raise ConfigError("--resume needs --out, the folder of the run to go on with")
@@ -77,8 +77,8 @@ def audit(
     _quiet(False)
     from fedsplit import auditing
     from fedsplit import config as configuration
+    from fedsplit.config import default_folder
     from fedsplit.report import audit_table
-    from fedsplit.training import default_folder
 
     sys.path[:0] = [str(Path.cwd()), str(target.resolve().parent)]
     if policy:

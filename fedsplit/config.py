@@ -3,6 +3,7 @@
 An unknown key or a bad value is refused with the key, the value and what is allowed.
 """
 
+import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,6 +237,11 @@ class Settings(Section):
     def from_json(cls, text: str) -> "Settings":
         """Undo :meth:`to_json`."""
         return cls.model_validate_json(text)
+
+
+def default_folder(settings: Settings) -> Path:
+    """Return ``runs/NAME-TIMESTAMP``."""
+    return Path("runs") / f"{settings.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:

@@ -177,7 +177,7 @@ class Node:
                 else:
                     order = record_order(self._secret(device), pass_number, len(records))
                     index = np.sort(order[start:stop])
-                parts.append((device, index, records.take(index)))
+                parts.append((device, index, _taken(records, index)))
             except Exception as error:  # see _size
                 log.warning("device %d sits out a round (%s)", device, _why(error))
                 failed.append(device)
@@ -293,7 +293,7 @@ class Node:
         for device, start, stop in zip(pending.devices.tolist(), rows[:-1], rows[1:], strict=True):
             try:
                 index = pending.index[start:stop]
-                records = self._records(device, test=False).take(index)
+                records = _taken(self._records(device, test=False), index)
                 shares.append(
                     _Share(
                         device,
@@ -350,9 +350,8 @@ class Node:
         """Return dW of the loss summed over all records of some shares, a block at a time."""
         layer, used = self.first_layer, 0
         total = np.zeros(layer.size)
-        x, counts, bitmap, delta = (
-            np.concatenate([getattr(share, name) for share in shares]) for name in ("x", "counts", "bitmap", "delta")
-        )
+        columns = ([getattr(share, name) for share in shares] for name in ("x", "counts", "bitmap", "delta"))
+        x, counts, bitmap, delta = (c[0] if len(c) == 1 else np.concatenate(c) for c in columns)
         for start in range(0, len(x), BLOCK):
             rows = slice(start, start + BLOCK)
             pattern = unpack_bitmap(bitmap[rows], layer.width)
@@ -393,6 +392,11 @@ def _fits(pending: Pending, block: CutGradients) -> bool:
         and np.array_equal(pending.devices, block.devices)
         and np.array_equal(sum_groups(pending.counts, pending.records), block.lengths)
     )
+
+
+def _taken(records: Records, index: IntArray) -> Records:
+    """Return the records at ascending places, without a copy if they are all."""
+    return records if len(index) == len(records) else records.take(index)
 
 
 def _segments(index: IntArray, records: Records) -> IntArray:

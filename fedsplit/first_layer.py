@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -13,8 +13,10 @@ from flwr.supercore.run import Run
 from numpy.typing import NDArray
 
 from fedsplit.errors import ConfigError, RunError
-from fedsplit.model import Weights
 from fedsplit.schedule import scheduled
+
+if TYPE_CHECKING:  # it imports torch, which a simulation does while Ray starts
+    from fedsplit.model import Weights
 
 Gradient = Mapping[str, NDArray[np.float64]]
 ADAPTIVE = ("FedAdam", "FedYogi", "FedAdagrad")
@@ -87,7 +89,7 @@ class FirstLayerServer:
     """
 
     def __init__(
-        self, strategy: Strategy, weights: Weights, lr: float, schedule: str = "constant", rounds: int = 1
+        self, strategy: Strategy, weights: "Weights", lr: float, schedule: str = "constant", rounds: int = 1
     ) -> None:
         self.strategy = strategy
         self.weights = weights
@@ -144,7 +146,7 @@ class FirstLayerServer:
         """Return what training has changed in the strategy (moments and the like), for a checkpoint."""
         return {k: copy.deepcopy(v) for k, v in vars(self.strategy).items() if _is_state(v)}
 
-    def load_state(self, weights: Weights, state: Mapping[str, Any]) -> None:
+    def load_state(self, weights: "Weights", state: Mapping[str, Any]) -> None:
         """Restore the weights and :meth:`state`."""
         self.weights = weights
         for name, value in state.items():

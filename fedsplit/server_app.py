@@ -1,11 +1,13 @@
 """The Flower ServerApp, for ``flwr run``: the same training as ``fedsplit simulate``."""
 
+import shutil
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.client_app import APP_FOLDER, STATE_FOLDER
-from fedsplit.config import load_settings
-from fedsplit.training import TrainingRun, check_data, default_folder, forget_node_states, open_run_folder
+from fedsplit.config import default_folder, load_settings
+from fedsplit.training import TrainingRun, check_data, open_run_folder
 
 app = ServerApp()
 
@@ -19,5 +21,5 @@ def main(grid: Grid, context: Context) -> None:
     check_data(run.source)
     open_run_folder(folder, settings, resume=False)
     result = run.train(grid)
-    forget_node_states(STATE_FOLDER / f"{run.strategy.progress.run:x}")
+    shutil.rmtree(STATE_FOLDER / f"{run.strategy.progress.run:x}", ignore_errors=True)
     print(f"test accuracy {result['test_accuracy']}, written to {folder.resolve()}")

@@ -3,7 +3,6 @@
 import json
 import platform
 import secrets
-import shutil
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -39,11 +38,6 @@ from fedsplit.warmup import PublicOnly, WarmUp, public_release, warm_up
 
 DELTA = 1e-5  # of the epsilon that results tell
 Report = Callable[[dict[str, Any]], None]
-
-
-def default_folder(settings: Settings) -> Path:
-    """Return ``runs/NAME-TIMESTAMP``."""
-    return Path("runs") / f"{settings.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:
@@ -243,8 +237,3 @@ def _ledger(most: dict[str, float]) -> dict[str, Any]:
         "delta": DELTA,
         "dfil": "unbounded" if np.isinf(fisher) else fisher,
     }
-
-
-def forget_node_states(folder: Path) -> None:
-    """Delete the virtual nodes' state of a finished run: patterns of chunks that nobody will ask for."""
-    shutil.rmtree(folder, ignore_errors=True)

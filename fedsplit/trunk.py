@@ -5,6 +5,7 @@ The trunk never sees a device, only what devices released.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -187,7 +188,11 @@ class Trunk:
         self.options = options
         self.rounds = rounds
         self.seed = seed
-        self.optimizer = _optimizer(module, options)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Made when it is first needed: torch's first one takes a second, in which devices can be at work."""
+        return _optimizer(self.module, self.options)
 
     def train(self, batches: Batches, fresh: int, round_number: int) -> tuple[FloatArray, dict[str, float]]:
         """Train on some records and return cut gradients of the newest.

@@ -1,0 +1,167 @@
+"""What runs the nodes of a simulation: this process, or Flower's simulation runtime on Ray.
+
+Nothing here imports torch, so that Ray starts while the rest of fedsplit is being imported.
+"""
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from queue import Queue
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedsplit.config import RunSettings
+from fedsplit.errors import EngineError, RunError
+from fedsplit.grid import InProcessGrid, PollingGrid
+
+Start = Callable[[ClientApp, int], Callable[[], Grid]]
+_UNKNOWN = 0  # Flower's error code for what was raised around a ClientApp, not in it
+
+
+@contextmanager
+def engine(settings: RunSettings) -> Iterator[Start]:
+    """Bring up the engine that the settings name, and stop it in the end.
+
+    Yields
+    ------
+    callable
+        Takes the ClientApp and the number of nodes, starts them, and returns a function that waits for their grid:
+        it raises RunError if the engine does not come up. The grid raises EngineError if it stops later.
+    """
+    if settings.engine == "inline":
+        yield lambda app, nodes: lambda: InProcessGrid(app, nodes)
+        return
+    # Training stays in the main thread: OpenMP gives every thread that computes its own helpers, and lets all of them
+    # sleep between any two operations as soon as there are more than cores.
+    runtime = _Flower(settings.ray_address)
+    runtime.start()
+    try:
+        yield runtime.start_nodes
+    finally:
+        runtime.stop()
+
+
+class _Flower(threading.Thread):
+    """Flower's simulation runtime, in a thread.
+
+    Parameters
+    ----------
+    address : str or None
+        Of the Ray to join; None starts a private one.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        super().__init__(name="flower-simulation", daemon=True)
+        self._address = address
+        self._nodes: Queue[tuple[ClientApp, int] | None] = Queue()
+        self._grids: Queue[Grid | RunError] = Queue()
+        self._finished = threading.Event()
+
+    def start_nodes(self, app: ClientApp, nodes: int) -> Callable[[], Grid]:
+        """Start some nodes; return :meth:`_grid`."""
+        self._nodes.put((app, nodes))
+        return self._grid
+
+    def _grid(self) -> Grid:
+        """Wait for the nodes' grid; raises RunError."""
+        found = self._grids.get()
+        if isinstance(found, RunError):
+            raise found
+        return _RayGrid(found, self.is_alive)
+
+    def stop(self) -> None:
+        """Stop Flower's runtime and leave Ray."""
+        self._finished.set()
+        self._nodes.put(None)
+        self.join()
+
+    def run(self) -> None:
+        """Start Ray, then Flower's runtime as soon as its nodes are known."""
+        try:
+            _start_ray(self._address)
+            if (nodes := self._nodes.get()) is not None:
+                self._simulate(*nodes)
+        except RunError as error:
+            self._grids.put(error)
+        except Exception as error:  # told if there is no grid yet; later _RayGrid sees that this thread has ended
+            self._grids.put(RunError(f"Flower's simulation runtime failed: {str(error).splitlines()[0]}"))
+        finally:
+            import ray
+
+            ray.shutdown()
+
+    def _simulate(self, app: ClientApp, nodes: int) -> None:
+        from flwr.simulation import run_simulation
+
+        server_app = ServerApp()
+
+        @server_app.main()
+        def main(grid: Grid, context: Context) -> None:
+            self._grids.put(grid)
+            self._finished.wait()
+
+        run_simulation(
+            server_app,
+            app,
+            num_supernodes=nodes,
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        )
+
+
+class _RayGrid(PollingGrid):
+    """Flower's simulation grid, which sees when the engine behind it has stopped."""
+
+    def __init__(self, grid: Grid, alive: Callable[[], bool]) -> None:
+        super().__init__(grid)
+        self._alive = alive
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come; raises EngineError if an actor died, or all of it."""
+        replies = list(super().pull_messages(message_ids))
+        for reply in replies:
+            # Flower goes on without an actor that died, and answers for it: with another result, if nobody looked
+            if reply.has_error() and reply.error.code == _UNKNOWN:
+                raise EngineError((reply.error.reason or "no reason given").strip().splitlines()[0][:200])
+        if not self._alive():
+            raise EngineError("Flower's simulation runtime ended")
+        return replies
+
+
+def _start_ray(address: str | None) -> None:
+    """Start a private Ray, or join the one at an address; raises RunError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later versions of Ray do; saves a warning
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    import ray
+
+    # Started here and not by Flower, so that a failure is raised here; "local", so that no other cluster of this
+    # machine is joined. Actors need this process's import path: those of a private Ray inherit it, which is quicker
+    # than a runtime environment, for which no worker waits ready.
+    path = {"PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])}
+    own = {"address": "local", "include_dashboard": False}
+    joined = {"address": address, "runtime_env": {"env_vars": path}}
+    try:
+        with _environment(path):
+            ray.init(**(joined if address else own), log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        where = f" at run.ray-address {address!r}" if address else ""
+        raise RunError(f"Ray did not start{where}: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -165,9 +165,9 @@ def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:
         if device in kept:
             return kept[device]
         data = load(device)
-        room -= sum(r.x.nbytes + r.y.nbytes for r in (data.train, data.test))
-        if room > 0:
-            kept[device] = data
+        size = sum(r.x.nbytes + r.y.nbytes for r in (data.train, data.test))
+        if size <= room:
+            kept[device], room = data, room - size
         return data
 
     return cached

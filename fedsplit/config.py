@@ -23,14 +23,15 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class RunSettings(Section):
     """``[run]``: the name (of the run folder), seed, rounds, engine, and rounds between evaluations (0: at the end).
 
-    ``ray_address``: of a Ray cluster that is there already, for the engine ``ray``; without it a private one is made.
+    ``ray_address``: HOST:PORT of a Ray cluster that is there already, for the engine ``ray``; without it a private one
+    is made.
     """
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     rounds: Positive
     engine: Literal["ray", "inline"] = "ray"
-    ray_address: str | None = None
+    ray_address: Annotated[str, Field(pattern=r"^[^\s/:]+:[0-9]{1,5}$")] | None = None
     evaluate_every: Annotated[int, Field(ge=0)] = 0
 
 

@@ -5,6 +5,7 @@ Nothing here imports torch, so that Ray starts while the rest of fedsplit is bei
 
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from fedsplit.errors import EngineError, RunError
 from fedsplit.grid import InProcessGrid, PollingGrid
 
 Start = Callable[[ClientApp, int], Callable[[], Grid]]
+_PATIENCE = 5.0  # seconds
 _UNKNOWN = 0  # Flower's error code for what was raised around a ClientApp, not in it
 
 
@@ -143,6 +145,8 @@ def _start_ray(address: str | None) -> None:
     # machine is joined. Actors need this process's import path: those of a private Ray inherit it, which is quicker
     # than a runtime environment, for which no worker waits ready.
     path = {"PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])}
+    if address:
+        _check_reachable(address)
     own = {"address": "local", "include_dashboard": False}
     joined = {"address": address, "runtime_env": {"env_vars": path}}
     try:
@@ -151,6 +155,15 @@ def _start_ray(address: str | None) -> None:
     except Exception as error:
         where = f" at run.ray-address {address!r}" if address else ""
         raise RunError(f"Ray did not start{where}: {str(error).splitlines()[0]}") from None
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address at which nothing listens, for which Ray would wait for minutes; raises RunError."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:  # the latter for a port beyond 65535
+        raise RunError(f"no Ray at run.ray-address {address!r}: {getattr(error, 'strerror', error)}") from None
 
 
 @contextmanager

@@ -63,6 +63,22 @@ def test_packing_and_engine_change_nothing(tmp_path: Path) -> None:
     assert largest_difference(trained(tmp_path / "ray"), reference) < 1e-5
 
 
+def test_packing_and_engine_change_nothing_at_a_thousand_devices(tmp_path: Path) -> None:
+    """Two to six records each, so that a node sums many devices in one product; some devices sit out every round."""
+    reference = None
+    for name, per_node, engine in (("2", 500, "inline"), ("100", 10, "inline"), ("ray", 300, "ray")):
+        settings = small_settings(
+            run={"engine": engine, "rounds": 3},
+            data={"builder": "own:few"},
+            devices={"count": 1000, "per-node": per_node, "fraction": 0.7, "test": [7, 999]},
+            dropping={"policy": "random", "keep": 0.5},
+        )
+        simulate(settings, out=tmp_path / name)
+        reference = reference or trained(tmp_path / name)
+        assert moved(settings, reference) > 1e-3
+        assert largest_difference(trained(tmp_path / name), reference) < 1e-5
+
+
 def test_packing_and_engine_change_no_bit_of_the_shipped_run(tmp_path: Path) -> None:
     """Float16, top-k and adaptive steps would magnify one different bit to half a point of accuracy in 60 rounds."""
     runs = {

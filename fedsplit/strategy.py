@@ -221,8 +221,9 @@ class SplitStrategy(Strategy):
         if not new and not replay:
             return
         fresh = sum(len(b) for b in replay)
+        began = time.perf_counter()
         values, metrics = self.trunk.train(Batches.concat([*replay, *new]), fresh, round_number)
-        self.metrics.update(metrics)
+        self.metrics.update(metrics, trunk_seconds=round(time.perf_counter() - began, 4))
         if self.options.replays:
             progress.replay.extend(new)
         if self.first_layer and new:

@@ -50,14 +50,19 @@ def memory(pid: int) -> tuple[float, float]:
 
 
 def measure(devices: int, cohort: int, rounds: int) -> dict[str, Any]:
-    """Simulate in a new process and watch it."""
+    """Simulate some rounds of ``cohort`` devices out of all; see :func:`watch`."""
     nodes = max(2, -(-cohort // ASKED_PER_NODE))
     settings = CONFIG.format(rounds=rounds, devices=devices, per_node=-(-devices // nodes), fraction=cohort / devices)
+    return {"devices": devices, "cohort": cohort, "nodes": nodes, **watch(settings, RECORDS * devices, rounds)}
+
+
+def watch(settings: str, records: int, rounds: int) -> dict[str, float]:
+    """Simulate in a new process and watch it."""
     with tempfile.TemporaryDirectory() as folder:
         config, out = Path(folder) / "scale.toml", Path(folder) / "run"
         config.write_text(settings, encoding="utf-8")
         command = [sys.executable, "-m", "fedsplit.cli", "simulate", str(config), "--out", str(out)]
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "REPLICATED_RECORDS": str(RECORDS * devices)}
+        environment = {**os.environ, "PYTHONPATH": str(HERE), "REPLICATED_RECORDS": str(records)}
         driver = others = total = 0.0
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
             while process.poll() is None:
@@ -65,16 +70,14 @@ def measure(devices: int, cohort: int, rounds: int) -> dict[str, Any]:
                 driver, others, total = max(driver, own), max(others, below), max(total, own + below)
                 time.sleep(0.25)
         if process.returncode:
-            raise SystemExit(f"the run of {devices} devices ended with {process.returncode}")
+            raise SystemExit(f"a run ended with {process.returncode}")
         result = json.loads((out / "result.json").read_text(encoding="utf-8"))
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = [json.loads(line)["seconds"] for line in lines]
+    middle = [json.loads(line) for line in lines][1:-1]  # the first sends nothing back, the last sends back twice
     return {
-        "devices": devices,
-        "cohort": cohort,
-        "nodes": nodes,
         "startup": result["seconds"]["startup"],
-        "round": median(seconds[1:-1]),  # the first has nothing to send back, the last sends everything back
+        "round": median(line["seconds"] for line in middle),
+        "trunk": median(line["trunk_seconds"] for line in middle),
         "gigabytes": total,
         "driver_gigabytes": driver,
         "other_gigabytes": others,

@@ -30,7 +30,7 @@ from fedsplit.strategy import ProtocolOptions, SplitStrategy
 from fedsplit.trunk import Trunk, TrunkOptions
 
 _KNOWN_DEVICES = 256  # of a real node: those whose records were compared with the ones it knows
-_CACHED_BYTES = 2**28  # of a user's own data, per process; packaged data sets are shared arrays
+_CACHED_BYTES = 2**28  # of a user's own data, in each process of a run; packaged data sets are shared arrays
 
 
 def data_source(settings: Settings) -> Source:
@@ -165,7 +165,8 @@ def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:
         if device in kept:
             return kept[device]
         data = load(device)
-        size = sum(r.x.nbytes + r.y.nbytes for r in (data.train, data.test))
+        arrays = [a for r in (data.train, data.test) for a in (r.x, r.y, r.segments) if a is not None]
+        size = sum(a.nbytes for a in arrays)
         if size <= room:
             kept[device], room = data, room - size
         return data

@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from fedsplit.assemble import real_node, simulated_node
 from fedsplit.config import load_settings
 from fedsplit.device import Node
-from fedsplit.errors import FedsplitError, StateError
+from fedsplit.errors import ConfigError, FedsplitError, StateError
 from fedsplit.wire import Download, from_record, to_record
 
 APP_FOLDER = Path(__file__).parent.parent
@@ -54,6 +54,9 @@ def _node(context: Context, settings_json: str | None, state_folder: str | None)
     if HOME in config:
         return real_node(settings_json, str(config[HOME]))
     folder = state_folder or str(STATE_FOLDER)
+    if state_folder and not Path(state_folder).parent.exists():
+        # the next message may reach another machine, where nobody knows what has left
+        raise ConfigError(f"run folder {Path(state_folder).parent} is not there: all Ray nodes must share it")
     return simulated_node(settings_json, int(config["partition-id"]), int(config["num-partitions"]), folder)
 
 

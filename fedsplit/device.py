@@ -335,8 +335,8 @@ class Node:
     def _sums(self, shares: Sequence["_Share"], *, per_device: bool) -> Iterator[tuple[int, int, NDArray[np.float64]]]:
         """Yield sums of dW of the summed loss: the group that each belongs to, how many records it is over, the sum.
 
-        A device with many records is summed alone, in float32. Of those with few a product takes many, but in float64:
-        which other devices a node happens to have must not show.
+        A device with many records takes float32 products of its own. Of those with few one product takes many, but in
+        float64: which other devices a node happens to have must not show.
         """
         few = [] if per_device else [s for s in shares if len(s.index) < _FEW_RECORDS]
         for share in shares if per_device else [s for s in shares if len(s.index) >= _FEW_RECORDS]:
@@ -350,8 +350,8 @@ class Node:
         """Return dW of the loss summed over all records of some shares, a block at a time."""
         layer, used = self.first_layer, 0
         total = np.zeros(layer.size)
-        columns = ([getattr(share, name) for share in shares] for name in ("x", "counts", "bitmap", "delta"))
-        x, counts, bitmap, delta = (c[0] if len(c) == 1 else np.concatenate(c) for c in columns)
+        x, counts = _joined([s.records.x for s in shares]), _joined([s.counts for s in shares])
+        bitmap, delta = _joined([s.bitmap for s in shares]), _joined([s.delta for s in shares])
         for start in range(0, len(x), BLOCK):
             rows = slice(start, start + BLOCK)
             pattern = unpack_bitmap(bitmap[rows], layer.width)
@@ -374,11 +374,6 @@ class _Share:
     bitmap: NDArray[np.uint8]
     delta: FloatArray
 
-    @property
-    def x(self) -> FloatArray:
-        """The records' numbers."""
-        return self.records.x
-
 
 def _why(error: Exception) -> str:
     """Return what may be said of an error: the text of others than ours could hold records."""
@@ -394,9 +389,15 @@ def _fits(pending: Pending, block: CutGradients) -> bool:
     )
 
 
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Put arrays behind one another, without a copy if there is one."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
 def _taken(records: Records, index: IntArray) -> Records:
     """Return the records at ascending places, without a copy if they are all."""
-    return records if len(index) == len(records) else records.take(index)
+    whole = len(index) == len(records) and (not len(index) or index[-1] == len(records) - 1)
+    return records if whole else records.take(index)
 
 
 def _segments(index: IntArray, records: Records) -> IntArray:

@@ -21,7 +21,7 @@ from fedsplit.errors import EngineError, RunError
 from fedsplit.grid import InProcessGrid, PollingGrid
 
 Start = Callable[[ClientApp, int], Callable[[], Grid]]
-_PATIENCE = 5.0  # seconds
+_PATIENCE = 3.0  # seconds
 _UNKNOWN = 0  # Flower's error code for what was raised around a ClientApp, not in it
 
 
@@ -59,43 +59,52 @@ class _Flower(threading.Thread):
 
     def __init__(self, address: str | None) -> None:
         super().__init__(name="flower-simulation", daemon=True)
+        self.failure = "Flower's simulation runtime ended"
         self._address = address
+        self._on_ray = False
         self._nodes: Queue[tuple[ClientApp, int] | None] = Queue()
-        self._grids: Queue[Grid | RunError] = Queue()
+        self._grids: Queue[Grid | None] = Queue()
         self._finished = threading.Event()
 
     def start_nodes(self, app: ClientApp, nodes: int) -> Callable[[], Grid]:
-        """Start some nodes; return :meth:`_grid`."""
+        """Start some nodes; return the function that waits for their grid."""
         self._nodes.put((app, nodes))
         return self._grid
 
     def _grid(self) -> Grid:
         """Wait for the nodes' grid; raises RunError."""
-        found = self._grids.get()
-        if isinstance(found, RunError):
-            raise found
-        return _RayGrid(found, self.is_alive)
+        grid = self._grids.get()
+        if grid is None:
+            raise RunError(self.failure)
+        return _RayGrid(grid, self)
 
     def stop(self) -> None:
-        """Stop Flower's runtime and leave Ray."""
+        """Stop Flower's runtime and leave Ray; what actors are still at is not waited for."""
         self._finished.set()
         self._nodes.put(None)
-        self.join()
+        self.join(_PATIENCE)
+        if self._on_ray:
+            import ray
+
+            if self.is_alive():
+                _kill_actors()  # which ends Flower's waiting for them; shutting down would not
+                self.join(_PATIENCE)
+            ray.shutdown()
 
     def run(self) -> None:
         """Start Ray, then Flower's runtime as soon as its nodes are known."""
         try:
             _start_ray(self._address)
+            self._on_ray = True
             if (nodes := self._nodes.get()) is not None:
                 self._simulate(*nodes)
         except RunError as error:
-            self._grids.put(error)
-        except Exception as error:  # told if there is no grid yet; later _RayGrid sees that this thread has ended
-            self._grids.put(RunError(f"Flower's simulation runtime failed: {str(error).splitlines()[0]}"))
+            self.failure = str(error)
+        except BaseException as error:  # Flower exits, too, where it does not like something
+            cause = error.__cause__.__cause__ if error.__cause__ and error.__cause__.__cause__ else error
+            self.failure = f"Flower's simulation runtime failed: {(str(cause).splitlines() or ['no reason given'])[0]}"
         finally:
-            import ray
-
-            ray.shutdown()
+            self._grids.put(None)
 
     def _simulate(self, app: ClientApp, nodes: int) -> None:
         from flwr.simulation import run_simulation
@@ -118,9 +127,14 @@ class _Flower(threading.Thread):
 class _RayGrid(PollingGrid):
     """Flower's simulation grid, which sees when the engine behind it has stopped."""
 
-    def __init__(self, grid: Grid, alive: Callable[[], bool]) -> None:
+    def __init__(self, grid: Grid, runtime: _Flower) -> None:
         super().__init__(grid)
-        self._alive = alive
+        self._runtime = runtime
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes' ids; raises EngineError if there is nothing left that runs them."""
+        self._check_alive()
+        return super().get_node_ids()
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have come; raises EngineError if an actor died, or all of it."""
@@ -129,9 +143,23 @@ class _RayGrid(PollingGrid):
             # Flower goes on without an actor that died, and answers for it: with another result, if nobody looked
             if reply.has_error() and reply.error.code == _UNKNOWN:
                 raise EngineError((reply.error.reason or "no reason given").strip().splitlines()[0][:200])
-        if not self._alive():
-            raise EngineError("Flower's simulation runtime ended")
+        self._check_alive()
         return replies
+
+    def _check_alive(self) -> None:
+        if not self._runtime.is_alive():
+            raise EngineError(self._runtime.failure)
+
+
+def _kill_actors() -> None:
+    """Kill all actors of this process; Flower has the handles for which Ray has a public function."""
+    from ray import ActorID
+    from ray._private import state
+    from ray._private.worker import global_worker
+
+    job = global_worker.current_job_id
+    for identifier in state.actors(job_id=job, actor_state_name="ALIVE"):
+        global_worker.core_worker.kill_actor(ActorID.from_hex(identifier), True)
 
 
 def _start_ray(address: str | None) -> None:
@@ -141,6 +169,8 @@ def _start_ray(address: str | None) -> None:
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     import ray
 
+    if ray.is_initialized():
+        raise RunError("Ray is in use in this process already: call ray.shutdown() first")
     # Started here and not by Flower, so that a failure is raised here; "local", so that no other cluster of this
     # machine is joined. Actors need this process's import path: those of a private Ray inherit it, which is quicker
     # than a runtime environment, for which no worker waits ready.

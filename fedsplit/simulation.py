@@ -52,7 +52,7 @@ def simulate(
     settings = config if isinstance(config, Settings) else load_settings(config, overrides)
     folder = Path(out) if out is not None else default_folder(settings)
     run: TrainingRun | None = None
-    stopped_in = -1
+    stopped_after = -1
     while True:
         try:
             with engine(settings.run) as start:
@@ -62,11 +62,11 @@ def simulate(
             shutil.rmtree(folder / "nodes", ignore_errors=True)  # patterns of chunks that nobody will ask for
             return result
         except EngineError as error:
-            at = run.strategy.progress.round_number if run else 0
-            if at == stopped_in:
-                raise RunError(f"the simulation's engine stopped twice in round {at}: {error}") from None
-            stopped_in = at
-            log.warning("round %d: the simulation's engine stopped, a new one is started (%s)", at, error)
+            done = run.rounds_done if run else 0
+            if done == stopped_after:
+                raise RunError(f"the simulation's engine stopped twice after round {done}: {error}") from None
+            stopped_after = done
+            log.warning("the simulation's engine stopped after round %d, a new one is started (%s)", done, error)
 
 
 def _start_nodes(start: Start, settings: Settings, states: Path) -> Callable[[], Grid]:

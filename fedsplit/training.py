@@ -112,15 +112,18 @@ class TrainingRun:
         run = secrets.randbits(62)
         self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run)
         self.public = public_records(settings, self.source)
+        self.rounds_done = 0
         self._report = report
         self._created = time.perf_counter()
         self._training = self._round_start = 0.0
         self._registered = self._created
-        self.result: dict[str, Any] | None = None
 
     def again(self) -> "TrainingRun":
-        """Return the same run as it was before its first round; :meth:`train` goes on from the last checkpoint."""
-        return TrainingRun(self.settings, self.folder, self._report)
+        """Return the run as it began; its :meth:`train` goes on from the last checkpoint."""
+        run = TrainingRun(self.settings, self.folder, self._report)
+        run.strategy.progress.run = self.strategy.progress.run
+        run._created = self._created
+        return run
 
     def train(self, grid: Grid) -> dict[str, Any]:
         """Train (from the last checkpoint, if there is one) and return what ``result.json`` holds."""
@@ -128,7 +131,7 @@ class TrainingRun:
         self._learn_from_public_records()
         before = load_checkpoint(self.folder / "checkpoint", self.strategy)
         self._training = before or 0.0
-        done = self.strategy.progress.round_number
+        done = self.rounds_done = self.strategy.progress.round_number
         self._keep_metrics(done)
         grid = PollingGrid(grid)
         if done < self.settings.run.rounds:
@@ -141,11 +144,11 @@ class TrainingRun:
             timeout=self.settings.protocol.timeout,
             evaluate_fn=self._after_round,
         )
-        self.result = self._result()
+        result = self._result()
         with replacing(self.folder / "result.json") as new:
-            new.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
+            new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         draw_curves(self.folder)
-        return self.result
+        return result
 
     def _choose_subjects(self) -> None:
         """Note the originals of the records that an audit will attack."""
@@ -180,6 +183,7 @@ class TrainingRun:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         save_checkpoint(self.folder / "checkpoint", self.strategy, self._training)
+        self.rounds_done = self.strategy.progress.round_number
         if self._report:
             self._report(metrics)
         return None

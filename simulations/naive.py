@@ -97,7 +97,8 @@ def _train(grid: Grid, settings: Settings, steps: int) -> float:
     model = split_model(settings, data_source(settings))
     layer, trunk = model.first_layer.layer, model.trunk
     optimizer = torch.optim.Adam([*layer.parameters(), *trunk.parameters()], settings.trunk.lr)
-    nodes = list(grid.get_node_ids())
+    while len(nodes := list(grid.get_node_ids())) < (settings.devices.count or 0):
+        time.sleep(0.1)
     began = time.perf_counter()
     for step in range(steps + 1):
         if step == 1:

@@ -4,8 +4,8 @@
 
 Each device has 10 records; in a round a fixed cohort takes part, or all devices. Every measurement is a run of its own
 on Ray in a new process; memory is the largest sum, while it lasts, of the proportional shares (PSS) of that process
-and all below it: driver, Ray's own, actors. Writes a table, `scale.json` and `scale.png` to
-`simulations/results/scale`.
+and all below it: driver, Ray's own, actors. "Outside" are the seconds of the process that are not training. Writes a
+table, `scale.json` and `scale.png` to `simulations/results/scale`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ASKED_PER_NODE = 2500  # at most: a node's records of a round are in memory toge
 
 
 def memory(pid: int) -> tuple[float, float]:
-    """Return the gigabytes that a process has, and those of all below it (Linux)."""
+    """Return the gibibytes that a process has, and those of all below it (Linux)."""
     total, below = 0.0, []
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
@@ -64,6 +64,7 @@ def watch(settings: str, records: int, rounds: int) -> dict[str, float]:
         command = [sys.executable, "-m", "fedsplit.cli", "simulate", str(config), "--out", str(out)]
         environment = {**os.environ, "PYTHONPATH": str(HERE), "REPLICATED_RECORDS": str(records)}
         driver = others = total = 0.0
+        began = time.perf_counter()
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
             while process.poll() is None:
                 own, below = memory(process.pid)
@@ -75,12 +76,12 @@ def watch(settings: str, records: int, rounds: int) -> dict[str, float]:
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     middle = [json.loads(line) for line in lines][1:-1]  # the first sends nothing back, the last sends back twice
     return {
-        "startup": result["seconds"]["startup"],
+        "outside": time.perf_counter() - began - result["seconds"]["training"],
         "round": median(line["seconds"] for line in middle),
         "trunk": median(line["trunk_seconds"] for line in middle),
-        "gigabytes": total,
-        "driver_gigabytes": driver,
-        "other_gigabytes": others,
+        "gibibytes": total,
+        "driver_gibibytes": driver,
+        "other_gibibytes": others,
         "megabytes_up": result["bytes_up"] / rounds / 1e6,
         "megabytes_down": result["bytes_down"] / rounds / 1e6,
     }
@@ -96,7 +97,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         ("fixed cohort", [r for r in rows if r["fixed"]]),
         ("all devices", [r for r in rows if not r["fixed"]]),
     ):
-        for axis, key in zip(axes, ("round", "gigabytes"), strict=True):
+        for axis, key in zip(axes, ("round", "gibibytes"), strict=True):
             axis.loglog([r["devices"] for r in chosen], [r[key] for r in chosen], "o-", label=name)
     for axis, label in zip(axes, ("seconds per round", "GiB in all processes"), strict=True):
         axis.set(xlabel="devices", ylabel=label)
@@ -124,13 +125,13 @@ def main() -> None:
     (RESULTS / "scale.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     draw(rows, RESULTS / "scale.png")
     table = Table(title=f"{RECORDS} records on each device", title_justify="left")
-    for name in ("devices", "in a round", "nodes", "start-up s", "round s", "GiB", "of it driver", "MB up", "MB down"):
+    for name in ("devices", "in a round", "nodes", "outside s", "round s", "GiB", "of it driver", "MB up", "MB down"):
         table.add_column(name, justify="right")
     for r in rows:
         counts = (f"{r[key]:,}" for key in ("devices", "cohort", "nodes"))
-        sizes = (f"{r[key]:.2f}" for key in ("round", "gigabytes", "driver_gigabytes"))
+        sizes = (f"{r[key]:.2f}" for key in ("round", "gibibytes", "driver_gibibytes"))
         moved = (f"{r[key]:.1f}" for key in ("megabytes_up", "megabytes_down"))
-        table.add_row(*counts, f"{r['startup']:.1f}", *sizes, *moved)
+        table.add_row(*counts, f"{r['outside']:.1f}", *sizes, *moved)
     Console(width=100).print(table)
 
 

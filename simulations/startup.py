@@ -19,6 +19,7 @@ from statistics import median
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "startup"
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # as fedsplit sets them
 BARE = """
 import os, ray
 ray.init(address="local", include_dashboard=False, log_to_driver=False)
@@ -34,13 +35,17 @@ ray.shutdown()
 """
 FEDSPLIT = """
 import sys, tempfile
-from fedsplit import simulate, strategy
-def note(self, grid, register=strategy.SplitStrategy.register):
-    register(self, grid)
-    print("ready", flush=True)
-strategy.SplitStrategy.register = note
+from fedsplit import simulation
+def prepared(*arguments, before=simulation._prepared, **more):
+    run = before(*arguments, **more)
+    def register(grid, register=run.strategy.register):
+        register(grid)
+        print("ready", flush=True)
+    run.strategy.register = register
+    return run
+simulation._prepared = prepared
 with tempfile.TemporaryDirectory() as folder:
-    simulate(sys.argv[1], out=folder)
+    simulation.simulate(sys.argv[1], out=folder + "/run")
 """
 CONFIG = """
 run = {rounds = 1}
@@ -54,7 +59,7 @@ protocol = {mode = "pipelined"}
 
 def seconds_to_ready(code: str, *arguments: str, records: int = 0) -> float:
     """Start a process and return the seconds until it says that it is ready."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "REPLICATED_RECORDS": str(records)}
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "REPLICATED_RECORDS": str(records), **QUIET}
     began = time.perf_counter()
     command = [sys.executable, "-c", code, *arguments]
     with subprocess.Popen(

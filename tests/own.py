@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,14 @@ def deadly(device_id: int, num_devices: int) -> DeviceData:
     """A loader that takes its process with it, as one does that needs too much memory: in Ray's actors alone."""
     if Path("/proc/self/cmdline").read_text().startswith("ray::"):
         os.kill(os.getpid(), signal.SIGKILL)
+    return linear(device_id, num_devices)
+
+
+def sleepy(device_id: int, num_devices: int) -> DeviceData:
+    """A loader that takes very long: in Ray's actors alone, after leaving a sign."""
+    if Path("/proc/self/cmdline").read_text().startswith("ray::"):
+        Path(os.environ["SLEEPY_SIGN"]).touch()
+        time.sleep(300)
     return linear(device_id, num_devices)
 
 

@@ -3,15 +3,22 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import small_settings
+from flwr.app import Message
 from references import largest_difference, moved, trained
 
 from fedsplit import simulate
+from fedsplit.client_app import client_app
 from fedsplit.config import Settings
 from fedsplit.errors import ConfigError, RunError
+from fedsplit.grid import InProcessGrid
+from fedsplit.wire import to_record
 
 pytestmark = pytest.mark.slow  # starts Ray
 
@@ -58,7 +65,7 @@ def test_a_run_whose_actor_is_killed_ends_as_if_nothing_had_happened(
     with caplog.at_level(logging.WARNING, "fedsplit"):
         result = simulate(settings(), out=tmp_path / "killed", report=kill)
     assert killed
-    assert "the simulation's engine stopped, a new one is started" in caplog.text
+    assert "the simulation's engine stopped after round 3, a new one is started" in caplog.text
     assert result["test_loss"] == undisturbed["test_loss"]
     assert result["exposures_max"] == undisturbed["exposures_max"]
     assert largest_difference(trained(tmp_path / "killed"), trained(tmp_path / "undisturbed")) == 0
@@ -68,7 +75,7 @@ def test_a_run_whose_actor_is_killed_ends_as_if_nothing_had_happened(
 
 def test_an_engine_that_dies_again_and_again_ends_the_run(tmp_path: Path) -> None:
     deadly = settings().model_copy(update={"data": settings().data.model_copy(update={"builder": "own:deadly"})})
-    with pytest.raises(RunError, match=r"the simulation's engine stopped twice in round 0: .*Actor"):
+    with pytest.raises(RunError, match=r"the simulation's engine stopped twice after round 0: .*Actor"):
         simulate(deadly, out=tmp_path / "run")
     assert not actors()
 
@@ -100,3 +107,41 @@ def test_a_run_that_is_refused_leaves_no_ray_behind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="k must be at most 10"):
         simulate(small_settings(run={"engine": "ray"}, dropping={"policy": "top-k", "k": 99}), out=tmp_path / "run")
     assert not actors()
+
+
+def test_an_interrupt_does_not_wait_for_what_devices_are_at(tmp_path: Path) -> None:
+    settings_file = tmp_path / "sleepy.toml"
+    sleepy = settings().model_copy(update={"data": settings().data.model_copy(update={"builder": "own:sleepy"})})
+    settings_file.write_text(sleepy.to_toml())
+    command = [sys.executable, "-m", "fedsplit.cli", "simulate", str(settings_file), "--out", str(tmp_path / "run")]
+    environment = {"PYTHONPATH": str(Path(__file__).parent), "SLEEPY_SIGN": str(tmp_path / "asleep")}
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "asleep").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    assert (tmp_path / "asleep").exists()
+
+
+def test_another_ray_of_this_process_is_left_alone(tmp_path: Path) -> None:
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    try:
+        with pytest.raises(RunError, match="Ray is in use in this process already"):
+            simulate(settings(), out=tmp_path / "run")
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+
+
+def test_a_machine_without_the_run_folder_is_refused(tmp_path: Path) -> None:
+    app = client_app(settings().to_json(), str(tmp_path / "elsewhere" / "nodes"))
+    grid = InProcessGrid(app, 3)
+    reply = next(iter(grid.send_and_receive([Message(to_record(b""), 2, "query")])))
+    assert "elsewhere is not there: all Ray nodes must share it" in reply.error.reason

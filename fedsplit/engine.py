@@ -159,7 +159,7 @@ def _kill_actors() -> None:
 
     job = global_worker.current_job_id
     for identifier in state.actors(job_id=job, actor_state_name="ALIVE"):
-        global_worker.core_worker.kill_actor(ActorID.from_hex(identifier), True)
+        global_worker.core_worker.kill_actor(ActorID.from_hex(identifier), True)  # type: ignore[attr-defined]
 
 
 def _start_ray(address: str | None) -> None:

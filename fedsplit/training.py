@@ -113,6 +113,7 @@ class TrainingRun:
         self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run)
         self.public = public_records(settings, self.source)
         self.rounds_done = 0
+        self.result: dict[str, Any] | None = None
         self._report = report
         self._created = time.perf_counter()
         self._training = self._round_start = 0.0
@@ -144,11 +145,11 @@ class TrainingRun:
             timeout=self.settings.protocol.timeout,
             evaluate_fn=self._after_round,
         )
-        result = self._result()
+        self.result = self._result()
         with replacing(self.folder / "result.json") as new:
-            new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            new.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
         draw_curves(self.folder)
-        return result
+        return self.result
 
     def _choose_subjects(self) -> None:
         """Note the originals of the records that an audit will attack."""

@@ -4,8 +4,8 @@
 
 The same network, records, mini-batch size and cores; start-up (Ray, reading data, torch's first optimizer) is not
 counted. Repetitions are interleaved, each is compared with the plain loop beside it. The naive app runs at the first
-number of devices for a few steps of 16 records on each, which are larger mini-batches, in its favour; what enforcing with
-leverage checks costs is measured on a single pass over fewer records. Writes a table and `throughput.json` to
+number of devices for a few steps of 16 records on each, which are larger mini-batches, in its favour; what enforcing
+with leverage checks costs is measured on a single pass over fewer records. Writes a table and `throughput.json` to
 `simulations/results/throughput`.
 """
 

@@ -61,7 +61,8 @@ def audit_policy(settings: Settings, out: Path, *, seed: int, quick: bool = Fals
     if chosen is not None and public is not None and chosen.epochs:
         options = WarmUp(chosen.epochs, chosen.lr, settings.protocol.batch_size, chosen.penalty)
         warm_up(model, public, source.task, policy, options, settings.run.seed)
-    targets = settings.audit.targets or _TARGETS
+    private = sum(len(source.device(d).train) for d in range(source.count) if d not in settings.donors)
+    targets = settings.audit.targets or min(_TARGETS, private)
     subjects = Subjects.choose(source, public, settings.donors, targets, settings.run.seed)
     evidence = rehearsed(model.first_layer, policy, settings.protocol.dtype, subjects, seed)
     try:
@@ -78,7 +79,13 @@ class Preview:
     payload: bytes
     sent: int
     width: int
+    bits: int
     report: dict[str, Any]
+
+    @property
+    def how(self) -> str:
+        """What is sent of the outputs."""
+        return f"leave above zero, {self.width} codes of {self.bits} bits in all" if self.bits else "leave"
 
 
 def preview_record(
@@ -94,6 +101,9 @@ def preview_record(
     FedsplitError
         If there is no such record, or the settings do not fit together.
     """
+    node = Home(home) if home is not None else None
+    if node and device not in node.devices:
+        raise ConfigError(f"device {device} is not on node {home}: it has {', '.join(map(str, node.devices))}")
     source = data_source(settings)
     layer = split_model(settings, source).first_layer
     if weights is not None:
@@ -124,10 +134,10 @@ def preview_record(
     with replacing(page_path) as new:
         title = f"Device {device}, record {record}"
         new.write_text(page(found, one.x, shape if len(shape) == 3 else None, title), encoding="utf-8")
-    secret = simulation_secret(seed, device) if home is None else Home(home).device_secret(device)
+    secret = simulation_secret(seed, device) if node is None else node.device_secret(device)
     chunk = Chunk(np.array([device]), np.ones(1, np.int64), at, at[:, None], one.x, one.y)
     payload, sent = released_bytes(layer, policy, dtype, chunk, secret)
-    return Preview(payload, sent, layer.width, found.report)
+    return Preview(payload, sent, layer.width, policy.bits, found.report)
 
 
 def _write(folder: Path, found: Audit, evidence: Evidence, settings: Settings) -> dict[str, Any]:

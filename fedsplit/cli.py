@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedsplit.errors import ConfigError, FedsplitError
-from fedsplit.node_cli import node
+from fedsplit.node_cli import find_functions, node
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 _stderr = Console(stderr=True)
@@ -48,14 +48,17 @@ def simulate(
 
     if resume and out is None:
         raise ConfigError("--resume needs --out, the folder of the run to go on with")
-    # a user's own "module:function" lives beside the settings file or in the current folder
-    sys.path[:0] = [str(Path.cwd()), str(config.resolve().parent)]
+    find_functions(config)
     if engine is not None:
         overrides = [*(overrides or []), f"run.engine={json.dumps(engine)}"]
     settings = configuration.load_settings(config, overrides or [])
     folder = out or default_folder(settings)
-    with _progress(settings.run.rounds) as report:
-        result = run(settings, out=folder, resume=resume, report=report)
+    try:
+        with _progress(settings.run.rounds) as report:
+            result = run(settings, out=folder, resume=resume, report=report)
+    except KeyboardInterrupt:
+        _stderr.print(f"fedsplit: stopped; go on with --out {folder} --resume", markup=False, highlight=False)
+        raise
     if as_json:
         print(json.dumps(result))
     else:
@@ -80,7 +83,7 @@ def audit(
     from fedsplit.config import default_folder
     from fedsplit.report import audit_table
 
-    sys.path[:0] = [str(Path.cwd()), str(target.resolve().parent)]
+    find_functions(target)
     if policy:
         settings = configuration.load_settings(target, overrides or [])
         folder = out or default_folder(settings)
@@ -113,6 +116,8 @@ def forget(
     from fedsplit.checkpoint import forget_device
 
     removed = forget_device(folder, device)
+    if not removed:
+        raise ConfigError(f"{folder} holds no releases of device {device}: nothing was removed")
     print(f"removed {removed} records of device {device} from {folder}; what the weights have learned from them stays")
 
 

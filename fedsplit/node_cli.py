@@ -1,5 +1,6 @@
 """The owner's commands: ``fedsplit node init | preview | ledger``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 node = typer.Typer(no_args_is_help=True, help="A device owner's tools: make a node, see what would and what did leave.")
+
+
+def find_functions(settings: Path) -> None:
+    """Let a user's own ``module:function`` be found beside the settings file and in the current folder."""
+    sys.path[:0] = [str(Path.cwd()), str(settings.resolve().parent)]
 
 
 @node.command()
@@ -38,11 +44,12 @@ def preview(
     from fedsplit.auditing import preview_record
     from fedsplit.config import load_settings
 
+    find_functions(config)
     shown = preview_record(load_settings(config), device, record, weights, home, out)
     console = Console()
     console.print(
-        f"device {device}, record {record}: {shown.sent} of {shown.width} outputs leave, in {len(shown.payload)} bytes "
-        "(its label among them)"
+        f"device {device}, record {record}: {shown.sent} of {shown.width} outputs {shown.how}, in {len(shown.payload)} "
+        "bytes (its label among them)"
     )
     console.print(shown.payload.hex(" ", 2), style="dim")
     report = shown.report

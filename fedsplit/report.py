@@ -66,14 +66,16 @@ def _privacy(result: dict[str, Any]) -> list[tuple[str, str]]:
     if ledger["releases"] > result["exposures_max"]:
         rows.append(("releases of a shared segment, at most", str(ledger["releases"])))
     rows.append(("equations about a record, at most", f"{ledger['equations']:,}"))
+    rows.append(("bits about a record, at most", f"{ledger['bits']:,}"))
     if ledger["leverage"] is not None:
         rows.append(("largest leverage of a number", f"{ledger['leverage']:.3f}"))
     if isinstance(ledger["epsilon"], float):
         rows.append((f"epsilon (delta {ledger['delta']:g})", f"{ledger['epsilon']:.2f}"))
-    for refused, of in (("refused", ""), ("test_refused", " of the test")):
+    for refused, of in (("refused", ""), ("test_refused", " of test records")):
         if guard[refused]:
-            said = ", ".join(f"{reason} ({count:,} records{of})" for reason, count in guard[refused].items())
-            rows.append(("refused" if guard["mode"] == "enforce" else "a real node's limits would refuse", said))
+            said = ", ".join(f"{reason} {count:,}" for reason, count in guard[refused].items())
+            who = "releases refused" if guard["mode"] == "enforce" else "a real node would refuse, of releases"
+            rows.append((who + of, said))
     if result.get("public_only_accuracy") is not None:
         gain, interval = 100 * result["gain_over_public"], 100 * result["gain_interval"]
         rows.append(("public records alone", f"{result['public_only_accuracy']:.4f}"))
@@ -89,7 +91,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if result.get("test_f1"):
         rows.append(("test_f1 (lowest class)", f"{min(result['test_f1']):.4f}"))
     dense = result["dense_bytes_up"]
-    share = f" (1/{dense / result['bytes_up']:.1f} of dense)" if result["bytes_up"] and dense else ""
+    share = f" ({result['bytes_up'] / dense:.2f} of dense activations)" if dense else ""
     seconds = result["seconds"]
     rows += [
         *_privacy(result),

@@ -354,10 +354,10 @@ class Node:
         bitmap, delta = _joined([s.bitmap for s in shares]), _joined([s.delta for s in shares])
         for start in range(0, len(x), BLOCK):
             rows = slice(start, start + BLOCK)
-            pattern = unpack_bitmap(bitmap[rows], layer.width)
-            dense = np.zeros(pattern.shape, dtype=dtype)
+            cells = np.flatnonzero(unpack_bitmap(bitmap[rows], layer.width))
+            dense = np.zeros(len(bitmap[rows]) * layer.width, dtype=dtype)
             count = int(counts[rows].sum())
-            dense[pattern] = delta[used : used + count]
+            dense[cells] = delta[used : used + count]
             used += count
             total += layer.gradient(x[rows].astype(dtype, copy=False), dense.reshape(-1, *layer.cut_shape))
         return total

@@ -89,13 +89,16 @@ class Batches:
     def __len__(self) -> int:
         return len(self.devices)
 
-    def dense(self, rows: IntArray) -> tuple[FloatArray, NDArray[np.bool_], IntArray]:
-        """Return the outputs ``(rows, width)`` of some records, their pattern, and where their values stand."""
-        pattern = unpack_bitmap(self.bitmap[rows], self.width)
+    def dense(self, rows: IntArray) -> tuple[FloatArray, IntArray, IntArray]:
+        """Return the outputs ``(rows, width)`` of some records, the cells that were sent, and where their values stand.
+
+        Cells are counted through all rows: numpy reads and writes by places quicker than by a pattern.
+        """
+        cells = np.flatnonzero(unpack_bitmap(self.bitmap[rows], self.width))
         positions = _ranges(self.starts, rows)
-        outputs = np.zeros(pattern.shape, dtype=np.float32)
-        outputs[pattern] = self.values[positions]
-        return outputs, pattern, positions
+        outputs = np.zeros(len(rows) * self.width, dtype=np.float32)
+        outputs[cells] = self.values[positions]
+        return outputs.reshape(len(rows), self.width), cells, positions
 
 
 def _ranges(starts: IntArray, rows: IntArray) -> IntArray:
@@ -239,7 +242,7 @@ class Trunk:
         return gradients[batches.starts[fresh] :], metrics
 
     def _step(self, batches: Batches, rows: IntArray, gradients: FloatArray) -> tuple[float, int]:
-        outputs, pattern, positions = batches.dense(rows)
+        outputs, cells, positions = batches.dense(rows)
         cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
         targets = torch.from_numpy(batches.targets[rows])
         predictions = self.module(cut)
@@ -248,7 +251,7 @@ class Trunk:
         (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         assert cut.grad is not None
-        gradients[positions] = cut.grad.flatten(1).numpy()[pattern] * len(rows)
+        gradients[positions] = cut.grad.flatten().numpy()[cells] * len(rows)
         return loss.item(), _correct(self.task, predictions.detach(), targets)
 
     def predict(self, batches: Batches) -> FloatArray:

@@ -1,0 +1,101 @@
+"""A node by itself: what its noise, its ledger and its failures look like to the server."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import small_settings
+from own import linear
+
+from fedsplit import DeviceData
+from fedsplit.assemble import simulated_node
+from fedsplit.device import Node
+from fedsplit.packing import sum_groups
+from fedsplit.wire import CutGradients, Download, Upload, weights_digest
+
+DEVICES = 5
+
+
+def twins(device_id: int, num_devices: int) -> DeviceData:
+    """Records that stand at the same places to train and to test."""
+    records = linear(device_id, num_devices).train
+    return DeviceData(records, records)
+
+
+def node(folder: Path, dtype: str = "float32", **dropping: Any) -> Node:
+    """One node with all devices."""
+    settings = small_settings(
+        data={"builder": "test_device:twins"},
+        devices={"per-node": DEVICES},
+        dropping=dropping,
+        protocol={"dtype": dtype},
+    )
+    return simulated_node(settings.to_json(), 0, 1, str(folder / "nodes"))
+
+
+def ask(node: Node, round_number: int = 1, pending: tuple[CutGradients, ...] = ()) -> Download:
+    """A download that asks for everything."""
+    rows = [(d, 0, 0, len(linear(d, DEVICES).train)) for d in range(DEVICES)]
+    weights = node.first_layer.flatten(node.first_layer.initial_weights())
+    return Download(1, round_number, 0, False, weights, np.array(rows), list(pending))
+
+
+def ones_for(upload: Upload, download: Download) -> CutGradients:
+    """Cut gradients of 1 for all that was released."""
+    released = upload.release
+    lengths = sum_groups(released.counts, released.records)
+    values = np.ones(int(lengths.sum()), np.float32)
+    digest = weights_digest(download.weights)
+    return CutGradients.pack(download.round_number, digest, released.devices, lengths, values, "float32")
+
+
+def test_noise_of_training_is_not_that_of_testing(tmp_path: Path) -> None:
+    """The same on both would be gone from their difference: their records share their indices."""
+    one = node(tmp_path, policy="none", clip=1.0, noise=0.5, mask="keyed")
+    trained, tested = one.exchange(ask(one)).release, one.evaluate(ask(one)).release
+    assert np.array_equal(trained.bitmap, tested.bitmap)
+    difference = trained.values() - tested.values()
+    assert difference.std() == pytest.approx(0.5 * 2**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropping", "each", "more"),
+    [
+        ("float16", {"policy": "top-k", "k": 4}, 16, 16),  # the exponent is one of the release's numbers, too
+        ("float32", {"policy": "top-k", "k": 4}, 32, 0),
+        ("float16", {"policy": "bits", "bits": 3}, 3, 0),
+        ("float16", {"policy": "bits", "bits": 1}, 0, 0),
+    ],
+    ids=lambda value: value.get("policy", "") if isinstance(value, dict) else str(value),
+)
+def test_the_ledger_counts_all_bits_that_leave(
+    dtype: str, dropping: dict[str, Any], each: int, more: int, tmp_path: Path
+) -> None:
+    one = node(tmp_path, dtype, **dropping)
+    upload = one.exchange(ask(one))
+    assert upload.ledger.bits == one.first_layer.width + each * upload.release.counts.max() + more
+
+
+def test_a_device_that_fails_in_a_backward_half_loses_its_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server divides by all records of a block: a sum over some of them would be wrong."""
+    one = node(tmp_path, policy="none")
+    first = ask(one)
+    cut = ones_for(one.exchange(first), first)
+    whole = one.exchange(ask(one, 2, (cut,)))
+    assert whole.lost.tolist() == []
+    assert whole.gradients.records.tolist() == [sum(len(linear(d, DEVICES).train) for d in range(DEVICES))]
+    load = one._data
+
+    def failing(device: int) -> DeviceData:
+        if device == 3:
+            raise OSError("no such disk")
+        return load(device)
+
+    monkeypatch.setattr(one, "_data", failing)
+    upload = one.exchange(ask(one, 3, (cut,)))
+    assert upload.lost.tolist() == [1]
+    assert upload.gradients.records.size == upload.gradients.sums.size == 0
+    assert upload.failed.tolist() == [3]

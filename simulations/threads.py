@@ -3,14 +3,15 @@
     python simulations/threads.py --repeats 5
 
 OpenMP keeps helpers for every thread that has computed. As soon as there are more of them than cores, all of them sleep
-between any two operations instead of spinning, and small operations wait for them to wake up. The first network trains
-in the main thread, the second in a thread beside it, in turns. Writes `threads.json` to `simulations/results/threads`.
+between any two operations instead of spinning, and small operations wait for them to wake up. Each repetition is a new
+process: the main thread trains, then a thread beside it does. Writes `threads.json` to `simulations/results/threads`.
 """
 
 import argparse
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -34,17 +35,23 @@ def train(steps: int) -> float:
     return time.perf_counter() - began
 
 
+def both(steps: int) -> tuple[float, float]:
+    """Train in the main thread, then in another one; return the seconds of each."""
+    train(20)
+    first = train(steps)
+    with ThreadPoolExecutor(1) as beside:
+        return first, beside.submit(train, steps).result()
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=500)
     arguments = parser.parse_args()
-    train(20)
-    with ThreadPoolExecutor(1) as beside:
-        pairs = [
-            (train(arguments.steps), beside.submit(train, arguments.steps).result()) for _ in range(arguments.repeats)
-        ]
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
+        pairs = [processes.submit(both, arguments.steps).result() for _ in range(arguments.repeats)]
     ratio = median(second / first for first, second in pairs)
     found = {"threads": torch.get_num_threads(), "ratio": ratio, "pairs": pairs}
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -23,20 +23,21 @@ def twins(device_id: int, num_devices: int) -> DeviceData:
     return DeviceData(records, records)
 
 
-def node(folder: Path, dtype: str = "float32", **dropping: Any) -> Node:
-    """One node with all devices."""
+def node(folder: Path, dtype: str = "float32", number: int = 0, nodes: int = 1, **dropping: Any) -> Node:
+    """One of so many nodes, by default with all devices."""
+    folder.mkdir(exist_ok=True)
     settings = small_settings(
         data={"builder": "test_device:twins"},
         devices={"per-node": DEVICES},
         dropping=dropping,
         protocol={"dtype": dtype},
     )
-    return simulated_node(settings.to_json(), 0, 1, str(folder / "nodes"))
+    return simulated_node(settings.to_json(), number, nodes, str(folder / "nodes"))
 
 
 def ask(node: Node, round_number: int = 1, pending: tuple[CutGradients, ...] = ()) -> Download:
     """A download that asks for everything."""
-    rows = [(d, 0, 0, len(linear(d, DEVICES).train)) for d in range(DEVICES)]
+    rows = [(d, 0, 0, len(linear(d, DEVICES).train)) for d in node.device_ids.tolist()]
     weights = node.first_layer.flatten(node.first_layer.initial_weights())
     return Download(1, round_number, 0, False, weights, np.array(rows), list(pending))
 
@@ -75,6 +76,19 @@ def test_the_ledger_counts_all_bits_that_leave(
     one = node(tmp_path, dtype, **dropping)
     upload = one.exchange(ask(one))
     assert upload.ledger.bits == one.first_layer.width + each * upload.release.counts.max() + more
+
+
+def test_packing_does_not_show_in_the_gradients_of_devices_with_few_records(tmp_path: Path) -> None:
+    """Not to what a float32 could show: adaptive steps would magnify that."""
+
+    def total(one: Node) -> np.ndarray:
+        first = ask(one)
+        return one.exchange(ask(one, 2, (ones_for(one.exchange(first), first),))).gradients.sums.sum(axis=0)
+
+    together = total(node(tmp_path / "together", policy="none"))
+    apart = sum(total(node(tmp_path / "apart", number=n, nodes=DEVICES, policy="none")) for n in range(DEVICES))
+    assert np.abs(together).max() > 1
+    np.testing.assert_allclose(together, apart, rtol=1e-12, atol=1e-12)
 
 
 def test_a_device_that_fails_in_a_backward_half_loses_its_block(

@@ -64,7 +64,7 @@ class _Flower(threading.Thread):
         self._on_ray = False
         self._nodes: Queue[tuple[ClientApp, int] | None] = Queue()
         self._grids: Queue[Grid | None] = Queue()
-        self._finished = threading.Event()
+        self._tried, self._finished = threading.Event(), threading.Event()
 
     def start_nodes(self, app: ClientApp, nodes: int) -> Callable[[], Grid]:
         """Start some nodes; return the function that waits for their grid."""
@@ -82,6 +82,7 @@ class _Flower(threading.Thread):
         """Stop Flower's runtime and leave Ray; what actors are still at is not waited for."""
         self._finished.set()
         self._nodes.put(None)
+        self._tried.wait()  # for a Ray that is still starting could not be stopped
         self.join(_PATIENCE)
         if self._on_ray:
             import ray
@@ -94,9 +95,12 @@ class _Flower(threading.Thread):
     def run(self) -> None:
         """Start Ray, then Flower's runtime as soon as its nodes are known."""
         try:
-            _start_ray(self._address)
-            self._on_ray = True
-            if (nodes := self._nodes.get()) is not None:
+            try:
+                _start_ray(self._address)
+                self._on_ray = True
+            finally:
+                self._tried.set()
+            if (nodes := self._nodes.get()) is not None and not self._finished.is_set():
                 self._simulate(*nodes)
         except RunError as error:
             self.failure = str(error)
@@ -156,10 +160,13 @@ def _kill_actors() -> None:
     from ray import ActorID
     from ray._private import state
     from ray._private.worker import global_worker
+    from ray.exceptions import RaySystemError
 
-    job = global_worker.current_job_id
-    for identifier in state.actors(job_id=job, actor_state_name="ALIVE"):
-        global_worker.core_worker.kill_actor(ActorID.from_hex(identifier), True)  # type: ignore[attr-defined]
+    try:
+        for identifier in state.actors(job_id=global_worker.current_job_id, actor_state_name="ALIVE"):
+            global_worker.core_worker.kill_actor(ActorID.from_hex(identifier), True)  # type: ignore[attr-defined]
+    except (RaySystemError, AttributeError):
+        pass  # Flower has just left Ray by itself
 
 
 def _start_ray(address: str | None) -> None:

@@ -42,7 +42,6 @@ def simulate(
     """Train over simulated devices with the settings of CONFIG."""
     _quiet(verbose)
     from fedsplit import config as configuration
-    from fedsplit.config import default_folder
     from fedsplit.report import result_table
     from fedsplit.simulation import simulate as run
 
@@ -52,7 +51,7 @@ def simulate(
     if engine is not None:
         overrides = [*(overrides or []), f"run.engine={json.dumps(engine)}"]
     settings = configuration.load_settings(config, overrides or [])
-    folder = out or default_folder(settings)
+    folder = out or configuration.default_folder(settings)
     try:
         with _progress(settings.run.rounds) as report:
             result = run(settings, out=folder, resume=resume, report=report)
@@ -80,13 +79,12 @@ def audit(
     _quiet(False)
     from fedsplit import auditing
     from fedsplit import config as configuration
-    from fedsplit.config import default_folder
     from fedsplit.report import audit_table
 
     find_functions(target)
     if policy:
         settings = configuration.load_settings(target, overrides or [])
-        folder = out or default_folder(settings)
+        folder = out or configuration.default_folder(settings)
         report = auditing.audit_policy(settings, folder, seed=seed, quick=quick)
     elif overrides or out:
         raise ConfigError("--set and --out are for --policy: a run is audited as it was, in its folder")

@@ -105,8 +105,9 @@ class _Flower(threading.Thread):
         except RunError as error:
             self.failure = str(error)
         except BaseException as error:  # Flower exits, too, where it does not like something
-            cause = error.__cause__.__cause__ if error.__cause__ and error.__cause__.__cause__ else error
-            self.failure = f"Flower's simulation runtime failed: {(str(cause).splitlines() or ['no reason given'])[0]}"
+            while error.__cause__:
+                error = error.__cause__
+            self.failure = f"Flower's simulation runtime failed: {(str(error).splitlines() or ['no reason given'])[0]}"
         finally:
             self._grids.put(None)
 

@@ -13,10 +13,9 @@ from fedsplit.engine import Start, engine
 from fedsplit.errors import ConfigError, EngineError, RunError
 
 if TYPE_CHECKING:
-    from fedsplit.training import TrainingRun
+    from fedsplit.training import Report, TrainingRun
 
 log = logging.getLogger(__name__)
-Report = Callable[[dict[str, Any]], None]
 
 
 def simulate(
@@ -25,7 +24,7 @@ def simulate(
     overrides: Sequence[str] = (),
     out: Path | str | None = None,
     resume: bool = False,
-    report: Report | None = None,
+    report: "Report | None" = None,
 ) -> dict[str, Any]:
     """Train over simulated devices and return what ``result.json`` holds.
 
@@ -77,7 +76,7 @@ def _start_nodes(start: Start, settings: Settings, states: Path) -> Callable[[],
     return start(client_app(settings.to_json(), str(states.resolve())), num_nodes(settings, data_source(settings)))
 
 
-def _prepared(settings: Settings, folder: Path, report: Report | None, *, resume: bool) -> "TrainingRun":
+def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resume: bool) -> "TrainingRun":
     """Return the run after all that can be refused before training; raises FedsplitError."""
     from fedsplit.assemble import limits
     from fedsplit.preflight import check_limits

@@ -2,7 +2,7 @@
 
     python simulations/costs.py --repeats 3
 
-Writes a table and `costs.json` to `simulations/results/costs`, with what that predicts for a million devices.
+Writes a table and `costs.json` to `simulations/results/costs`, with what that predicts for other rounds.
 """
 
 import argparse
@@ -26,7 +26,8 @@ RUNS = {
     "nodes": (1000, 10, 50, "random"),
     "bytes": (1000, 100, 2, "none"),
 }
-MILLION = 1_000_000
+# devices, actors: the first as scale.py measures it, to compare with
+ROUNDS_TO_COME = ((100_000, os.cpu_count() or 1), (10_000, 64), (1_000_000, 64), (1_000_000, 1024))
 
 
 def run(devices: int, records: int, nodes: int, policy: str) -> dict[str, float]:
@@ -71,7 +72,7 @@ def main() -> None:
         solved.append(solve(found))
         print(json.dumps(solved[-1]), file=sys.stderr)
     costs = {name: median(s[name] for s in solved) for name in solved[0]}
-    predictions = [predict(costs, n, 10, actors) for n, actors in ((10_000, 64), (MILLION, 64), (MILLION, 1024))]
+    predictions = [predict(costs, n, 10, actors) for n, actors in ROUNDS_TO_COME]
     RESULTS.mkdir(parents=True, exist_ok=True)
     report = {"costs": costs, "repeats": solved, "predictions": predictions}
     (RESULTS / "costs.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,16 @@ class PendingBlock:
     records: IntArray
 
 
+def check_size(size: int, asked: Download, width: int, parameters: int, outputs: int) -> None:
+    """Refuse a payload that is larger than any answer to a download; raises WireError."""
+    records = int((asked.schedule[:, 3] - asked.schedule[:, 2]).sum())
+    devices = len(asked.schedule) + sum(len(block.devices) for block in asked.pending)
+    each = 4 * width + -(-width // 8) + 4 * outputs + 16  # values, bitmap, targets, what else there is of a record
+    most = records * each + devices * (8 * parameters + 256) + 8 * parameters + 4096
+    if size > most:
+        raise WireError(f"size must be at most {most} bytes, got {size}")
+
+
 def check_upload(
     upload: Upload, asked: Download, pending: Sequence[PendingBlock], width: int, task: str, outputs: int
 ) -> None:
@@ -39,6 +49,8 @@ def check_upload(
     WireError
         With the field and what it must be.
     """
+    if upload.nonce != asked.nonce:
+        raise WireError("nonce must be that of the message: this upload answers another one")
     release = upload.release
     scheduled = {row[0]: row[3] - row[2] for row in asked.schedule.tolist()}
     given = dict(zip(release.devices.tolist(), release.records.tolist(), strict=True))

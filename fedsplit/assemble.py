@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedsplit.config import Settings
-from fedsplit.data import DeviceData, Records, Source, open_source, read_records
+from fedsplit.data import DeviceData, Records, Source, open_own, open_source, read_records
 from fedsplit.data.loading import resolve_function
 from fedsplit.device import Node
 from fedsplit.dropping import Dropping, simulation_secret
@@ -24,6 +24,7 @@ from fedsplit.preflight import check_limits
 from fedsplit.privacy.accountant import ExposureAccountant
 from fedsplit.privacy.limits import SHIPPED, Limits, load_limits
 from fedsplit.privacy.transcript import record_exchange
+from fedsplit.roster import Owners, Roster
 from fedsplit.schedule import Schedule, seed_of
 from fedsplit.state import NodeState
 from fedsplit.strategy import ProtocolOptions, SplitStrategy
@@ -48,6 +49,7 @@ def data_source(settings: Settings) -> Source:
         alpha=devices.alpha,
         seed=settings.run.seed,
         overlap=data.overlap,
+        shape=tuple(data.shape) if data.shape else None,
     )
 
 
@@ -82,6 +84,8 @@ def public_records(settings: Settings, source: Source) -> Records | None:
 
 def _check_disjoint(public: Records, source: Source, donors: Sequence[int]) -> None:
     known = {row.tobytes() for row in public.x}
+    if source.absent:
+        return  # each node has its own, and nobody can compare them
     for device in range(source.count):
         data = source.device(device)
         if device not in donors and any(row.tobytes() in known for part in (data.train, data.test) for row in part.x):
@@ -190,7 +194,8 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
     if partitions > source.count:
         raise ConfigError(f"{partitions} nodes for {source.count} devices: lower the number of nodes")
     seed = settings.run.seed
-    own_limits, enforce = limits(settings), settings.guard.mode == "enforce"
+    own_limits = limits(settings)
+    enforce = own_limits.enforce and settings.guard.mode == "enforce"
     owner = sha256(b"%d %d %d" % (seed, partition, partitions)).digest()
 
     def home(run: int) -> Path:
@@ -220,8 +225,10 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
 
 
 @lru_cache(maxsize=4)
-def real_node(settings_json: str, folder: str) -> Node:
+def real_node(settings_json: str, folder: str, data: str | None = None) -> Node:
     """Return a real node, whose folder ``fedsplit node init`` has made; its guard enforces the owner's limits.
+
+    ``data`` is the folder or file with the node's own records; without it they are those that the settings name.
 
     Raises
     ------
@@ -230,7 +237,10 @@ def real_node(settings_json: str, folder: str) -> Node:
     """
     settings, source, model = _opened(settings_json)
     home = Home(Path(folder))
-    check_limits(settings, source, model.first_layer, home.limits, home.devices)
+    if data is not None:
+        source = open_own(data, home.devices, source)
+    if home.limits.enforce:
+        check_limits(settings, source, model.first_layer, home.limits, home.devices)
     return Node(
         model.first_layer,
         dropping(settings),
@@ -244,8 +254,10 @@ def real_node(settings_json: str, folder: str) -> Node:
     )
 
 
-def split_strategy(settings: Settings, source: Source, model: SplitModel, run: int) -> SplitStrategy:
-    """Return the server's strategy before its first round."""
+def split_strategy(
+    settings: Settings, source: Source, model: SplitModel, run: int, owners: Owners | None = None
+) -> SplitStrategy:
+    """Return the server's strategy before its first round; ``owners`` as in :class:`fedsplit.roster.Roster`."""
     chosen, protocol, seed, rounds = settings.first_layer, settings.protocol, settings.run.seed, settings.run.rounds
     layer = model.first_layer
     first_layer = None
@@ -263,10 +275,12 @@ def split_strategy(settings: Settings, source: Source, model: SplitModel, run: i
         max_staleness=protocol.max_staleness,
         min_nodes=protocol.min_nodes,
         timeout=protocol.timeout,
+        max_offences=protocol.max_offences,
         devices=source.count,
         test_devices=source.test_devices,
         evaluate_every=settings.run.evaluate_every,
         donors=settings.donors,
     )
     schedule = Schedule(protocol.once, protocol.chunk, settings.devices.fraction, rounds, seed)
-    return SplitStrategy(trunk, first_layer, layer, schedule, options, run)
+    roster = Roster(source.count, protocol.max_offences, owners)
+    return SplitStrategy(trunk, first_layer, layer, schedule, options, run, roster=roster)

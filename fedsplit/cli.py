@@ -4,29 +4,31 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fedsplit.console import show_progress, stderr
 from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.node_cli import find_functions, node
+from fedsplit.server_cli import certs, run, server, status
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-_stderr = Console(stderr=True)
 
 
 cli.add_typer(node, name="node")
+cli.add_typer(server, name="server")
+for command in (certs, run, status):
+    cli.command()(command)
 
 
 @cli.callback()
 def _program() -> None:
     """Split training across devices that keep their records."""
+    _quiet(False)
 
 
 @cli.command()
@@ -53,10 +55,10 @@ def simulate(
     settings = configuration.load_settings(config, overrides or [])
     folder = out or configuration.default_folder(settings)
     try:
-        with _progress(settings.run.rounds) as report:
+        with show_progress(settings.run.rounds) as report:
             result = run(settings, out=folder, resume=resume, report=report)
     except KeyboardInterrupt:
-        _stderr.print(f"fedsplit: stopped; go on with --out {folder} --resume", markup=False, highlight=False)
+        stderr.print(f"fedsplit: stopped; go on with --out {folder} --resume", markup=False, highlight=False)
         raise
     if as_json:
         print(json.dumps(result))
@@ -96,11 +98,11 @@ def audit(
     else:
         Console().print(audit_table(report, folder))
     if not report["control"]["holds"]:
-        _stderr.print("fedsplit: the negative control does not hold: the audit has failed", style="red")
+        stderr.print("fedsplit: the negative control does not hold: the audit has failed", style="red")
         sys.exit(1)
     if fail_above is not None and report["strongest"]["psnr"] > fail_above:
         said = f"fedsplit: strongest attack {report['strongest']['psnr']:.1f} dB is above {fail_above:g} dB"
-        _stderr.print(said, style="red", markup=False, highlight=False)
+        stderr.print(said, style="red", markup=False, highlight=False)
         sys.exit(1)
 
 
@@ -119,30 +121,10 @@ def forget(
     print(f"removed {removed} records of device {device} from {folder}; what the weights have learned from them stays")
 
 
-@contextmanager
-def _progress(rounds: int) -> Iterator[Any]:
-    """Show a bar over rounds on stderr."""
-    columns = (
-        TextColumn("round"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[says]}"),
-    )
-    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
-        task = bar.add_task("", total=rounds, says="starting")
-
-        def report(metrics: dict[str, Any]) -> None:
-            says = " ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.endswith(("loss", "accuracy")) and v)
-            bar.update(task, completed=metrics["round"], says=says)
-
-        yield report
-
-
 def _quiet(verbose: bool) -> None:
     """Send fedsplit's warnings to stderr; Flower's own logs only if asked for."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    handler = RichHandler(console=_stderr, show_path=False, show_time=False)
+    handler = RichHandler(console=stderr, show_path=False, show_time=False)
     logging.getLogger("fedsplit").handlers = [handler]
     logging.getLogger("fedsplit").setLevel(logging.INFO if verbose else logging.WARNING)
     import flwr.supercore  # noqa: F401  sets its own log level when first imported
@@ -155,7 +137,7 @@ def main() -> None:
     try:
         cli(standalone_mode=True)
     except FedsplitError as error:
-        _stderr.print(f"fedsplit: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        stderr.print(f"fedsplit: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

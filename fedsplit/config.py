@@ -38,6 +38,7 @@ class RunSettings(Section):
 class DataSettings(Section):
     """``[data]``: one of ``name`` (a packaged data set), ``folder`` (of .npz files) or ``builder`` (module:function).
 
+    Or ``shape``, of one record, where real nodes have the records: then nobody else needs any.
     ``overlap``: whether the windows of ``wearables`` overlap by half or not at all.
     ``task`` and ``outputs`` (classes, or columns of a regression target) describe a user's own data.
     """
@@ -45,6 +46,7 @@ class DataSettings(Section):
     name: str | None = None
     folder: str | None = None
     builder: str | None = None
+    shape: Annotated[list[Positive], Field(min_length=1)] | None = None
     overlap: bool = True
     task: Literal["classification", "binary", "regression"] | None = None
     outputs: Positive | None = None
@@ -110,7 +112,8 @@ class ProtocolSettings(Section):
     """``[protocol]``: the mode (no default), records per device and round, the trunk's mini-batches, the wire.
 
     ``chunk``: a number of records, ``"epoch"`` (all of a device's records), or in single-pass ``"spread"`` (an even
-    share in each round). ``timeout`` is the seconds a message may take.
+    share in each round). ``timeout`` is the seconds a message may take. A node is left out for good after
+    ``max_offences`` replies that no honest node would send.
     """
 
     mode: Literal["synchronous", "pipelined", "single-pass", "release-once"]
@@ -121,6 +124,7 @@ class ProtocolSettings(Section):
     max_staleness: Annotated[int, Field(ge=0)] = 1
     min_nodes: Positive = 1
     timeout: Rate = 600.0
+    max_offences: Positive = 3
 
     @model_validator(mode="after")
     def _spread(self) -> "ProtocolSettings":

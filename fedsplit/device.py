@@ -127,7 +127,7 @@ class Node:
                     outputs.slopes,
                 ),
             )
-        upload = self._upload(chunk, outputs.kept, gradients, lost, failed, [*refused, *more], guard)
+        upload = self._upload(chunk, outputs.kept, gradients, lost, failed, [*refused, *more], guard, download.nonce)
         if self._record is not None:
             self._record(download, upload, chunk.index)
         return upload
@@ -138,7 +138,7 @@ class Node:
         chunk, failed = self._select(download.schedule, test=True)
         outputs = self._forward(chunk, download.weights, KEYED_ROUND, want_slopes=False)
         chunk, outputs, refused = self._admit(guard, download, chunk, outputs, KEYED_ROUND)
-        return self._upload(chunk, outputs.kept, self._gradients([], []), _NONE, failed, refused, guard)
+        return self._upload(chunk, outputs.kept, self._gradients([], []), _NONE, failed, refused, guard, download.nonce)
 
     def _upload(
         self,
@@ -149,11 +149,12 @@ class Node:
         failed: IntArray,
         refused: list[tuple[int, int, int]],
         guard: Guard,
+        nonce: int,
     ) -> Upload:
         release = Release.pack(kept, chunk.devices, chunk.records, chunk.y, self.dtype, self.dropping.bits)
         rows = np.array(refused, dtype=np.int64).reshape(-1, 3)
         ledger = Ledger(guard.accountant.exposures(), **vars(guard.accountant.most()))
-        return Upload(release, gradients, lost, failed, rows, ledger)
+        return Upload(release, gradients, lost, failed, rows, ledger, nonce)
 
     def _size(self, device: int) -> tuple[int, int]:
         try:

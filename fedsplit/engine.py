@@ -14,6 +14,7 @@ from queue import Queue
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.config import RunSettings
@@ -136,10 +137,10 @@ class _RayGrid(PollingGrid):
         super().__init__(grid)
         self._runtime = runtime
 
-    def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes' ids; raises EngineError if there is nothing left that runs them."""
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Return the nodes; raises EngineError if there is nothing left that runs them."""
         self._check_alive()
-        return super().get_node_ids()
+        return super().get_nodes()
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have come; raises EngineError if an actor died, or all of it."""

@@ -1,14 +1,16 @@
-"""A real node's folder: its secret, its owner's limits, the ledgers of what has left, and of which records.
+"""A real node's folder: its secret and key, its owner's limits, the ledgers of what has left, and of which records.
 
 Made once by ``fedsplit node init``. Every file can be read by its owner alone. A folder that lacks one of them is
 refused, never mended: a new secret or an empty ledger would forget what has left.
 """
 
-import os
+import fcntl
+import logging
 import secrets
 import shutil
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b, sha256
@@ -20,6 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
+from fedsplit.certs import make_key_pair, write_private
 from fedsplit.data import DeviceData, Records
 from fedsplit.errors import ConfigError, StateError
 from fedsplit.guard import Guard
@@ -28,6 +31,7 @@ from fedsplit.packing import MAX_DEVICES
 from fedsplit.privacy.accountant import ExposureAccountant, load_sealed, save_sealed
 from fedsplit.privacy.limits import SHIPPED, Limits, load_limits
 
+log = logging.getLogger(__name__)
 LEDGERS = ("train", "test")
 _NONE = np.zeros(0, dtype="<u8")
 
@@ -55,8 +59,9 @@ class Home:
                 raise ConfigError(f"folder {folder} is not empty: a node's secret and ledgers are never replaced")
             folder.chmod(0o700)
             home = cls(folder)
-            _write_private(folder / "secret", secrets.token_bytes(32))
-            _write_private(folder / "node.toml", tomli_w.dumps({"devices": sorted(devices)}).encode())
+            write_private(folder / "secret", secrets.token_bytes(32))
+            write_private(folder / "node.toml", tomli_w.dumps({"devices": sorted(devices)}).encode())
+            make_key_pair(home.key_path, f"fedsplit-devices={','.join(map(str, sorted(devices)))}")
             shutil.copy(SHIPPED, folder / "limits.toml")
             (folder / "limits.toml").chmod(0o600)
         except OSError as error:
@@ -70,16 +75,49 @@ class Home:
     @cached_property
     def secret(self) -> bytes:
         """The node's 32 secret bytes; raises StateError if they are missing, damaged or open to others."""
-        path = self.folder / "secret"
-        try:
-            found, mode = path.read_bytes(), path.stat().st_mode
-        except OSError:
-            raise StateError(f"secret {path} is missing: make a node with fedsplit node init") from None
-        if len(found) != 32:
-            raise StateError(f"secret {path} is damaged: it must have 32 bytes, it has {len(found)}")
-        if mode & 0o077:
-            raise StateError(f"secret {path} can be read by others: chmod 600 it, if nobody has")
-        return found
+        return _secret(self.folder / "secret")
+
+    @property
+    def key_path(self) -> Path:
+        """The file of the private key by which the server knows the node; its public half is beside it."""
+        return self.folder / "key"
+
+    @property
+    def seen_path(self) -> Path:
+        """A file that is there once the node has been connected to a server."""
+        return self.folder / "connected"
+
+    def check(self) -> None:
+        """Look at all that a node needs before it takes part.
+
+        Raises
+        ------
+        StateError
+            If something is missing, damaged, or private and open to others.
+        ConfigError
+            If the limits are not valid.
+        """
+        _private(self.key_path)
+        if not self.limits.enforce:
+            log.warning("%s: enforce is false: everything leaves this node", self.folder / "limits.toml")
+        for ledger in LEDGERS:
+            self.accountant(ledger)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Hold the folder for one process: two would be one node twice, and its ledgers would not add up.
+
+        Raises
+        ------
+        ConfigError
+            If another process has it.
+        """
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"node {self.folder} is already running: it cannot be started twice") from None
+            yield
 
     @property
     def owner(self) -> bytes:
@@ -102,7 +140,12 @@ class Home:
         return load_limits(self.folder / "limits.toml")
 
     def device_secret(self, device: int) -> bytes:
-        """Return a device's 32-byte secret: HKDF-SHA256 of the node's (RFC 5869)."""
+        """Return a device's 32-byte secret: HKDF-SHA256 of the node's (RFC 5869).
+
+        A file ``secret-DEVICE`` wins over it, for a device that has come from another node or from a simulation.
+        """
+        if (own := self.folder / f"secret-{device}").exists():
+            return _secret(own)
         info = b"fedsplit device %d" % device
         return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(self.secret)
 
@@ -156,10 +199,22 @@ class Home:
         return ExposureAccountant(self.ledger_path(ledger), self.owner)
 
     def guard(self, ledger: str, layer: FirstLayer) -> Guard:
-        """Open the guard, which enforces the limits."""
-        return Guard(self.limits, self.accountant(ledger), layer, enforce=True)
+        """Open the guard, which enforces the limits unless their owner says otherwise."""
+        return Guard(self.limits, self.accountant(ledger), layer, enforce=self.limits.enforce)
 
 
-def _write_private(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
+def _secret(path: Path) -> bytes:
+    found = _private(path)
+    if len(found) != 32:
+        raise StateError(f"secret {path} is damaged: it must have 32 bytes, it has {len(found)}")
+    return found
+
+
+def _private(path: Path) -> bytes:
+    try:
+        found, mode = path.read_bytes(), path.stat().st_mode
+    except OSError:
+        raise StateError(f"{path} is missing: make a node with fedsplit node init") from None
+    if mode & 0o077:
+        raise StateError(f"{path} can be read by others: chmod 600 it, if nobody has")
+    return found

@@ -1,6 +1,10 @@
-"""The owner's commands: ``fedsplit node init | preview | ledger``."""
+"""The owner's commands: ``fedsplit node init | start | preview | ledger``."""
 
+import logging
+import shlex
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-node = typer.Typer(no_args_is_help=True, help="A device owner's tools: make a node, see what would and what did leave.")
+from fedsplit.errors import ConfigError
+from fedsplit.resident import Answer, resident
+
+node = typer.Typer(
+    no_args_is_help=True, help="A device owner's tools: make a node, start it, see what would and what did leave."
+)
 
 
 def find_functions(settings: Path) -> None:
@@ -26,6 +35,65 @@ def init(
 
     home = Home.create(folder, devices)
     print(f"made {folder} for devices {home.devices}; read and change {folder / 'limits.toml'} before it takes part")
+    print(f"to take part in a deployment give {home.key_path}.pub, and nothing else of it, to the server's operator")
+
+
+@node.command()
+def start(
+    superlink: Annotated[str, typer.Option(help="The server, HOST:PORT.")],
+    home: Annotated[Path, typer.Option(help="The node's folder, made by fedsplit node init.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Its records: an .npz file for each device; default: what the run names.")
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(help="The authority (ca.crt) of the server's certificate.")] = None,
+    insecure: Annotated[bool, typer.Option(help="No TLS and no key: for a trial on one machine.")] = False,
+    warm: Annotated[bool, typer.Option(help="Serve the server from this process, without Flower's SuperNode.")] = False,
+) -> None:
+    """Take part in the runs of a server, until stopped."""
+    from fedsplit import deployment
+    from fedsplit.client_app import DATA, HOME, SOCKET
+    from fedsplit.data.devices import own_files
+    from fedsplit.home import Home
+
+    logging.getLogger("fedsplit").setLevel(logging.INFO)
+    own = Home(home.resolve())
+    if (ca is None) != insecure:
+        raise ConfigError("a node needs either --ca, the authority of the server's certificate, or --insecure")
+    authority = deployment.read_authority(ca) if ca else None
+    own.check()
+    where = str(data.resolve()) if data else None
+    if where is not None:
+        own_files(where, own.devices)  # so that a wrong path is told before anything starts
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with own.serving():
+        answer = _real_answer(str(own.folder), where)
+        deployment.wait_for_superlink(superlink, authority, stop)
+        if stop.is_set():
+            return
+        if warm:
+            from fedsplit.warm import WarmNode
+
+            WarmNode(superlink, authority, own.key_path, own.seen_path, answer).serve(stop)
+            return
+        with resident(answer) as served:
+            config = {HOME: str(own.folder), SOCKET: str(served.path)} | ({DATA: where} if where else {})
+            command = deployment.supernode_command(superlink, ca, own.key_path, config)
+            print(shlex.join(command), flush=True)
+            supernode = deployment.SuperNode(command, own.seen_path)
+            try:
+                served.serve_while(lambda: not stop.is_set() and supernode.running())
+            finally:
+                supernode.stop()
+
+
+def _real_answer(home: str, data: str | None) -> Answer:
+    """Return what answers for a real node, with all that it needs loaded already."""
+    from fedsplit.assemble import real_node
+    from fedsplit.client_app import answer
+
+    return lambda kind, settings, payload: answer(lambda: real_node(settings, home, data), kind, payload)
 
 
 @node.command()

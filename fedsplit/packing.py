@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedsplit.errors import WireError
 
-VERSION = 1
+VERSION = 2
 MAX_DEVICES = 10_000_000
 VALUE_DTYPES = ("float16", "float32")
 _MAGIC = b"fs"

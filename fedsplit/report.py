@@ -74,7 +74,8 @@ def _privacy(result: dict[str, Any]) -> list[tuple[str, str]]:
     for refused, of in (("refused", ""), ("test_refused", " of test records")):
         if guard[refused]:
             said = ", ".join(f"{reason} {count:,}" for reason, count in guard[refused].items())
-            who = "releases refused" if guard["mode"] == "enforce" else "a real node would refuse, of releases"
+            observed = guard["mode"] == "observe"
+            who = "a real node would refuse, of releases" if observed else "refused by the guard, of releases"
             rows.append((who + of, said))
     if result.get("public_only_accuracy") is not None:
         gain, interval = 100 * result["gain_over_public"], 100 * result["gain_interval"]

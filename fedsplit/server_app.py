@@ -1,25 +1,36 @@
-"""The Flower ServerApp, for ``flwr run``: the same training as ``fedsplit simulate``."""
+"""The Flower ServerApp: the same training as ``fedsplit simulate``, over the nodes of a SuperLink."""
 
 import shutil
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsplit.client_app import APP_FOLDER, STATE_FOLDER
-from fedsplit.config import default_folder, load_settings
-from fedsplit.training import TrainingRun, check_data, open_run_folder
+from fedsplit.client_app import STATE_FOLDER, run_settings
+from fedsplit.config import Settings, default_folder
+from fedsplit.deployment import ServerFolder
+from fedsplit.following import working
+from fedsplit.grid import hasten_pulls
+from fedsplit.training import TrainingRun, open_run_folder
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train with the settings file that the run config names; write to ``runs/`` of the current folder."""
-    settings = load_settings(APP_FOLDER / str(context.run_config["config"]))
-    folder = default_folder(settings)
-    run = TrainingRun(settings, folder)
-    check_data(run.source)
-    open_run_folder(folder, settings, resume=False)
-    result = run.train(grid)
+    """Train with the settings in the run config, or in the file that it names.
+
+    Besides them it may have ``out``, the run folder (default: in ``runs/`` of the current folder), ``resume``, and
+    ``nodes``, the server's folder, which says which devices each key has.
+    """
+    config = context.run_config
+    settings = Settings.from_json(run_settings(config))
+    folder = Path(str(config["out"])) if "out" in config else default_folder(settings)
+    owners = ServerFolder(Path(str(config["nodes"]))).owners() if "nodes" in config else None
+    hasten_pulls()
+    with working(folder):
+        run = TrainingRun(settings, folder, owners=owners)
+        open_run_folder(folder, settings, resume=bool(config.get("resume", False)))
+        result = run.train(grid)
     shutil.rmtree(STATE_FOLDER / f"{run.strategy.progress.run:x}", ignore_errors=True)
     print(f"test accuracy {result['test_accuracy']}, written to {folder.resolve()}")

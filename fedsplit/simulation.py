@@ -84,7 +84,7 @@ def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resu
 
     run = TrainingRun(settings, folder, report)
     check_data(run.source)
-    if settings.guard.mode == "enforce":
-        check_limits(settings, run.source, run.model.first_layer, limits(settings))
+    if settings.guard.mode == "enforce" and (own := limits(settings)).enforce:
+        check_limits(settings, run.source, run.model.first_layer, own)
     open_run_folder(folder, settings, resume=resume)
     return run

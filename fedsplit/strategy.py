@@ -6,6 +6,7 @@ with the weights for round r+1, and the last round's are flushed by one backward
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedsplit.answers import PendingBlock, check_upload
+from fedsplit.answers import PendingBlock, check_size, check_upload
 from fedsplit.errors import FedsplitError, RunError, WireError
 from fedsplit.first_layer import FirstLayerServer
+from fedsplit.grid import Pauses
 from fedsplit.model import FirstLayer
 from fedsplit.packing import sum_groups
+from fedsplit.record import to_record
+from fedsplit.roster import Roster, payload_of, unanswered
 from fedsplit.schedule import Schedule
 from fedsplit.trunk import Batches, Trunk
 from fedsplit.wire import (
@@ -30,13 +34,11 @@ from fedsplit.wire import (
     Registration,
     Release,
     Upload,
-    from_record,
-    to_record,
     weights_digest,
 )
 
 log = logging.getLogger(__name__)
-_NEWCOMER_TIMEOUT = 10.0  # seconds
+_COMING_BACK = 10.0  # seconds that a node may take to say that it is there again
 Compare = Callable[[Trunk, Batches], dict[str, Any]]
 
 
@@ -57,6 +59,8 @@ class ProtocolOptions:
         The run stops when fewer of the nodes that were asked have answered (all of them, if fewer were asked).
     timeout : float
         Seconds that a message may take; also how long to wait for devices at the start.
+    max_offences : int
+        Replies that no honest node would send, after which one is asked no more.
     devices : int
         Devices to wait for at the start.
     test_devices : tuple of int
@@ -73,6 +77,7 @@ class ProtocolOptions:
     max_staleness: int
     min_nodes: int
     timeout: float
+    max_offences: int
     devices: int
     test_devices: tuple[int, ...]
     evaluate_every: int
@@ -138,6 +143,8 @@ class SplitStrategy(Strategy):
         A number that names this run in the nodes' state folders.
     compare : callable, optional
         Adds to an evaluation, from the trunk and the released test records: scores of another model.
+    roster : Roster, optional
+        Who may register which devices; by default whoever comes first.
     """
 
     def __init__(
@@ -149,6 +156,7 @@ class SplitStrategy(Strategy):
         options: ProtocolOptions,
         run: int,
         compare: Compare | None = None,
+        roster: Roster | None = None,
     ) -> None:
         self.trunk = trunk
         self.first_layer = first_layer
@@ -160,10 +168,14 @@ class SplitStrategy(Strategy):
         self.metrics: dict[str, Any] = {}
         self._resumed_at = 0
         self._started = False
-        self._silent: set[int] = set()
-        self.nodes: dict[int, Registration] = {}
+        self.roster = roster or Roster(options.devices, options.max_offences)
         self._sent: dict[int, Download] = {}
         self._keep_from = 0
+
+    @property
+    def nodes(self) -> dict[int, Registration]:
+        """The nodes that have registered and are there, by Flower's id."""
+        return self.roster.nodes
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -270,6 +282,8 @@ class SplitStrategy(Strategy):
             messages = self._messages(MessageType.TRAIN, {}, self.progress.pending)
             replies = grid.send_and_receive(messages, timeout=self.options.timeout)
             self._step_first_layer(self._receive(replies, needed=0))
+        if last:
+            self._gather(grid)
         if not last and (every == 0 or round_number % every):
             return []
         rows: dict[int, list[tuple[int, int, int, int]]] = {}
@@ -297,65 +311,46 @@ class SplitStrategy(Strategy):
     # ------------------------------------------------------------------- messages
 
     def register(self, grid: Grid) -> None:
-        """List the nodes anew and ask new ones for their devices; before the first round, wait for all devices.
+        """List the nodes anew; before the first round wait for all devices, later as long as there is no node at all.
 
         Raises
         ------
         RunError
             If there are more nodes than devices, or no device has come within the timeout.
         """
-        deadline = time.monotonic() + self.options.timeout
+        timeout, expected, roster = self.options.timeout, self.options.devices, self.roster
+        began, pauses = time.monotonic(), Pauses(0.02, 0.5)
         while True:
-            present = set(grid.get_node_ids())
-            if not self._started and len(present) > self.options.devices:
-                raise RunError(f"{len(present)} nodes for {self.options.devices} devices: lower the number of nodes")
-            self.nodes = {n: r for n, r in self.nodes.items() if n in present}
-            refusals = self._ask(grid, sorted(present - set(self.nodes) - self._silent))
-            known = sum(len(r.devices) for r in self.nodes.values())
-            if known >= self.options.devices or (self._started and self.nodes):
+            self._look(grid)
+            if not self._started and len(roster.present) > expected:
+                raise RunError(f"{len(roster.present)} nodes for {expected} devices: lower the number of nodes")
+            known = sum(len(r.devices) for r in roster.nodes.values())
+            if known >= expected or (self._started and roster.nodes):
                 break
-            if refusals and len(refusals) + len(self.nodes) == len(present):
-                raise RunError(f"a node could not register: {refusals[0]}")
-            if time.monotonic() > deadline:
-                if self.nodes:
-                    log.warning("only %d of %d devices have registered", known, self.options.devices)
+            if roster.hopeless:
+                raise RunError(f"a node could not register: {next(iter(roster.refusals.values()))}")
+            if time.monotonic() - began > timeout:
+                if roster.nodes:
+                    log.warning("only %d of %d devices have registered", known, expected)
                     break
-                raise RunError(f"no node has registered within {self.options.timeout:g} s")
-            time.sleep(0.05)
+                raise RunError(f"no node has registered within {timeout:g} s")
+            time.sleep(pauses.next())
         self._started = True
         counts = {d: n for r in self.nodes.values() for d, n in zip(r.devices.tolist(), r.train, strict=True)}
         self.schedule.set_counts({d: n for d, n in counts.items() if d not in self.options.donors})
 
-    def _ask(self, grid: Grid, nodes: Sequence[int]) -> list[str]:
-        """Register nodes; return the refusals' reasons."""
-        content = to_record(b"")
-        # a newcomer must not hold up the others: once training has begun it is asked once, and briefly
-        timeout = min(self.options.timeout, _NEWCOMER_TIMEOUT) if self._started else self.options.timeout
-        messages = [Message(content, n, MessageType.QUERY, ttl=timeout) for n in nodes]
-        if not messages:
-            return []
-        refusals = []
-        self.progress.totals.exchanges += len(messages)
-        if self._started:
-            self._silent.update(nodes)
-        for reply in grid.send_and_receive(messages, timeout=timeout):
-            try:
-                payload = _payload(reply)
-                registration = Registration.from_bytes(payload)
-                self._check_registration(registration)
-            except (WireError, RunError) as error:
-                refusals.append(str(error))
-                continue
-            self.progress.totals.bytes_up += len(payload)
-            self.nodes[reply.metadata.src_node_id] = registration
-        return refusals
+    def _look(self, grid: Grid) -> None:
+        asked, heard = self.roster.look(grid, self.options.timeout)
+        self.progress.totals.exchanges += asked
+        self.progress.totals.bytes_up += heard
 
-    def _check_registration(self, registration: Registration) -> None:
-        taken = {d for r in self.nodes.values() for d in r.devices.tolist()}
-        if twice := taken.intersection(registration.devices.tolist()):
-            raise WireError(f"devices: {min(twice)} is registered by another node")
-        if len(registration.devices) and registration.devices[-1] >= self.options.devices:
-            raise WireError(f"devices must be below {self.options.devices}, got {registration.devices[-1]}")
+    def _gather(self, grid: Grid) -> None:
+        """Look for nodes before the evaluation at the end, and wait a little for those that are coming back."""
+        began, pauses = time.monotonic(), Pauses(0.02, 0.5)
+        self._look(grid)
+        while self.roster.waiting and time.monotonic() - began < min(self.options.timeout, _COMING_BACK):
+            time.sleep(pauses.next())
+            self._look(grid)
 
     def _cohort(self, round_number: int) -> dict[int, list[tuple[int, int, int, int]]]:
         """Return the schedule rows of the devices that take part, by node."""
@@ -385,6 +380,7 @@ class SplitStrategy(Strategy):
                 round_number=self.progress.round_number,
                 keep_from=self._keep_from,
                 per_device=per_device,
+                nonce=secrets.randbits(62),
                 weights=weights,
                 schedule=np.array(rows.get(node, []), dtype=np.int64).reshape(-1, 4),
                 pending=blocks.get(node, []),
@@ -392,6 +388,7 @@ class SplitStrategy(Strategy):
             payload = download.to_bytes()
             self._sent[node] = download
             self.progress.totals.bytes_down += len(payload)
+            self.roster.sent(node, len(payload))
             messages.append(Message(to_record(payload), node, kind, ttl=self.options.timeout))
         self.progress.totals.exchanges += len(messages)
         return messages
@@ -408,34 +405,49 @@ class SplitStrategy(Strategy):
         """
         asked, self._sent = self._sent, {}
         uploads: dict[int, Upload] = {}
-        reasons = []
+        reasons: dict[int, str] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
+            if node not in asked or node in uploads or node in reasons:
+                log.warning("round %d: a reply that nobody asked for", self.progress.round_number)
+                continue
             try:
-                payload = _payload(reply)
-                upload = Upload.from_bytes(payload, parameters=self.layer.size)
-                check_upload(
-                    upload, asked[node], self.progress.pending, self.layer.width, self.trunk.task, self.trunk.outputs
-                )
+                payload = payload_of(reply)
+                upload = self._checked(payload, asked[node])
+            except WireError as error:
+                reasons[node] = str(error)
+                self.roster.offend(node, str(error))
+                continue
             except FedsplitError as error:
-                reasons.append(str(error))
-                log.warning("round %d: a node is left out: %s", self.progress.round_number, error)
+                reasons[node] = str(error)
+                self.roster.miss(node, gone=unanswered(reply))
+                log.warning("round %d: %s is left out: %s", self.progress.round_number, self.roster.name(node), error)
                 continue
             uploads[node] = upload
+            self.roster.seen(node, len(payload), int(upload.refused[:, 2].sum()))
             if len(upload.lost):
-                log.warning("a node has lost its pending chunk of round %s", upload.lost.tolist())
+                log.warning("%s has lost its pending chunk of round %s", self.roster.name(node), upload.lost.tolist())
             self._account(upload, payload, test=test)
             self._note_failures(upload, asked[node], test=test)
-        if len(uploads) < len(asked) - len(reasons):
-            log.warning("round %d: %d of %d nodes answered", self.progress.round_number, len(uploads), len(asked))
+        for node in asked.keys() - uploads.keys() - reasons.keys():
+            self.roster.miss(node, gone=True)
+            log.warning("round %d: %s has not answered", self.progress.round_number, self.roster.name(node))
         if len(uploads) < min(needed, len(asked)):
-            why = f"; first reason: {reasons[0]}" if reasons else ""
+            why = f"; first reason: {next(iter(reasons.values()))}" if reasons else ""
             raise RunError(
                 f"round {self.progress.round_number}: {len(uploads)} of {len(asked)} nodes answered, "
                 f"protocol.min-nodes is {self.options.min_nodes}{why}"
             )
         self._settle(asked, uploads)
         return [uploads[node] for node in asked if node in uploads]
+
+    def _checked(self, payload: bytes, asked: Download) -> Upload:
+        """Read an upload that answers ``asked``; raises WireError."""
+        pending, trunk = self.progress.pending, self.trunk
+        check_size(len(payload), asked, self.layer.width, self.layer.size, trunk.outputs)
+        upload = Upload.from_bytes(payload, parameters=self.layer.size)
+        check_upload(upload, asked, pending, self.layer.width, trunk.task, trunk.outputs)
+        return upload
 
     def _settle(self, asked: dict[int, Download], uploads: dict[int, Upload]) -> None:
         """Forget the cut gradients that nodes have answered, so that none is applied twice."""
@@ -467,10 +479,3 @@ class SplitStrategy(Strategy):
         for device, _, start, _ in asked.schedule.tolist():
             if device in failed and not test:
                 self.schedule.not_released(device, start)
-
-
-def _payload(reply: Message) -> bytes:
-    if reply.has_error():
-        # a ClientApp's exception text comes along; fedsplit's own say what happened without any data
-        raise RunError(((reply.error.reason or "").strip().splitlines() or ["no reason given"])[-1][:300])
-    return from_record(reply.content)

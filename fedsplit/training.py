@@ -26,12 +26,14 @@ from fedsplit.assemble import (
 from fedsplit.checkpoint import load_checkpoint, save_checkpoint
 from fedsplit.config import Settings, load_settings
 from fedsplit.data import Source
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, RunError
+from fedsplit.following import LOG, METRICS, NODES, RESULT, STATE
 from fedsplit.grid import PollingGrid
 from fedsplit.model import SplitModel
 from fedsplit.privacy.accountant import epsilon
 from fedsplit.privacy.transcript import Subjects
 from fedsplit.report import draw_curves
+from fedsplit.roster import Owners
 from fedsplit.state import replacing
 from fedsplit.strategy import SplitStrategy
 from fedsplit.warmup import PublicOnly, WarmUp, public_release, warm_up
@@ -56,7 +58,7 @@ def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:
         raise ConfigError(f"out folder {folder} is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if any(path.name not in (STATE, LOG) for path in folder.iterdir()):
             raise ConfigError(f"out folder {folder} is not empty: choose another, or continue it with --resume")
         with replacing(config) as new:
             new.write_text(settings.to_toml(), encoding="utf-8")
@@ -97,6 +99,8 @@ class TrainingRun:
         The run folder, opened by :func:`open_run_folder`.
     report : callable, optional
         Called after every round with its metrics.
+    owners : mapping, optional
+        Which devices each node's key has; see :class:`fedsplit.roster.Roster`.
 
     Raises
     ------
@@ -104,16 +108,20 @@ class TrainingRun:
         If the settings do not fit together or the data.
     """
 
-    def __init__(self, settings: Settings, folder: Path, report: Report | None = None) -> None:
+    def __init__(
+        self, settings: Settings, folder: Path, report: Report | None = None, owners: Owners | None = None
+    ) -> None:
         self.settings = settings
         self.folder = folder
         self.source: Source = data_source(settings)
         self.model: SplitModel = split_model(settings, self.source)
         run = secrets.randbits(62)
-        self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run)
+        self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run, owners)
         self.public = public_records(settings, self.source)
         self.rounds_done = 0
         self.result: dict[str, Any] | None = None
+        # real nodes go by their owners' limits, whatever the settings say
+        self.guard_mode = settings.guard.mode if owners is None else "by each owner"
         self._report = report
         self._created = time.perf_counter()
         self._training = self._round_start = 0.0
@@ -146,7 +154,7 @@ class TrainingRun:
             evaluate_fn=self._after_round,
         )
         self.result = self._result()
-        with replacing(self.folder / "result.json") as new:
+        with replacing(self.folder / RESULT) as new:
             new.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
         draw_curves(self.folder)
         return self.result
@@ -181,9 +189,17 @@ class TrainingRun:
         self._training += now - self._round_start
         metrics = {**self.strategy.metrics, "seconds": round(now - self._round_start, 4)}
         self._round_start = now
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-        save_checkpoint(self.folder / "checkpoint", self.strategy, self._training)
+        try:
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+            save_checkpoint(self.folder / "checkpoint", self.strategy, self._training)
+            with replacing(self.folder / NODES) as new:
+                new.write_text(json.dumps(self.strategy.roster.rows(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            done = self.rounds_done
+            raise RunError(
+                f"{self.folder} cannot be written ({error.strerror}): the checkpoint of round {done} is the last"
+            ) from None
         self.rounds_done = self.strategy.progress.round_number
         if self._report:
             self._report(metrics)
@@ -191,7 +207,7 @@ class TrainingRun:
 
     def _keep_metrics(self, rounds: int) -> None:
         """Cut off metrics of rounds after the checkpoint: they will be written again."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             with replacing(path) as new:
@@ -217,7 +233,7 @@ class TrainingRun:
                 "total": round(finished - self._created, 3),
             },
             "ledger": _ledger(ledger),
-            "guard": {"mode": self.settings.guard.mode, "refused": refused, "test_refused": test_refused},
+            "guard": {"mode": self.guard_mode, "refused": refused, "test_refused": test_refused},
             "seed": self.settings.run.seed,
             "versions": {
                 "fedsplit": version("fedsplit"),

@@ -1,4 +1,4 @@
-"""What crosses the network: uploads, downloads and registrations; the only file that names record keys.
+"""What crosses the network: uploads, downloads and registrations.
 
 Releases are sparse by construction: a count per record, a bitmap of the outputs that were sent, their values.
 Reading a payload checks its arrays against what the kind must hold, then the numbers against each other; a refusal
@@ -12,11 +12,9 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedsplit.dropping import Kept
-from fedsplit.errors import WireError
 from fedsplit.packing import (
     FloatArray,
     IntArray,
@@ -32,7 +30,6 @@ from fedsplit.packing import (
 )
 
 _UPLOAD, _DOWNLOAD, _REGISTRATION = 1, 2, 3
-_RECORD_KEY = "fedsplit"
 
 
 @dataclass(frozen=True)
@@ -208,6 +205,8 @@ class Upload:
         would have.
     ledger : Ledger
         The most that has left of any of the node's records.
+    nonce : int
+        That of the download which it answers.
     """
 
     release: Release
@@ -216,12 +215,14 @@ class Upload:
     failed: IntArray
     refused: IntArray
     ledger: "Ledger"
+    nonce: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
         return pack_arrays(
             _UPLOAD,
             [
+                np.array([self.nonce], dtype=np.int64),
                 np.array(self.ledger, dtype=np.float64),
                 self.lost.astype(np.int64),
                 self.failed.astype(np.int32),
@@ -237,6 +238,7 @@ class Upload:
     def from_bytes(cls, payload: bytes, *, parameters: int) -> "Upload":
         """Check and read an upload; ``parameters`` is the first layer's size. Raises WireError."""
         take = Reader(payload, _UPLOAD)
+        (nonce,) = (int(v) for v in take.array("nonce", "i8", 1, size=1))
         ledger = take.array("ledger", "f8", 1, size=len(Ledger._fields))
         check("ledger", bool((np.nan_to_num(ledger, posinf=0.0) >= 0).all()), "must not be negative")
         check("ledger", bool(np.isfinite(ledger[:5]).all()), "must have finite counts")  # up to the field gradient
@@ -254,7 +256,7 @@ class Upload:
         check("gradients", sums.shape[1] == parameters, f"must have {parameters} parameters")
         check("gradients", bool(np.isfinite(sums).all()), "must be finite")
         take.finish()
-        return cls(release, Gradients(devices, records, sums), lost, failed, refused, Ledger(*ledger.tolist()))
+        return cls(release, Gradients(devices, records, sums), lost, failed, refused, Ledger(*ledger.tolist()), nonce)
 
 
 @dataclass(frozen=True)
@@ -343,6 +345,8 @@ class Download:
         Device id, pass, start, stop: release the records ``order(pass)[start:stop]``.
     pending : sequence of CutGradients
         Chunks to run the backward half of.
+    nonce : int
+        A number that no other download has; its answer repeats it.
     """
 
     run: int
@@ -352,10 +356,11 @@ class Download:
     weights: FloatArray
     schedule: IntArray
     pending: Sequence[CutGradients] = ()
+    nonce: int = 0
 
     def to_bytes(self) -> bytes:
         """Pack for the wire."""
-        head = [self.run, self.round_number, self.keep_from, int(self.per_device), len(self.pending)]
+        head = [self.run, self.round_number, self.keep_from, int(self.per_device), len(self.pending), self.nonce]
         blocks = [array for block in self.pending for array in block.arrays()]
         return pack_arrays(
             _DOWNLOAD,
@@ -366,7 +371,7 @@ class Download:
     def from_bytes(cls, payload: bytes, *, parameters: int) -> "Download":
         """Check and read a download; ``parameters`` is the first layer's size. Raises WireError."""
         take = Reader(payload, _DOWNLOAD)
-        run, round_number, keep_from, per_device, blocks = (int(v) for v in take.array("head", "i8", 1, size=5))
+        run, round_number, keep_from, per_device, blocks, nonce = (int(v) for v in take.array("head", "i8", 1, size=6))
         check("run", run >= 0, "must not be negative")
         check("round", 0 < round_number < 2**32, "must be in 1..2^32-1")
         check("per device", per_device in (0, 1), "must be 0 or 1")
@@ -382,7 +387,7 @@ class Download:
         rounds = [block.round_number for block in pending]
         check("pending round", len(set(rounds)) == len(rounds), "must not come twice")
         take.finish()
-        return cls(run, round_number, keep_from, bool(per_device), weights, schedule, pending)
+        return cls(run, round_number, keep_from, bool(per_device), weights, schedule, pending, nonce)
 
 
 @dataclass(frozen=True)
@@ -418,20 +423,6 @@ class Registration:
         check("records", bool(valid), "must be in 0..2^31-1")
         take.finish()
         return cls(devices, train, test)
-
-
-def to_record(payload: bytes) -> RecordDict:
-    """Wrap a payload as the content of a Flower message: one packed array, not forty."""
-    array = Array(dtype="uint8", shape=(len(payload),), stype="raw", data=payload)
-    return RecordDict({_RECORD_KEY: ArrayRecord({"packed": array})})
-
-
-def from_record(content: RecordDict) -> bytes:
-    """Return the payload of a Flower message's content. Raises WireError if there is none."""
-    record = content.get(_RECORD_KEY)
-    if not isinstance(record, ArrayRecord) or "packed" not in record:
-        raise WireError(f"message must hold one packed array under {_RECORD_KEY!r}")
-    return record["packed"].data
 
 
 def weights_digest(weights: FloatArray) -> int:

@@ -15,6 +15,7 @@ from fedsplit.data import (
     Records,
     Source,
     check_records,
+    open_own,
     open_source,
     packaged,
     read_records,
@@ -514,8 +515,9 @@ def test_a_pool_is_loaded_once_and_cannot_be_spoilt_by_a_device():
         ({"name": "digits", "partition": "iid", "count": 3000}, "partition 'iid' leaves device"),
         ({"name": "digits", "partition": "iid", "count": 4, "task": "binary"}, "'digits' is a classification task"),
         ({"name": "digits", "partition": "iid", "count": 4, "outputs": 3}, "outputs = 10, got .* outputs 3"),
-        ({}, "exactly one of name, folder, builder must be given, got none"),
+        ({}, "exactly one of name, folder, builder, shape must be given, got none"),
         ({"name": "digits", "folder": "here"}, "exactly one of .* got name and folder"),
+        ({"name": "digits", "shape": (64,)}, "exactly one of .* got name and shape"),
     ],
 )
 def test_refuses_settings_that_do_not_fit_a_pool(settings, text):
@@ -727,6 +729,58 @@ def test_refuses_a_folder_that_is_missing_or_empty(tmp_path):
 def test_refuses_settings_that_do_not_fit_a_folder(folder, settings, text):
     with pytest.raises(ConfigError, match=text):
         opened(**({"folder": str(folder), "outputs": 3} | settings))
+
+
+# --- records that are on real nodes only -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"count": None}, r"devices\.count is required with data\.shape"),
+        ({"test": "all"}, r"devices\.test must be a number or a list of ids with data\.shape, got 'all'"),
+        ({"outputs": None}, "outputs must be the number of classes, at least 2, got None"),
+        ({"partition": "iid"}, "partition must be 'natural' for a shape, which has its own devices, got 'iid'"),
+        ({"overlap": False}, "overlap = false is for the data set 'wearables', not for a shape"),
+        ({"test": (3,)}, r"test names device 3, but ids are 0..2"),
+    ],
+)
+def test_refuses_settings_that_do_not_fit_a_shape(settings, text):
+    with pytest.raises(ConfigError, match=text):
+        opened(**({"shape": (3,), "count": 3, "outputs": 3} | settings))
+
+
+def test_a_shape_is_all_that_a_server_knows_of_records():
+    source = opened(shape=(3,), count=3, outputs=3, test=(1,))
+    assert (source.input_shape, source.outputs, source.count, source.test_devices) == ((3,), 3, 3, (1,))
+    assert source.absent
+    with pytest.raises(DataError, match=r"device 1: its records are on its own node \(data\.shape\)"):
+        source.device(1)
+
+
+def test_a_nodes_files_are_those_of_its_devices_in_their_order(folder):
+    like = opened(shape=(3,), count=9, outputs=3, test=(8,))
+    own, whole = open_own(str(folder), [2, 5, 8], like), opened(folder=str(folder), outputs=3, test=(2,))
+    assert not own.absent
+    for mine, theirs in ((2, 0), (5, 1), (8, 2)):
+        assert np.array_equal(own.device(mine).train.x, whole.device(theirs).train.x)
+        assert np.array_equal(own.device(mine).test.x, whole.device(theirs).test.x)
+    with pytest.raises(DataError, match="device 3 is not on this node"):
+        own.device(3)
+    with pytest.raises(DataError, match=r"holds 3 \.npz files, the node has 2 devices"):
+        open_own(str(folder), [2, 5], like)
+    with pytest.raises(DataError, match="does not exist"):
+        open_own(str(folder / "nowhere"), [2], like)
+    single = sorted(folder.glob("*.npz"))[1]
+    assert np.array_equal(open_own(str(single), [4], like).device(4).train.x, whole.device(1).train.x)
+
+
+@pytest.mark.parametrize("changes", [{"shape": (4,)}, {"outputs": 2}])
+def test_a_nodes_files_must_be_as_the_server_says(folder, changes):
+    like = opened(**({"shape": (3,), "count": 3, "outputs": 3, "test": 0} | changes))
+    with pytest.raises(DataError, match=r"device [012] \(.*\.npz\)"):
+        for device in range(3):
+            open_own(str(folder), [0, 1, 2], like).device(device)
 
 
 # --- public records --------------------------------------------------------------------------------------------

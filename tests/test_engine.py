@@ -18,7 +18,7 @@ from fedsplit.client_app import client_app
 from fedsplit.config import Settings
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.grid import InProcessGrid
-from fedsplit.wire import to_record
+from fedsplit.record import to_record
 
 pytestmark = pytest.mark.slow  # starts Ray
 

@@ -1,22 +1,28 @@
 """A real node's folder: made once, refused when something of it is missing, and its guard enforces."""
 
+import logging
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from fedsplit import cli
 from fedsplit.data import DeviceData, Records
 from fedsplit.errors import ConfigError, StateError
 from fedsplit.home import Home
+from fedsplit.model import FirstLayer
 
 
 def test_a_new_home_is_its_owners_alone(tmp_path: Path) -> None:
     home = Home.create(tmp_path / "home", [7, 3])
     assert home.devices == [3, 7]
     assert (tmp_path / "home").stat().st_mode & 0o077 == 0
-    assert (tmp_path / "home" / "secret").stat().st_mode & 0o077 == 0
+    for private in ("secret", "key"):
+        assert (tmp_path / "home" / private).stat().st_mode & 0o077 == 0
+    assert (tmp_path / "home" / "key.pub").read_bytes() != (tmp_path / "home" / "key").read_bytes()
+    home.check()
     assert not home.limits.gradients and home.limits.releases == 1
     assert home.accountant("train").exposures() == 0
     assert Home.create(tmp_path / "other", [3]).device_secret(3) != home.device_secret(3) != home.device_secret(7)
@@ -30,11 +36,20 @@ def test_a_home_is_never_replaced(tmp_path: Path) -> None:
         Home.create(tmp_path / "another", [1, 1])
 
 
-@pytest.mark.parametrize("name", ["secret", "node.toml", "ledger-train.npz"])
+@pytest.mark.parametrize("name", ["secret", "key", "node.toml", "ledger-train.npz", "ledger-test.npz"])
 def test_a_home_without_a_part_is_refused(name: str, tmp_path: Path) -> None:
     home = Home.create(tmp_path / "home", [1])
     (home.folder / name).unlink()
-    with pytest.raises(StateError, match=f"{name.split('.')[0]}.* is missing"):
+    with pytest.raises(StateError, match=f"{home.folder / name.split('.')[0]}.* is missing"):
+        read_all(Home(home.folder))
+
+
+@pytest.mark.parametrize("name", ["secret", "key"])
+@pytest.mark.parametrize("mode", [0o640, 0o602])
+def test_what_is_private_is_refused_when_others_can_read_it(name: str, mode: int, tmp_path: Path) -> None:
+    home = Home.create(tmp_path / "home", [1])
+    (home.folder / name).chmod(mode)
+    with pytest.raises(StateError, match=f"{home.folder / name} can be read by others: chmod 600 it"):
         read_all(Home(home.folder))
 
 
@@ -58,7 +73,22 @@ def test_damaged_or_open_secrets_and_anothers_ledger_are_refused(tmp_path: Path)
 def read_all(home: Home) -> None:
     """Read everything of a home, as a node does before its first exchange."""
     _ = home.limits, home.devices
-    home.accountant("train")
+    home.check()
+
+
+@pytest.mark.parametrize("enforce", [True, False])
+def test_only_its_owner_can_switch_the_guard_off(
+    enforce: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home, layer = Home.create(tmp_path / "home", [1]), FirstLayer(nn.Linear(3, 4), nn.ReLU(), (3,))
+    assert home.guard("train", layer).enforce  # as shipped
+    limits = home.folder / "limits.toml"
+    limits.write_text(limits.read_text().replace("# enforce = false", f"enforce = {str(enforce).lower()}"))
+    home = Home(home.folder)
+    with caplog.at_level(logging.WARNING):
+        home.check()
+    assert ("enforce is false: everything leaves this node" in caplog.text) is not enforce
+    assert [home.guard(ledger, layer).enforce for ledger in ("train", "test")] == [enforce] * 2
 
 
 def test_the_owners_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -31,9 +31,10 @@ def test_the_shipped_file_says_the_defaults() -> None:
 def test_the_shipped_file_names_every_limit() -> None:
     """Those that are off by default as a comment that can be taken away."""
     text = SHIPPED.read_text()
-    switched_on = tomllib.loads(re.sub(r"^# (epsilon = .*)$", r"\1", text, flags=re.MULTILINE))
+    switched_on = tomllib.loads(re.sub(r"^# ((?:enforce|epsilon) = .*)$", r"\1", text, flags=re.MULTILINE))
     assert switched_on.keys() == {str(field.alias) for field in Limits.model_fields.values()}
-    assert Limits.model_validate(switched_on).epsilon == 8.0
+    limits = Limits.model_validate(switched_on)
+    assert (limits.epsilon, limits.enforce) == (8.0, False)
 
 
 def test_what_a_file_leaves_out_is_as_shipped(file: Path) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_settings
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 from references import largest_difference, moved, trained
 
 from fedsplit import training, wire
@@ -18,6 +20,7 @@ from fedsplit.client_app import client_app
 from fedsplit.dropping import Kept
 from fedsplit.errors import RunError
 from fedsplit.grid import InProcessGrid
+from fedsplit.record import from_record, to_record
 from fedsplit.training import TrainingRun, open_run_folder
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -41,7 +44,7 @@ class FaultyGrid(InProcessGrid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
         for message in messages:
-            sent = wire.from_record(message.content)
+            sent = from_record(message.content)
             (identifier,) = super().push_messages([message])
             number = 0
             if message.metadata.message_type != "query":
@@ -74,6 +77,13 @@ def node_of(message: Message) -> int:
     return message.metadata.dst_node_id - 2
 
 
+def in_round_2_of_node_1(change: Callable[[Message], Message]) -> Change:
+    def changes(number: int, message: Message, reply: Message) -> Message:
+        return change(reply) if number == 2 and node_of(message) == 1 else reply
+
+    return changes
+
+
 def test_a_silent_node_is_left_out_and_its_gradients_wait(tmp_path: Path) -> None:
     seen = []
 
@@ -96,8 +106,7 @@ def test_late_gradients_are_applied_once(tmp_path: Path) -> None:
         if number == 2 and node_of(message) == 1:
             return None
         if message.metadata.message_type == "train" and reply.has_content():
-            upload = wire.Upload.from_bytes(wire.from_record(reply.content), parameters=130)
-            counted.append(int(upload.gradients.records.sum()))
+            counted.append(int(upload_of(reply).gradients.records.sum()))
         return reply
 
     run = train(tmp_path, lose)
@@ -145,20 +154,32 @@ def test_an_error_reply_leaves_the_node_out(reason: str, tmp_path: Path) -> None
     assert run.result is not None and run.result["rounds"] == 4
 
 
-def changed(reply: Message, **fields: Any) -> Message:
-    """Return the reply with some of its upload's fields changed."""
-    upload = wire.Upload.from_bytes(wire.from_record(reply.content), parameters=130)
-    reply.content = wire.to_record(wire.Upload(**{**vars(upload), **fields}).to_bytes())
-    return reply
-
-
-def garbage(reply: Message) -> Message:
-    reply.content = wire.to_record(b"garbage")
-    return reply
+def upload_of(reply: Message) -> wire.Upload:
+    return wire.Upload.from_bytes(from_record(reply.content), parameters=130)
 
 
 def release_of(reply: Message) -> wire.Release:
-    return wire.Upload.from_bytes(wire.from_record(reply.content), parameters=130).release
+    return upload_of(reply).release
+
+
+def replaced(reply: Message, payload: bytes) -> Message:
+    """Return the reply with another payload."""
+    reply.content = to_record(payload)
+    return reply
+
+
+def changed(reply: Message, **fields: Any) -> Message:
+    """Return the reply with some of its upload's fields changed."""
+    return replaced(reply, wire.Upload(**{**vars(upload_of(reply)), **fields}).to_bytes())
+
+
+def garbage(reply: Message, size: int = 7) -> Message:
+    return replaced(reply, (b"garbage" * size)[:size])
+
+
+def empty(reply: Message) -> Message:
+    reply.content = RecordDict()
+    return reply
 
 
 def lying_release(reply: Message, **fields: Any) -> Message:
@@ -184,22 +205,67 @@ def twice_the_records(reply: Message) -> Message:
     return changed(reply, release=wire.Release.pack(kept, release.devices, np.array([20]), targets, "float32"))
 
 
-LIES: dict[str, Callable[[Message], Message]] = {
-    "another node's device": lambda r: lying_release(r, devices=np.array([4])),
-    "a class that does not exist": lambda r: lying_release(r, targets=np.full(10, 3)),
-    "float targets": lambda r: lying_release(r, targets=np.zeros(10, np.float32)),
-    "a device that failed and did not": lambda r: changed(r, failed=np.array([1])),
-    "more records in the gradient": lambda r: changed(
-        r, gradients=wire.Gradients(np.array([-1]), np.array([1000]), np.ones((1, 130), np.float32))
+LIES: dict[str, tuple[Callable[[Message], Message], str]] = {
+    "another node's device": (
+        lambda r: lying_release(r, devices=np.array([4])),
+        "devices must be those that were asked",
     ),
-    "a gradient that was not asked for": lambda r: changed(
-        r, gradients=wire.Gradients(np.array([1, 2]), np.array([10, 10]), np.ones((2, 130), np.float32))
+    "a class that does not exist": (
+        lambda r: lying_release(r, targets=np.full(10, 3)),
+        "targets must be classes in 0..2",
     ),
-    "fewer records without a refusal": lambda r: fewer_records(r, []),
-    "fewer records and another device's refusal": lambda r: fewer_records(r, [[2, wire.Reason.EQUATIONS, 1]]),
-    "more records than were asked for": twice_the_records,
-    "a negative ledger": lambda r: changed(r, ledger=wire.Ledger(*[-1.0] * 8)),
-    "no upload": garbage,
+    "float targets": (
+        lambda r: lying_release(r, targets=np.zeros(10, np.float32)),
+        "targets must be classes in 0..2",
+    ),
+    "a device that failed and did not": (
+        lambda r: changed(r, failed=np.array([1])),
+        "devices must be those that were asked",
+    ),
+    "more records in the gradient": (
+        lambda r: changed(r, gradients=wire.Gradients(np.array([-1]), np.array([1000]), np.ones((1, 130)))),
+        "gradient records must be those of the pending chunks",
+    ),
+    "a gradient that was not asked for": (
+        lambda r: changed(r, gradients=wire.Gradients(np.array([1, 2]), np.array([10, 10]), np.ones((2, 130)))),
+        "gradient records must be those of the pending chunks",
+    ),
+    "fewer records without a refusal": (
+        lambda r: fewer_records(r, []),
+        "records: device 1 released 9, asked 10",
+    ),
+    "fewer records and another device's refusal": (
+        lambda r: fewer_records(r, [[2, wire.Reason.EQUATIONS, 1]]),
+        "records: device 1 released 9, asked 10",
+    ),
+    "more records than were asked for": (
+        twice_the_records,
+        "records: device 1 released 20, asked 10",
+    ),
+    "a negative ledger": (
+        lambda r: changed(r, ledger=wire.Ledger(*[-1.0] * 8)),
+        "ledger must not be negative",
+    ),
+    "an upload sent again": (
+        lambda r: changed(r, nonce=upload_of(r).nonce ^ 1),
+        "nonce must be that of the message: this upload answers another one",
+    ),
+    "no upload": (
+        garbage,
+        "magic must be b'fs': not a fedsplit message",
+    ),
+    "an upload of a version that this server does not know": (
+        lambda r: replaced(r, b"fs\x01" + from_record(r.content)[3:]),
+        "version must be 2, got 1",
+    ),
+    "more than any answer": (
+        lambda r: garbage(r, 5_000_000),
+        r"size must be at most \d{4,5} bytes, got 5000000",
+    ),
+    "no payload": (
+        empty,
+        "message must hold one packed array under 'fedsplit'",
+    ),
 }
 
 
@@ -222,26 +288,161 @@ def test_a_lying_node_is_left_out(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def lies(number: int, message: Message, reply: Message) -> Message:
-        if number == 2 and node_of(message) == 1:
-            return LIES[lie](reply)
-        return reply
-
-    run = train(tmp_path, lies)
-    assert "a node is left out" in caplog.text
+    tell, refusal = LIES[lie]
+    run = train(tmp_path, in_round_2_of_node_1(tell))
+    (told,) = re.findall("node .* is left out.*", caplog.text)
+    assert re.fullmatch(rf"node 3 \(devices 1\) is left out: {refusal} \(offence 1\)", told)
+    assert "quarantined" not in caplog.text
     found = trained(tmp_path / "run")
     assert moved(run.settings, found) > 1e-3
     assert largest_difference(found, without_node_1_in_round_2) == 0.0
 
 
+def test_what_a_node_said_before_is_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its upload of the last round, byte by byte: neither the records nor the gradients count twice."""
+    payloads = []
+
+    def again(number: int, message: Message, reply: Message) -> Message:
+        if node_of(message) == 1 and message.metadata.message_type == "train":
+            payloads.append(from_record(reply.content))
+            return replaced(reply, payloads[-2]) if number == 3 else reply
+        return reply
+
+    run = train(tmp_path, again)
+    (told,) = re.findall("node .* is left out.*", caplog.text)
+    assert told.startswith("node 3 (devices 1) is left out: nonce must be that of the message")
+    assert run.result is not None and run.result["samples"] == 4 * sum(7 + 3 * d for d in range(5)) - 10
+
+
+def test_every_message_has_a_nonce_of_its_own(tmp_path: Path) -> None:
+    nonces = []
+
+    def note(number: int, message: Message, reply: Message) -> Message:
+        if number:
+            nonces.append(wire.Download.from_bytes(from_record(message.content), parameters=130).nonce)
+            assert upload_of(reply).nonce == nonces[-1]
+        return reply
+
+    train(tmp_path, note)
+    assert len(set(nonces)) == len(nonces) > 20
+
+
+# --- who is asked ----------------------------------------------------------------------------------------------
+
+
+def note_kinds(change: Change) -> tuple[Change, list[tuple[int, str, int]]]:
+    """Return a change that also notes the node, kind and round of every message."""
+    seen: list[tuple[int, str, int]] = []
+
+    def noting(number: int, message: Message, reply: Message) -> Message | None:
+        seen.append((node_of(message), message.metadata.message_type, number))
+        return change(number, message, reply)
+
+    return noting, seen
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "pipelined"])
+@pytest.mark.parametrize("offences", [1, 3])
+def test_a_node_that_always_lies_is_asked_no_more(
+    offences: int, mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lies(number: int, message: Message, reply: Message) -> Message:
+        return garbage(reply) if number and node_of(message) == 1 else reply
+
+    change, seen = note_kinds(lies)
+    more = {} if offences == 3 else {"max-offences": offences}
+    run = train(tmp_path, change, run={"rounds": 6}, protocol={"mode": mode, **more})
+    assert [(kind, n) for node, kind, n in seen if node == 1] == [
+        ("query", 0),
+        *(("train", n) for n in range(1, offences + 1)),
+    ]
+    for node in (0, 2, 3, 4):
+        assert {n for who, kind, n in seen if (who, kind) == (node, "train")} == set(range(1, 7))
+        assert [kind for who, kind, _ in seen if who == node].count("query") == 1
+    told = re.findall(r"node 3 \(devices 1\) is .*", caplog.text)
+    left_out = "node 3 (devices 1) is left out: magic must be b'fs': not a fedsplit message (offence {})"
+    assert told[:-1] == [left_out.format(n) for n in range(1, offences + 1)]
+    assert told[-1] == f"node 3 (devices 1) is quarantined after {offences} offences"
+    assert run.result is not None and run.result["rounds"] == 6
+    assert run.result["samples"] == 6 * (sum(7 + 3 * d for d in range(5)) - 10)
+    states = {row["node"]: (row["state"], row["offences"]) for row in run.strategy.roster.rows()}
+    assert states == {str(n): ("quarantined", offences) if n == 3 else ("connected", 0) for n in range(2, 7)}
+
+
+def test_offences_need_not_follow_one_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def lies(number: int, message: Message, reply: Message) -> Message:
+        return garbage(reply) if number in (1, 3, 5) and node_of(message) == 1 else reply
+
+    change, seen = note_kinds(lies)
+    run = train(tmp_path, change, run={"rounds": 7})
+    assert [n for node, kind, n in seen if (node, kind) == (1, "train")] == [1, 2, 3, 4, 5]
+    assert "node 3 (devices 1) is quarantined after 3 offences" in caplog.text
+    assert run.result is not None and run.result["samples"] == 7 * sum(7 + 3 * d for d in range(5)) - 5 * 10
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5, 8])
+def test_a_node_that_flower_says_is_gone_is_asked_for_its_devices_anew(code: int, tmp_path: Path) -> None:
+    """Unless its ClientApp raised, code 2: then it is there."""
+
+    def fails(number: int, message: Message, reply: Message) -> Message:
+        return Message(Error(code, "gone"), reply_to=message) if number == 2 and node_of(message) == 1 else reply
+
+    change, seen = note_kinds(fails)
+    run = train(tmp_path, change)
+    mine = [(kind, n) for node, kind, n in seen if node == 1]
+    assert mine.count(("query", 0)) == (1 if code == 2 else 2)
+    assert {n for kind, n in mine if kind == "train"} == {1, 2, 3, 4}
+    account = run.strategy.roster.accounts[3]
+    assert (account.missed, account.offences, account.quarantined) == (1, 0, False)
+
+
+def test_a_newcomer_holds_nobody_up(tmp_path: Path) -> None:
+    """Node 1 does not say what devices it has before the third question: the run neither waits nor forgets it."""
+    questions = []
+
+    def mute(number: int, message: Message, reply: Message) -> Message | None:
+        if node_of(message) == 1 and message.metadata.message_type == "query":
+            questions.append(time.monotonic())
+            return reply if len(questions) == 3 else None
+        return reply
+
+    change, seen = note_kinds(mute)
+    run = train(tmp_path, lambda *a: (time.sleep(0.01), change(*a))[1], run={"rounds": 20})
+    assert run.result is not None and run.result["rounds"] == 20
+    assert len(questions) == 3 and min(np.diff(questions)) > 0.1  # it is not asked again before the timeout, 0.2 s
+    mine = [n for node, kind, n in seen if (node, kind) == (1, "train")]
+    assert 1 < mine[0] < 20 and mine == [*range(mine[0], 21), 20]  # and the flush
+    assert run.result["samples"] == 20 * sum(7 + 3 * d for d in range(5)) - (mine[0] - 1) * 10
+
+
+def test_a_registration_that_no_honest_node_sends_is_an_offence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lies(number: int, message: Message, reply: Message) -> Message:
+        if number == 0 and node_of(message) == 1:
+            return replaced(reply, wire.Registration(*(np.array([v]) for v in (5, 10, 0))).to_bytes())
+        return reply
+
+    with pytest.raises(RunError, match="a node could not register: devices must be below 5, got 5"):
+        train(tmp_path, lies)
+    assert "node 3 is left out: devices must be below 5, got 5 (offence 1)" in caplog.text
+
+
+def test_devices_that_another_node_has_are_refused_without_an_offence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lies(number: int, message: Message, reply: Message) -> Message:
+        if number == 0 and node_of(message) == 1:
+            return replaced(reply, wire.Registration(*(np.array([v]) for v in (0, 10, 0))).to_bytes())
+        return reply
+
+    with pytest.raises(RunError, match="a node could not register: devices: 0 is registered by another node"):
+        train(tmp_path, lies)
+    assert "node 3 could not register: devices: 0 is registered by another node" in caplog.text
+    assert "offence" not in caplog.text
+
+
 # --- refusals and ledgers --------------------------------------------------------------------------------------
-
-
-def in_round_2_of_node_1(change: Callable[[Message], Message]) -> Change:
-    def changes(number: int, message: Message, reply: Message) -> Message:
-        return change(reply) if number == 2 and node_of(message) == 1 else reply
-
-    return changes
 
 
 def test_a_device_may_refuse_records_and_the_run_counts_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import small_settings
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import largest_difference, moved, trained
@@ -30,6 +31,7 @@ from fedsplit.dropping import KEYED_ROUND, Dropping, simulation_secret
 from fedsplit.errors import ConfigError, DataError, RunError
 from fedsplit.grid import InProcessGrid
 from fedsplit.model import SplitModel, build_model
+from fedsplit.record import from_record
 from fedsplit.training import TrainingRun, open_run_folder
 from fedsplit.trunk import Batches, Trunk, TrunkOptions
 from fedsplit.warmup import PUBLIC, PublicOnly, WarmUp, covariance_penalty, principal_factors, public_release, warm_up
@@ -342,8 +344,8 @@ class Watched(InProcessGrid):
         self.sent: list[tuple[str, int, wire.Download]] = []
         self.received: list[tuple[str, int, wire.Upload]] = []
 
-    def get_node_ids(self) -> Iterable[int]:
-        return [node for node in super().get_node_ids() if node - 2 not in self.hidden]
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [info for info in super().get_nodes() if info.node_id - 2 not in self.hidden]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -351,7 +353,7 @@ class Watched(InProcessGrid):
             (identifier,) = super().push_messages([message])
             kind, partition = message.metadata.message_type, message.metadata.dst_node_id - 2
             if kind != "query":
-                down, up = (wire.from_record(m.content) for m in (message, self._replies[identifier]))
+                down, up = (from_record(m.content) for m in (message, self._replies[identifier]))
                 self.sent.append((kind, partition, wire.Download.from_bytes(down, parameters=self.parameters)))
                 self.received.append((kind, partition, wire.Upload.from_bytes(up, parameters=self.parameters)))
             ids.append(identifier)

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.dropping import Dropping, Kept, simulation_secret, unpack_bitmap
 from fedsplit.errors import WireError
 from fedsplit.packing import pack_arrays
+from fedsplit.record import from_record, to_record
 from fedsplit.wire import (
     CutGradients,
     Download,
@@ -24,8 +25,6 @@ from fedsplit.wire import (
     Registration,
     Release,
     Upload,
-    from_record,
-    to_record,
     weights_digest,
 )
 
@@ -88,7 +87,8 @@ def some_upload(
     release = some_release(rng, records, width, dtype, targets, bits=bits)
     reasons, numbers = rng.integers(1, len(Reason) + 1, lost), rng.integers(0, 2**31, lost)
     refused = np.stack([some_ids(rng, lost), reasons, numbers], axis=1)
-    return Upload(release, sums, rng.integers(1, 9, lost), some_ids(rng, lost), refused, some_ledger(rng))
+    rounds, failed, ledger = rng.integers(1, 9, lost), some_ids(rng, lost), some_ledger(rng)
+    return Upload(release, sums, rounds, failed, refused, ledger, nonce=int(rng.integers(2**62)))
 
 
 def nothing_but(release: Release, parameters: int = PARAMETERS) -> Upload:
@@ -112,6 +112,7 @@ def some_download(rng: np.random.Generator, lengths: list[list[int]], rows: int,
         weights=rng.normal(size=PARAMETERS).astype(np.float32),
         schedule=np.stack(table, axis=1).astype(np.int64),
         pending=tuple(pending),
+        nonce=int(rng.integers(2**62)),
     )
 
 
@@ -529,21 +530,22 @@ def test_mutated_payloads_are_refused_or_still_valid(
 
 
 UPLOAD_FIELDS = {
-    "ledger": 0,
-    "lost": 1,
-    "failed": 2,
-    "refused": 3,
-    "width": 4,
-    "devices": 5,
-    "records": 6,
-    "targets": 7,
-    "counts": 8,
-    "bitmap": 9,
-    "values": 10,
-    "exponents": 11,
-    "gradient devices": 12,
-    "gradient records": 13,
-    "gradients": 14,
+    "nonce": 0,
+    "ledger": 1,
+    "lost": 2,
+    "failed": 3,
+    "refused": 4,
+    "width": 5,
+    "devices": 6,
+    "records": 7,
+    "targets": 8,
+    "counts": 9,
+    "bitmap": 10,
+    "values": 11,
+    "exponents": 12,
+    "gradient devices": 13,
+    "gradient records": 14,
+    "gradients": 15,
 }
 DOWNLOAD_FIELDS = {
     "head": 0,
@@ -578,6 +580,10 @@ def swap_rows(array: np.ndarray) -> None:
 
 
 REFUSALS: list[tuple[str, str, str, Callable[[np.ndarray], Any], str]] = [
+    ("upload", "float16", "nonce", lambda a: a[:0], "nonce must have 1 rows, got 0"),
+    ("upload", "float16", "nonce", lambda a: np.append(a, a), "nonce must have 1 rows, got 2"),
+    ("upload", "float16", "nonce", lambda a: a[None], "nonce must have 1 axes, got 2"),
+    ("upload", "float16", "nonce", lambda a: a.astype(np.int32), "nonce must be of dtype i8, got i4"),
     ("upload", "float16", "ledger", put(0, -1), "ledger must not be negative"),
     ("upload", "float16", "ledger", put(7, -1e-300), "ledger must not be negative"),
     ("upload", "float16", "ledger", put(3, -np.inf), "ledger must not be negative"),
@@ -636,7 +642,8 @@ REFUSALS: list[tuple[str, str, str, Callable[[np.ndarray], Any], str]] = [
     ("upload", "float16", "gradients", put((0, 0), np.nan), "gradients must be finite"),
     ("upload", "float16", "gradients", lambda a: a[:, 1:], "gradients must have 5 parameters"),
     ("upload", "float16", "gradients", lambda a: a[:1], "gradients must have 2 rows, got 1"),
-    ("download", "float16", "head", lambda a: a[:4], "head must have 5 rows, got 4"),
+    ("download", "float16", "head", lambda a: a[:5], "head must have 6 rows, got 5"),
+    ("download", "float16", "head", lambda a: np.append(a, a[:1]), "head must have 6 rows, got 7"),
     ("download", "float16", "head", put(0, -1), "run must not be negative"),
     ("download", "float16", "head", put(1, 0), "round must be in"),
     ("download", "float16", "head", put(1, 2**32), "round must be in"),
@@ -686,9 +693,10 @@ def test_refusals_name_the_field(
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_versions_and_kinds_are_refused(kind: str) -> None:
     payload = bytearray(message(kind).to_bytes())
-    payload[2] = 2
-    with pytest.raises(WireError, match="version must be 1, got 2"):
-        read(kind, bytes(payload))
+    for version in (0, 1, 3):
+        payload[2] = version
+        with pytest.raises(WireError, match=f"version must be 2, got {version}"):
+            read(kind, bytes(payload))
     for other in set(KINDS) - {kind}:
         with pytest.raises(WireError, match=f"kind must be {KINDS[kind]}, got {KINDS[other]}"):
             read(kind, message(other).to_bytes())
@@ -711,10 +719,22 @@ def test_weights_of_another_model_are_refused() -> None:
 # --- Flower's records and the digest ---------------------------------------------------------------------------
 
 
-def test_a_payload_travels_as_one_array_of_a_flower_record() -> None:
-    payload = message("download").to_bytes()
+@pytest.mark.parametrize(
+    ("payload", "record"),
+    [
+        (b"", ConfigRecord),
+        (message("download").to_bytes(), ConfigRecord),
+        (bytes(2**22 - 1), ConfigRecord),
+        (bytes(range(256)) * 2**14, ArrayRecord),
+        (np.random.default_rng(0).bytes(5_000_001), ArrayRecord),
+    ],
+    ids=lambda v: v.__name__ if isinstance(v, type) else str(len(v)),
+)
+def test_a_payload_travels_as_one_entry_of_a_flower_record(payload: bytes, record: type) -> None:
+    """Only from 4 MiB on as an array, which travels in pieces."""
     content = to_record(payload)
     assert list(content) == ["fedsplit"]
+    assert type(content["fedsplit"]) is record
     assert list(content["fedsplit"]) == ["packed"]
     assert from_record(content) == payload
 
@@ -725,7 +745,13 @@ def test_a_payload_travels_as_one_array_of_a_flower_record() -> None:
         RecordDict(),
         RecordDict({"other": to_record(b"x")["fedsplit"]}),
         RecordDict({"fedsplit": ArrayRecord()}),
+        RecordDict({"other": to_record(bytes(2**22))["fedsplit"]}),
+        RecordDict({"fedsplit": ConfigRecord()}),
+        RecordDict({"fedsplit": ConfigRecord({"other": b"x"})}),
         RecordDict({"fedsplit": ConfigRecord({"packed": 1})}),
+        RecordDict({"fedsplit": ConfigRecord({"packed": "x"})}),
+        RecordDict({"fedsplit": ConfigRecord({"packed": [b"x"]})}),
+        RecordDict({"fedsplit": MetricRecord({"packed": 1})}),
     ],
 )
 def test_a_record_without_a_payload_is_refused(content: RecordDict) -> None:

@@ -1,6 +1,6 @@
 """Records of devices: data sets with a name, a user's own files or function, and how records are dealt to devices."""
 
-from fedsplit.data.devices import open_builder, open_folder, read_records
+from fedsplit.data.devices import describe, open_builder, open_folder, open_own, read_records
 from fedsplit.data.loading import resolve_function
 from fedsplit.data.partition import PARTITIONS
 from fedsplit.data.pooled import POOLS, open_pool
@@ -16,6 +16,7 @@ __all__ = [
     "Records",
     "Source",
     "check_records",
+    "open_own",
     "open_source",
     "read_records",
     "resolve_function",
@@ -35,14 +36,15 @@ def open_source(
     alpha: float,
     seed: int,
     overlap: bool = True,
+    shape: tuple[int, ...] | None = None,
 ) -> Source:
     """Open the data of a run.
 
     Parameters
     ----------
     name, folder, builder : str or None
-        Exactly one: a data set of :data:`POOLS`; a folder of ``.npz`` files, one per device; or a function
-        ``module:function`` that returns a device's :class:`DeviceData`.
+        Exactly one, or ``shape``: a data set of :data:`POOLS`; a folder of ``.npz`` files, one per device; or a
+        function ``module:function`` that returns a device's :class:`DeviceData`.
     task : str or None
         One of :data:`TASKS`; for a folder or builder None means classification. A data set knows its own.
     outputs : int or None
@@ -61,6 +63,8 @@ def open_source(
         Of the partition, at least 0: equal arguments, equal devices.
     overlap : bool
         False only for the data set ``wearables``: windows that share no sample.
+    shape : tuple of int, optional
+        In place of ``name``, ``folder`` and ``builder``: of one record; the records are on the real nodes.
 
     Raises
     ------
@@ -69,9 +73,10 @@ def open_source(
     DataError
         If a package, folder or file is missing or damaged, or the first device's records cannot be used.
     """
-    given = [key for key, value in (("name", name), ("folder", folder), ("builder", builder)) if value is not None]
+    sources = {"name": name, "folder": folder, "builder": builder, "shape": shape}
+    given = [key for key, value in sources.items() if value is not None]
     if len(given) != 1:
-        raise ConfigError(f"exactly one of name, folder, builder must be given, got {' and '.join(given) or 'none'}")
+        raise ConfigError(f"exactly one of {', '.join(sources)} must be given, got {' and '.join(given) or 'none'}")
     if partition not in PARTITIONS:
         raise ConfigError(f"partition must be one of {', '.join(PARTITIONS)}, got {partition!r}")
     if name is not None:
@@ -84,6 +89,8 @@ def open_source(
         raise ConfigError(f"overlap = false is for the data set 'wearables', not for a {given[0]}")
     if partition != "natural":
         raise ConfigError(f"partition must be 'natural' for a {given[0]}, which has its own devices, got {partition!r}")
+    if shape is not None:
+        return describe(shape, task=task, outputs=outputs, count=count, test=test)
     if folder is not None:
         return open_folder(folder, task=task, outputs=outputs, count=count, test=test)
     return open_builder(str(builder), task=task, outputs=outputs, count=count, test=test)

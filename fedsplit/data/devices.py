@@ -1,6 +1,7 @@
 """Sources whose devices bring their own records: a folder with one file per device, or a user's function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,82 @@ def open_builder(
     function = resolve_function(builder, "data.builder")
     places = tuple(f"device {device} ({builder})" for device in range(count))
     return _open(partial(_call, function, places), places, task=task, outputs=outputs, test=test)
+
+
+def describe(
+    shape: tuple[int, ...],
+    *,
+    task: str | None,
+    outputs: int | None,
+    count: int | None,
+    test: int | str | tuple[int, ...],
+) -> Source:
+    """Return a source that knows what records are like, but holds none: each real node has its own.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of one record.
+    task, outputs, count, test
+        As in :func:`fedsplit.data.open_source`; ``count`` is required, and ``test`` cannot be ``"all"``.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is missing or does not fit.
+    """
+    if count is None:
+        raise ConfigError("devices.count is required with data.shape: nobody else knows how many devices there are")
+    if test == "all":
+        raise ConfigError("devices.test must be a number or a list of ids with data.shape, got 'all'")
+    task, outputs = _check_task(task, outputs)
+    return Source(task, outputs, shape, count, _absent, choose_test(test, count), absent=True)
+
+
+def _absent(device_id: int) -> DeviceData:
+    raise DataError(f"device {device_id}: its records are on its own node (data.shape)")
+
+
+def open_own(path: str, devices: Sequence[int], like: Source) -> Source:
+    """Return a source with the records of a node's own devices.
+
+    Parameters
+    ----------
+    path : str
+        A folder of ``.npz`` files (see :func:`open_folder`), one per device: in the order of their names they are those
+        of ``devices`` in ascending order. Or one such file, for a node with one device.
+    devices : sequence of int
+        The node's devices, ascending.
+    like : Source
+        The run's: task, outputs, shape and test devices.
+
+    Raises
+    ------
+    DataError
+        If the path does not exist or holds other than one file for each device.
+    """
+    files = own_files(path, devices)
+    places = tuple(f"device {device} ({file.name})" for device, file in zip(devices, files, strict=True))
+    load = partial(_load, partial(_read_file, files, places), places, like.task, like.outputs, like.input_shape)
+    place = {device: i for i, device in enumerate(devices)}
+
+    def own(device_id: int) -> DeviceData:
+        if device_id not in place:
+            raise DataError(f"device {device_id} is not on this node")
+        return load(place[device_id])
+
+    return replace(like, load=own, absent=False)
+
+
+def own_files(path: str, devices: Sequence[int]) -> tuple[Path, ...]:
+    """Return the files of a node's own devices; see :func:`open_own`."""
+    where = Path(path)
+    if not where.exists():
+        raise DataError(f"data path {path!r} does not exist")
+    files = tuple(sorted(where.glob("*.npz"), key=lambda file: file.name)) if where.is_dir() else (where,)
+    if len(files) != len(devices):
+        raise DataError(f"data path {path!r} holds {len(files)} .npz files, the node has {len(devices)} devices")
+    return files
 
 
 def _open(

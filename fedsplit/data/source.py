@@ -26,6 +26,8 @@ class Source:
         Returns one device's checked records by its id; nothing is cached here.
     chosen : tuple of int or None
         The test devices' ids; None: all devices that hold test records.
+    absent : bool
+        Whether there are no records here: real nodes have them.
     """
 
     task: str
@@ -34,6 +36,7 @@ class Source:
     count: int
     load: Callable[[int], DeviceData] = field(repr=False)
     chosen: tuple[int, ...] | None
+    absent: bool = False
 
     @cached_property
     def test_devices(self) -> tuple[int, ...]:

@@ -18,6 +18,8 @@ class Limits(Section):
 
     Attributes
     ----------
+    enforce : bool
+        If false, everything leaves, and what the other limits would refuse is counted.
     releases : int
         Times that something new about a record may leave. The same bytes again are nothing new.
     equations : float
@@ -43,6 +45,7 @@ class Limits(Section):
         which ones are refused tells of them.
     """
 
+    enforce: bool = True
     releases: Annotated[int, Field(ge=0)] = 1
     equations: Share = 0.125
     leverage: Share = 0.9

@@ -1,0 +1,30 @@
+"""What the commands show while they work."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+stderr = Console(stderr=True)
+
+
+@contextmanager
+def show_progress(rounds: int) -> Iterator[Any]:
+    """Show a bar over rounds on stderr."""
+    columns = (
+        TextColumn("round"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[says]}"),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("", total=rounds, says="starting")
+
+        def report(metrics: dict[str, Any]) -> None:
+            says = " ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.endswith(("loss", "accuracy")) and v)
+            bar.update(task, completed=metrics["round"], says=says)
+
+        yield report

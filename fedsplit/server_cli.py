@@ -1,0 +1,149 @@
+"""The server operator's commands: ``fedsplit certs | server start | server register | run | status``."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedsplit.console import show_progress, stderr
+from fedsplit.errors import ConfigError
+from fedsplit.node_cli import find_functions
+
+server = typer.Typer(no_args_is_help=True, help="The server of a deployment: start it, let nodes in.")
+
+
+def certs(
+    folder: Annotated[Path, typer.Argument(help="The server's folder.")],
+    hosts: Annotated[list[str], typer.Option("--host", help="Name or address by which nodes reach it; repeatable.")],
+    days: Annotated[int, typer.Option(help="How long the certificates are good for.")] = 365,
+) -> None:
+    """Make a private authority and the server's certificate; nodes need ca.crt, nobody needs the private key."""
+    from fedsplit.certs import CA, make_certificates
+
+    make_certificates(folder, list(dict.fromkeys([*hosts, "localhost", "127.0.0.1"])), days)
+    print(f"made {folder}; give {folder / CA} to the nodes, and nothing else of it")
+
+
+@server.command()
+def start(
+    folder: Annotated[Path, typer.Argument(help="The server's folder, with the certificates.")],
+    host: Annotated[str, typer.Option(help="Where to listen; others than this machine should reach a proxy only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 9092,
+    name: Annotated[str, typer.Option(help="By which fedsplit run and Flower's commands know it.")] = "fedsplit",
+    insecure: Annotated[bool, typer.Option(help="No TLS and no keys: for a trial on one machine.")] = False,
+) -> None:
+    """Start Flower's SuperLink: with TLS, and for nodes whose keys were registered."""
+    from fedsplit import deployment
+
+    where = deployment.ServerFolder(folder.resolve())
+    command = deployment.superlink_command(where, host, port, insecure=insecure)
+    where.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    reached = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    config = deployment.connect_flower(name, f"{reached}:{port}", None if insecure else where.certificates[0])
+    print(f"known as {name!r} in {config}")
+    print(shlex.join(command), flush=True)
+    process = subprocess.Popen(command, env=deployment.environment())
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = process.wait()
+    if code:
+        raise ConfigError(f"flower-superlink ended with code {code}: see what it said above")
+
+
+@server.command()
+def register(
+    public_key: Annotated[Path, typer.Argument(help="A node's public key, key.pub.")],
+    superlink: Annotated[str, typer.Option(help="The SuperLink's name.")] = "fedsplit",
+    devices: Annotated[
+        list[int] | None, typer.Option("--device", help="Its devices; default: those that the key's file names.")
+    ] = None,
+) -> None:
+    """Let a node in, with its devices: no other key may register them."""
+    from fedsplit.deployment import register_node
+
+    chosen = register_node(superlink, public_key, devices)
+    print(f"registered {public_key} for devices {chosen}")
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="Settings file (TOML).")],
+    superlink: Annotated[str, typer.Option(help="The SuperLink's name.")] = "fedsplit",
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-TIMESTAMP.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Result on stdout as JSON, logs on stderr.")] = False,
+) -> None:
+    """Train over the nodes of a SuperLink, on its machine, with the settings of CONFIG."""
+    from fedsplit import deployment
+    from fedsplit.config import default_folder, load_settings
+    from fedsplit.following import follow, forget_state
+    from fedsplit.report import result_table
+
+    if resume and out is None:
+        raise ConfigError("--resume needs --out, the folder of the run to go on with")
+    find_functions(config)
+    settings = load_settings(config, overrides or [])
+    folder = (out or default_folder(settings)).resolve()
+    modules = deployment.own_modules(config.resolve().parent, [settings.model.builder, settings.data.builder])
+    if not resume:
+        deployment.check_settings(settings)
+    forget_state(folder)
+    number = deployment.submit(settings.to_json(), superlink, folder, resume=resume, modules=modules)
+
+    def ended() -> str | None:
+        status = deployment.run_status(number, superlink)
+        return f"run {number} is {status}: see flwr log {number} {superlink}" if "finished" in status else None
+
+    stderr.print(f"run {number} on {superlink!r}, in {folder}", markup=False, highlight=False)
+    try:
+        with show_progress(settings.run.rounds) as report:
+            result = follow(folder, report, stderr.print, ended)
+    except KeyboardInterrupt:
+        said = (
+            f"fedsplit: run {number} goes on; see fedsplit status {folder}, end it with flwr stop {number} {superlink}"
+        )
+        stderr.print(said, markup=False, highlight=False)
+        raise
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console().print(result_table(result, folder))
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(help="The run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what the server has seen of each node: when, how much, and what it was refused."""
+    from fedsplit.following import ago, read_nodes
+
+    rows = read_nodes(folder)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(title=str(folder), title_justify="left")
+    for column in ("node", "devices", "state", "last seen", "exchanges", "bytes up", "down", "missed", "offences"):
+        table.add_column(column)
+    table.add_column("refused records")
+    for row in rows:
+        table.add_row(
+            row["node"],
+            row["devices"],
+            row["state"],
+            ago(row["last_seen"]),
+            f"{row['exchanges']:,}",
+            f"{row['bytes_up']:,}",
+            f"{row['bytes_down']:,}",
+            str(row["missed"]),
+            str(row["offences"]),
+            f"{row['refused']:,}",
+        )
+    Console().print(table)

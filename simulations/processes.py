@@ -1,0 +1,295 @@
+"""A deployment of real processes on this machine: a SuperLink with TLS and keys, and nodes with their own data.
+
+Where it is permitted each node has a network namespace, an address and a link of its own; else all share the loopback.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsplit.assemble import data_source
+from fedsplit.config import Settings
+from fedsplit.dropping import simulation_secret
+from fedsplit.home import Home
+
+NAME = "trial"
+_BRIDGE = "10.77.0"  # the first three numbers of the nodes' addresses
+_START = 40.0  # seconds that a process may take to be there
+
+
+class Deployment:
+    """Starts and stops the processes; everything is below one folder.
+
+    Parameters
+    ----------
+    folder : Path
+    namespaces : bool
+        Whether nodes get namespaces of their own; needs root.
+    """
+
+    def __init__(self, folder: Path, *, namespaces: bool = False) -> None:
+        self.folder = folder.resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.namespaces = namespaces
+        self.host = f"{_BRIDGE}.1" if namespaces else "127.0.0.1"
+        self.port = free_port()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.links: dict[str, str] = {}
+        flower = {"FLWR_HOME": str(self.folder / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
+        self.environment = {**os.environ, **flower, "COLUMNS": "1000"}
+
+    @property
+    def address(self) -> str:
+        """Where nodes reach the server."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def authority(self) -> Path:
+        """The certificate that nodes are given."""
+        return self.folder / "server" / "ca.crt"
+
+    def fedsplit(self, *arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        command = [str(Path(sys.executable).with_name("fedsplit")), *arguments]
+        done = subprocess.run(
+            command,
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"fedsplit {' '.join(arguments)}: {done.stderr.strip()}")
+        return done
+
+    def start_server(self) -> None:
+        """Start the SuperLink, the first time with new certificates."""
+        if not self.authority.exists():
+            self.fedsplit("certs", "server", "--host", self.host)
+        command = ["server", "start", "server", "--host", self.host, "--port", str(self.port), "--name", NAME]
+        self._start("server", command)
+        wait_for_port(self.host, self.port)
+
+    def make_node(
+        self, name: str, devices: Sequence[int], settings: Settings | None = None, *, limits: str = "enforce = false\n"
+    ) -> Path:
+        """Make a node's folder, with its own data and the simulation's device secrets, and register its key.
+
+        Parameters
+        ----------
+        name : str
+        devices : sequence of int
+        settings : Settings, optional
+            Whose data the node gets its part of, in files of its own.
+        limits : str
+            The limits file.
+        """
+        home = self.folder / name
+        Home.create(home, devices)
+        (home / "limits.toml").write_text(limits)
+        if settings is not None:
+            write_data(self.folder / f"{name}-data", devices, settings)
+            for device in devices:
+                secret = home / f"secret-{device}"
+                secret.write_bytes(simulation_secret(settings.run.seed, device))
+                secret.chmod(0o600)
+        self.fedsplit("server", "register", str(home / "key.pub"), "--superlink", NAME)
+        return home
+
+    def start_node(self, name: str, *options: str, warm: bool = True) -> "subprocess.Popen[bytes]":
+        """Start a node's process; it logs to ``NAME.log``."""
+        data = self.folder / f"{name}-data"
+        command = ["node", "start", "--superlink", self.address, "--ca", str(self.authority), "--home", name]
+        command += ["--data", str(data)] if data.exists() else []
+        return self._start(name, [*command, *(["--warm"] if warm else []), *options], self._namespace(name))
+
+    def _namespace(self, name: str) -> list[str]:
+        if not self.namespaces:
+            return []
+        if name not in self.links:
+            number = len(self.links) + 2
+            space, outer, inner = f"fs-{name}", f"fso-{name}"[:15], f"fsi-{name}"[:15]
+            ip("netns", "add", space)
+            ip("link", "add", outer, "type", "veth", "peer", "name", inner)
+            ip("link", "set", outer, "master", "fs-bridge", "up")
+            ip("link", "set", inner, "netns", space)
+            ip("-n", space, "addr", "add", f"{_BRIDGE}.{number}/24", "dev", inner)
+            ip("-n", space, "link", "set", inner, "up")
+            ip("-n", space, "link", "set", "lo", "up")
+            self.links[name] = outer
+        return ["ip", "netns", "exec", f"fs-{name}"]
+
+    def link(self, name: str, state: str) -> None:
+        """Set a node's link ``up`` or ``down``."""
+        ip("link", "set", self.links[name], state)
+
+    def _start(self, name: str, arguments: Sequence[str], before: Sequence[str] = ()) -> "subprocess.Popen[bytes]":
+        command = [*before, str(Path(sys.executable).with_name("fedsplit")), *arguments]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes[name] = process
+        return process
+
+    def log(self, name: str) -> str:
+        """Return what a process has said."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def run_log(self, out: str) -> str:
+        """Return the log of a run."""
+        return (self.folder / out / "run.log").read_text(errors="replace")
+
+    def wait_for(self, name: str, text: str, timeout: float = _START) -> None:
+        """Wait until a process has said something."""
+        deadline = time.monotonic() + timeout
+        while text not in self.log(name):
+            if time.monotonic() > deadline or (self.processes[name].poll() is not None and text not in self.log(name)):
+                raise RuntimeError(f"{name} has not said {text!r}: {self.log(name)[-2000:]}")
+            time.sleep(0.1)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a process and all its children."""
+        os.killpg(self.processes[name].pid, number)
+
+    def kill(self, name: str) -> None:
+        """End a process and its children at once, without a word to anybody."""
+        self.signal(name, signal.SIGKILL)
+        self.processes.pop(name).wait()
+
+    def run(self, config: Path | str, out: str, *options: str) -> "subprocess.Popen[bytes]":
+        """Start ``fedsplit run``; it logs to ``OUT.log``, the result on its last line."""
+        return self._start(out, ["run", str(config), "--superlink", NAME, "--out", out, "--json", *options])
+
+    def result(self, out: str, timeout: float = 600) -> dict[str, Any]:
+        """Wait for a run to end well and return its result."""
+        process = self.processes[out]
+        if process.wait(timeout):
+            raise RuntimeError(self.log(out)[-2000:])
+        found: dict[str, Any] = json.loads((self.folder / out / "result.json").read_text())
+        return found
+
+    def wait_for_round(self, out: str, number: int, timeout: float = 300) -> None:
+        """Wait until a run has finished a round."""
+        deadline = time.monotonic() + timeout
+        while self.rounds(out) < number:
+            if time.monotonic() > deadline or self.processes[out].poll() is not None:
+                raise RuntimeError(f"round {number} was not reached: {self.log(out)[-2000:]}")
+            time.sleep(0.05)
+
+    def rounds(self, out: str) -> int:
+        """Return how many rounds of a run are finished."""
+        path = self.folder / out / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def serverapp(self) -> int:
+        """Return the pid of the process that trains."""
+        listed = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        for line in listed.splitlines():
+            if "flwr-serverapp" in line and f":{self.port} " in line:
+                return int(line.split()[0])
+        raise RuntimeError("no run is being trained")
+
+    def stop(self) -> None:
+        """End all processes."""
+        running = [self.processes.pop(name) for name in [*self.processes][::-1]]
+        for number in (signal.SIGCONT, signal.SIGTERM):
+            for process in running:
+                send(process, number)
+        for process in running:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                pass
+            send(process, signal.SIGKILL)  # its children
+            process.wait()
+        for name, outer in self.links.items():
+            subprocess.run(["ip", "link", "del", outer], check=False, capture_output=True)
+            subprocess.run(["ip", "netns", "del", f"fs-{name}"], check=False, capture_output=True)
+        self.links = {}
+
+
+@contextmanager
+def deployment(folder: Path, *, namespaces: bool = False) -> Iterator[Deployment]:
+    """Open a deployment with a running server; end all its processes afterwards."""
+    if namespaces:
+        ip("link", "add", "fs-bridge", "type", "bridge")
+        ip("addr", "add", f"{_BRIDGE}.1/24", "dev", "fs-bridge")
+        ip("link", "set", "fs-bridge", "up")
+    built = Deployment(folder, namespaces=namespaces)
+    try:
+        built.start_server()
+        yield built
+    finally:
+        built.stop()
+        if namespaces:
+            subprocess.run(["ip", "link", "del", "fs-bridge"], check=False, capture_output=True)
+
+
+def namespaces_permitted() -> bool:
+    """Whether this user may make network namespaces."""
+    if shutil.which("ip") is None:
+        return False
+    probe = subprocess.run(["ip", "netns", "add", "fs-probe"], check=False, capture_output=True)
+    subprocess.run(["ip", "netns", "del", "fs-probe"], check=False, capture_output=True)
+    return probe.returncode == 0
+
+
+def ip(*arguments: str) -> None:
+    """Run iproute2's ip."""
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def write_data(folder: Path, devices: Sequence[int], settings: Settings) -> None:
+    """Write devices' records to files of their own, as their owners would have them."""
+    source = data_source(settings)
+    folder.mkdir()
+    for device in devices:
+        data, arrays = source.device(device), {}
+        for end, records in (("", data.train), ("_test", data.test)):
+            arrays |= {f"x{end}": records.x, f"y{end}": records.y}
+            if records.segments is not None:
+                arrays[f"segments{end}"] = records.segments
+        np.savez(folder / f"{device:06d}.npz", **arrays)
+
+
+def send(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    """Send a signal to a process and its children, if there are any left."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_for_port(host: str, port: int, timeout: float = _START) -> None:
+    """Wait until somebody listens."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nobody listens on {host}:{port}") from None
+            time.sleep(0.1)

@@ -240,21 +240,31 @@ def submit(settings_json: str, name: str, folder: Path, *, resume: bool, modules
         If the SuperLink is not known or refuses it.
     """
     server = server_of(name)
-    config = {"settings": settings_json, "out": str(folder.resolve()), "resume": resume, "nodes": str(server.folder)}
+    config: dict[str, str | bool] = {"settings": settings_json, "out": str(folder.resolve()), "resume": resume}
+    config["nodes"] = str(server.folder)
     with tempfile.TemporaryDirectory() as app:
-        for side in ("server", "client"):
-            (Path(app) / f"run_{side}.py").write_text(
-                f"from fedsplit.{side}_app import app as app\n__all__ = ['app']\n"
-            )
-        for module in modules:
-            copy(module, app)
-        components = {"serverapp": "run_server:app", "clientapp": "run_client:app"}
-        project = {
-            "project": {"name": "fedsplit-run", "version": "1.0.0", "description": "", "license": "Apache-2.0"},
-            "tool": {"flwr": {"app": {"publisher": "fedsplit", "components": components, "config": config}}},
-        }
-        (Path(app) / "pyproject.toml").write_text(tomli_w.dumps(project), encoding="utf-8")
-        said = run_flower(["run", app, name, "--format", "json"])
+        write_app(Path(app), config, modules)
+        return start_run(Path(app), name)
+
+
+def write_app(folder: Path, config: dict[str, str | bool], modules: Sequence[Path] = ()) -> None:
+    """Write the Flower app of a run: its run config, and files of the user's own."""
+    for side in ("server", "client"):
+        text = f"from fedsplit.{side}_app import app\n__all__ = ['app']\n"
+        (folder / f"run_{side}.py").write_text(text, encoding="utf-8")
+    for module in modules:
+        copy(module, folder)
+    components = {"serverapp": "run_server:app", "clientapp": "run_client:app"}
+    project = {
+        "project": {"name": "fedsplit-run", "version": "1.0.0", "description": "", "license": "Apache-2.0"},
+        "tool": {"flwr": {"app": {"publisher": "fedsplit", "components": components, "config": config}}},
+    }
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(project), encoding="utf-8")
+
+
+def start_run(app: Path, name: str) -> str:
+    """Start a Flower app on a SuperLink and return the run's id; raises ConfigError."""
+    said = run_flower(["run", str(app), name, "--format", "json"])
     try:
         return str(json.loads(said)["run-id"])
     except (ValueError, KeyError):

@@ -408,6 +408,8 @@ class SplitStrategy(Strategy):
         reasons: dict[int, str] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
+            if node not in asked and reply.has_error():
+                continue  # Flower's own word that a node has not answered
             if node not in asked or node in uploads or node in reasons:
                 log.warning("round %d: a reply that nobody asked for", self.progress.round_number)
                 continue

@@ -25,6 +25,7 @@ from processes import Deployment, deployment, namespaces_permitted
 from safetensors.numpy import load_file
 
 from fedsplit.config import Settings, load_settings
+from fedsplit.following import read_nodes
 from fedsplit.home import Home
 
 CONFIG = Path(__file__).parent.parent / "configs" / "wearables.toml"
@@ -40,7 +41,7 @@ EXACT = (
     "trunk.lr=0.05",
 )
 TIMEOUT = 8.0  # seconds that a message may take while faults are injected
-FAULTY = ("run.rounds=20", "data.overlap=false", f"protocol.timeout={TIMEOUT}", "protocol.max-staleness=3")
+FAULTY = ("data.overlap=false", f"protocol.timeout={TIMEOUT}", "protocol.max-staleness=3")
 
 
 def sets(overrides: tuple[str, ...]) -> list[str]:
@@ -95,14 +96,16 @@ def compare(folder: Path, namespaces: bool) -> None:
 class Case:
     """A fault while a run is on, and what it is expected to do.
 
-    ``inject`` returns a word on what was seen; ``log`` must be in what the server says of the run.
+    ``inject`` is called after round ``at`` and returns a word on what was seen; ``log`` must be in the run's log;
+    ``returns`` tells whether the node is there at the end.
     """
 
     name: str
     inject: Callable[[Deployment], str]
     goes_on: bool = True
     log: str = ""
-    overrides: tuple[str, ...] = ()
+    at: int = 15
+    returns: bool = True
 
 
 def kill_node(trial: Deployment) -> str:
@@ -162,8 +165,9 @@ def kill_superlink(trial: Deployment) -> str:
 
 CASES = [
     Case("undisturbed", lambda trial: ""),
-    Case("node killed", kill_node, log="is left out"),
-    Case("node killed, returns with its key", kill_and_return, log="is left out"),
+    # late, since what its devices would still have given is lost
+    Case("node killed", kill_node, log="(devices 0-4) has not answered", at=48, returns=False),
+    Case("node killed, returns with its key", kill_and_return, log="(devices 0-4) has not answered"),
     Case("node hangs", hang, log="has not answered"),
     Case("node's pending state lost", lose_state, log="has lost its pending chunk"),
     Case("network cut and restored", cut, log="has not answered"),
@@ -180,12 +184,12 @@ def ledgers(trial: Deployment, names: list[str]) -> tuple[int, int]:
 
 def run_case(case: Case, folder: Path, namespaces: bool) -> dict[str, Any]:
     """Run the wearables config with a fault in its middle; go on with ``--resume`` where it ends the run."""
-    settings = load_settings(CONFIG, [*FAULTY, *case.overrides])
-    options = sets((*FAULTY, *case.overrides))
+    settings = load_settings(CONFIG, FAULTY)
+    options = sets(FAULTY)
     with deployment(folder, namespaces=namespaces) as trial:
         names = add_nodes(trial, settings)
         trial.run(CONFIG, "run", *options)
-        trial.wait_for_round("run", 6)
+        trial.wait_for_round("run", case.at)
         seen = case.inject(trial)
         outcome = "goes on"
         if not case.goes_on:
@@ -199,6 +203,9 @@ def run_case(case: Case, folder: Path, namespaces: bool) -> dict[str, Any]:
         if case.log and case.log not in log:
             raise RuntimeError(f"{case.name}: nobody said {case.log!r}")
         left, most = ledgers(trial, names)
+        there = "0-4" in [row["devices"] for row in read_nodes(folder / "run") if row["state"] == "connected"]
+        if there != case.returns:
+            raise RuntimeError(f"{case.name}: the node should{'' if case.returns else ' not'} be there at the end")
     return {"case": case.name, "seen": seen, "outcome": outcome, "left": left, "most": most, **result}
 
 

@@ -79,7 +79,7 @@ def run(settings: Settings, steps: int) -> float:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        seconds.append(_train(grid, settings, steps))
+        seconds.append(train(grid, settings, steps))
 
     ray.init(
         address="local",
@@ -93,7 +93,8 @@ def run(settings: Settings, steps: int) -> float:
     return seconds[0] / (steps * BATCH * nodes)
 
 
-def _train(grid: Grid, settings: Settings, steps: int) -> float:
+def train(grid: Grid, settings: Settings, steps: int) -> float:
+    """Train over a grid's nodes for some steps, after one that starts everything; return the seconds that they took."""
     model = split_model(settings, data_source(settings))
     layer, trunk = model.first_layer.layer, model.trunk
     optimizer = torch.optim.Adam([*layer.parameters(), *trunk.parameters()], settings.trunk.lr)

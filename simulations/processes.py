@@ -216,27 +216,35 @@ class Deployment:
                 pass
             send(process, signal.SIGKILL)  # its children
             process.wait()
-        for name, outer in self.links.items():
-            subprocess.run(["ip", "link", "del", outer], check=False, capture_output=True)
-            subprocess.run(["ip", "netns", "del", f"fs-{name}"], check=False, capture_output=True)
         self.links = {}
 
 
 @contextmanager
-def deployment(folder: Path, *, namespaces: bool = False) -> Iterator[Deployment]:
+def deployment(
+    folder: Path, *, namespaces: bool = False, environment: dict[str, str] | None = None
+) -> Iterator[Deployment]:
     """Open a deployment with a running server; end all its processes afterwards."""
     if namespaces:
+        _remove_network()  # of a run that was killed
         ip("link", "add", "fs-bridge", "type", "bridge")
         ip("addr", "add", f"{_BRIDGE}.1/24", "dev", "fs-bridge")
         ip("link", "set", "fs-bridge", "up")
     built = Deployment(folder, namespaces=namespaces)
+    built.environment |= environment or {}
     try:
         built.start_server()
         yield built
     finally:
         built.stop()
         if namespaces:
-            subprocess.run(["ip", "link", "del", "fs-bridge"], check=False, capture_output=True)
+            _remove_network()
+
+
+def _remove_network() -> None:
+    listed = subprocess.run(["ip", "netns", "list"], check=False, capture_output=True, text=True).stdout
+    for space in (line.split()[0] for line in listed.splitlines() if line.startswith("fs-")):
+        subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
+    subprocess.run(["ip", "link", "del", "fs-bridge"], check=False, capture_output=True)
 
 
 def namespaces_permitted() -> bool:

@@ -18,6 +18,7 @@ from fedsplit.errors import ConfigError
 
 CA, CERTIFICATE, KEY = "ca.crt", "server.crt", "server.key"
 DAYS = 365  # that certificates are good for, if nobody says otherwise
+_MOST_DAYS = 36500
 _CLOCKS = timedelta(hours=1)  # by which a node's clock may be behind the server's when it is new
 
 
@@ -43,8 +44,8 @@ def make_certificates(folder: Path, hosts: Sequence[str], days: int = DAYS) -> N
     names = [_alternative(host) for host in hosts]
     if not names:
         raise ConfigError("certs needs at least one --host: a name or address under which nodes reach the server")
-    if days < 1:
-        raise ConfigError(f"days must be at least 1, got {days}")
+    if not 1 <= days <= _MOST_DAYS:
+        raise ConfigError(f"days must be in 1..{_MOST_DAYS}, got {days}")
     if there := [name for name in (CA, CERTIFICATE, KEY) if (folder / name).exists()]:
         raise ConfigError(f"{folder / there[0]} exists: certificates are not replaced, choose another folder")
     authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())

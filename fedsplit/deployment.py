@@ -23,10 +23,12 @@ from pathlib import Path
 from shutil import copy, which
 
 import tomli_w
+from cryptography.x509 import load_pem_x509_certificates
 
 from fedsplit.certs import CA, CERTIFICATE, KEY, fingerprint
 from fedsplit.config import Settings
 from fedsplit.errors import ConfigError
+from fedsplit.packing import MAX_DEVICES
 from fedsplit.state import replacing
 
 log = logging.getLogger(__name__)
@@ -94,8 +96,8 @@ class ServerFolder:
         except (ValueError, TypeError, KeyError):
             raise ConfigError(f"{path} is damaged: it must hold devices = [ids] for each key") from None
 
-    def add(self, key: str, devices: Sequence[int]) -> None:
-        """Note whose key has which devices.
+    def check_new(self, key: str, devices: Sequence[int]) -> dict[str, list[int]]:
+        """Return the devices of all keys, this new one with it.
 
         Raises
         ------
@@ -108,7 +110,12 @@ class ServerFolder:
         for other, theirs in known.items():
             if shared := sorted(set(theirs) & set(devices)):
                 raise ConfigError(f"device {shared[0]} belongs to the key {other}: each device has one node")
-        text = tomli_w.dumps({name: {"devices": ids} for name, ids in {**known, key: sorted(devices)}.items()})
+        return {**known, key: sorted(devices)}
+
+    def add(self, key: str, devices: Sequence[int]) -> None:
+        """Note whose key has which devices; raises ConfigError as :meth:`check_new`."""
+        owners = self.check_new(key, devices)
+        text = tomli_w.dumps({name: {"devices": ids} for name, ids in owners.items()})
         with replacing(self.folder / NODES) as new:
             new.write_text(text, encoding="utf-8")
 
@@ -132,8 +139,8 @@ def check_port_free(host: str, port: int) -> None:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-    except (OSError, OverflowError) as error:
-        why = error.strerror if isinstance(error, OSError) else "ports are 0..65535"
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "hosts are names or addresses, ports 0..65535"
         raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another --port") from None
 
 
@@ -167,7 +174,7 @@ def flower_config() -> Path:
 def _connections(path: Path) -> dict[str, dict[str, object]]:
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8")).get("superlink", {})
-        return {name: entry for name, entry in found.items() if isinstance(entry, dict)}
+        return {name: entry for name, entry in dict(found).items() if isinstance(entry, dict)}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -209,9 +216,10 @@ def register_node(name: str, public_key: Path, devices: Sequence[int] | None) ->
         chosen = list(devices or [int(device) for device in named[0].split(",")])
     except (IndexError, ValueError):
         raise ConfigError(f"{public_key} names no devices: give them with --device") from None
+    if wrong := [device for device in chosen if not 0 <= device < MAX_DEVICES]:
+        raise ConfigError(f"device must be in 0..{MAX_DEVICES - 1}, got {wrong[0]}")
     server = server_of(name)
-    if key in (server.owners() or {}):
-        raise ConfigError(f"the key in {public_key} is registered already")
+    server.check_new(key, chosen)  # before Flower knows it
     run_flower(["supernode", "register", str(public_key), name])
     server.add(key, chosen)
     return chosen
@@ -300,6 +308,7 @@ def read_authority(path: Path) -> bytes:
     """Return the authority's certificate; raises ConfigError if it cannot be read or is none."""
     try:
         found = path.read_bytes()
+        load_pem_x509_certificates(found)  # refuses a file without any, which ssl would take for the system's
         ssl.create_default_context(cadata=found.decode("ascii"))
     except OSError as error:
         raise ConfigError(f"authority {path} cannot be read: {error.strerror or 'not a certificate'}") from None
@@ -319,9 +328,9 @@ def check_superlink(address: str, authority: bytes | None) -> bool:
     """
     host, colon, port = address.rpartition(":")
     host = host.strip("[]")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
         raise ConfigError(f"--superlink must be HOST:PORT, got {address!r}")
-    context = ssl.create_default_context(cadata=authority.decode("ascii") if authority else None)
+    context = ssl.create_default_context(cadata=None if authority is None else authority.decode("ascii"))
     if authority is None:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
@@ -332,7 +341,7 @@ def check_superlink(address: str, authority: bytes | None) -> bool:
         raise ConfigError(f"{address}: its certificate is refused: {error.verify_message}") from None
     except ssl.SSLError:
         speaks_tls = False
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         raise ConfigError(f"{address}: there is no host of this name") from None
     except OSError:
         return False

@@ -7,16 +7,18 @@ nothing is written there, it was killed.
 import fcntl
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedsplit.errors import ConfigError, FedsplitError, RunError
 
 STATE, LOG, NODES, METRICS, RESULT = "state.json", "run.log", "nodes.json", "metrics.jsonl", "result.json"
+_ROOM = 8192  # bytes of the state file
 _LOOK = 0.2  # seconds between two looks at a run folder
 _SILENCE = 20.0  # seconds after which it is asked elsewhere how a run is that has not begun
 
@@ -32,20 +34,20 @@ def working(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / STATE).open("a+")
+        file = os.fdopen(os.open(folder / STATE, os.O_RDWR | os.O_CREAT, 0o644), "r+")
         handler = logging.FileHandler(folder / LOG)
     except OSError as error:
         raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process works in {folder}") from None
+        if not _locked(file):
+            raise ConfigError(f"another process works in {folder}")
 
-        def say(**how: str) -> None:
-            file.truncate(0)
-            file.write(json.dumps(how))
+        def say(text: str) -> None:
+            file.seek(0)
+            file.write(text.ljust(_ROOM)[:_ROOM])
             file.flush()
+
+        say("")  # which takes the room: it can be written even when the disk is full
 
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("fedsplit")
@@ -54,15 +56,33 @@ def working(folder: Path) -> Iterator[None]:
         try:
             yield
         except FedsplitError as error:
-            say(state="failed", error=str(error))
+            say(_ended("failed", str(error)[:1000]))
+            raise
+        except SystemExit:  # how Flower ends a process
+            say(_ended("failed", "the SuperLink is gone, or has stopped the run"))
             raise
         except BaseException as error:
-            say(state="failed", error=f"{type(error).__name__}; see the server's log")
+            say(_ended("failed", f"{type(error).__name__}; see the server's log"))
             raise
         finally:
             logger.removeHandler(handler)
             handler.close()
-        say(state="finished")
+        say(_ended("finished"))
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock a state file, if need be after somebody who only reads it."""
+    for _ in range(20):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+    return False
+
+
+def _ended(state: str, error: str = "") -> str:
+    return json.dumps({"state": state, "error": error})
 
 
 def forget_state(folder: Path) -> None:
@@ -84,6 +104,8 @@ def _state(folder: Path) -> dict[str, str] | None:
             said = file.read()
     except OSError:
         return None
+    if not said:
+        return None  # somebody is about to lock it
     try:
         return dict(json.loads(said))
     except ValueError:
@@ -141,7 +163,7 @@ def follow(
 def _lines(path: Path) -> list[str]:
     """Return a file's whole lines."""
     try:
-        return path.read_text(encoding="utf-8").split("\n")[:-1]
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError:
         return []
 

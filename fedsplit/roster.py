@@ -87,7 +87,8 @@ class Roster:
         messages = [Message(to_record(b""), node, MessageType.QUERY, ttl=timeout) for node in new]
         if messages:
             ids = grid.push_messages(messages)
-            self._asked.update((m, (node, now + timeout)) for m, node in zip(ids, new, strict=True))
+            # a message that could not be sent has no id, and its node is asked again
+            self._asked.update((m, (node, now + timeout)) for m, node in zip(ids, new, strict=False) if m)
         replies = grid.pull_messages(list(self._asked)) if self._asked else []
         return len(messages), sum(self._hear(reply) for reply in replies)
 
@@ -145,8 +146,10 @@ class Roster:
 
         A deployment can do without some, and others may come, as long as not every key that it knows was refused.
         """
-        answered = bool(self.refusals) and len(self.refusals) + len(self.nodes) == len(self.present)
-        return answered and (self._owners is None or len(self.refusals) >= len(self._owners))
+        if self._owners is None:
+            return bool(self.refusals) and len(self.refusals) + len(self.nodes) == len(self.present)
+        refused = {key for node in self.refusals if (key := self._fingerprint(node)) in self._owners}
+        return bool(refused) and len(refused) == len(self._owners)
 
     def account(self, node: int) -> Account:
         """Return a node's account."""

@@ -216,6 +216,10 @@ class Deployment:
                 pass
             send(process, signal.SIGKILL)  # its children
             process.wait()
+        try:
+            os.kill(self.serverapp(), signal.SIGKILL)  # which outlives its SuperLink if it waits for something
+        except (RuntimeError, ProcessLookupError):
+            pass
         self.links = {}
 
 
@@ -241,6 +245,9 @@ def deployment(
 
 
 def _remove_network() -> None:
+    links = subprocess.run(["ip", "-o", "link"], check=False, capture_output=True, text=True).stdout
+    for link in (line.split(": ")[1].split("@")[0] for line in links.splitlines() if ": fso-" in line):
+        subprocess.run(["ip", "link", "del", link], check=False, capture_output=True)
     listed = subprocess.run(["ip", "netns", "list"], check=False, capture_output=True, text=True).stdout
     for space in (line.split()[0] for line in listed.splitlines() if line.startswith("fs-")):
         subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)

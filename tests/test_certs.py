@@ -117,12 +117,11 @@ def test_no_hosts_and_no_days_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least one --host"):
         make_certificates(tmp_path / "server", [])
     for days in (0, -1):
-        with pytest.raises(ConfigError, match=f"days must be at least 1, got {days}"):
+        with pytest.raises(ConfigError, match=rf"days must be in 1\.\.36500, got {days}"):
             make_certificates(tmp_path / "server", ["localhost"], days)
     assert not (tmp_path / "server").exists()
 
 
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="the date's OverflowError is not caught")
 @pytest.mark.parametrize("days", [4_000_000, 10**10])
 def test_more_days_than_there_are_are_refused(days: int, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="days"):

@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 
 from fedsplit import errors
+from fedsplit import resident as module
 from fedsplit.errors import ConfigError, FedsplitError, RunError, StateError, WireError
 from fedsplit.resident import Answer, ask, resident
 
 Lies = Callable[[socket.socket], None]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PAUSE", 0.02)
 
 
 @contextmanager
@@ -61,7 +67,7 @@ def test_each_error_crosses_with_its_text(name: str) -> None:
         raise getattr(errors, name)("limits: ünlike 3 > 2")
 
     with served(refuses) as path:
-        with pytest.raises(FedsplitError, match="^limits: ünlike 3 > 2$") as raised:
+        with pytest.raises(FedsplitError, match=r"^limits: ünlike 3 > 2$") as raised:
             ask(str(path), "train", "{}", b"")
         assert type(raised.value).__name__ == name
 

@@ -278,7 +278,6 @@ def test_a_deployment_is_hopeless_when_every_known_key_was_refused(keys: list[by
     assert sorted(roster.refusals) == [5, 6] and roster.hopeless
 
 
-@pytest.mark.xfail(strict=True, reason="refusals are counted, not whose they are")
 def test_strangers_do_not_make_a_deployment_hopeless(keys: list[bytes]) -> None:
     """Keys that Flower knows and the server's list does not: the nodes on the list may come yet."""
     roster = Roster(DEVICES, 3, {fingerprint(keys[0]): [0]})

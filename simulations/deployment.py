@@ -40,6 +40,7 @@ EXACT = (
     'trunk.optimizer="sgd"',
     "trunk.lr=0.05",
 )
+EPOCHS = ("run.rounds=15", 'protocol.mode="pipelined"', 'protocol.chunk="epoch"')
 TIMEOUT = 8.0  # seconds that a message may take while faults are injected
 FAULTY = ("data.overlap=false", f"protocol.timeout={TIMEOUT}", "protocol.max-staleness=3")
 
@@ -69,7 +70,12 @@ def difference(one: Path, other: Path) -> float:
 
 def compare(folder: Path, namespaces: bool) -> None:
     """Run two settings as simulation and as deployment, and print what differs."""
-    for title, overrides in (("SGD, FedAvg, float32, 5 rounds", EXACT), ("as shipped", ())):
+    runs = (
+        ("SGD, FedAvg, float32, 5 rounds", EXACT),
+        ("pipelined, 15 whole epochs", EPOCHS),
+        ("as shipped", ()),
+    )
+    for title, overrides in runs:
         settings = load_settings(CONFIG, [*overrides, "devices.per-node=5"])
         place = folder / title.split(",")[0].replace(" ", "-")
         with deployment(place, namespaces=namespaces) as trial:

@@ -83,14 +83,16 @@ def run(
 ) -> None:
     """Train over the nodes of a SuperLink, on its machine, with the settings of CONFIG."""
     from fedsplit import deployment
-    from fedsplit.config import default_folder, load_settings
+    from fedsplit.config import AuditSettings, GuardSettings, default_folder, load_settings
     from fedsplit.following import follow, forget_state
     from fedsplit.report import result_table
 
     if resume and out is None:
         raise ConfigError("--resume needs --out, the folder of the run to go on with")
     find_functions(config)
-    settings = load_settings(config, overrides or [])
+    given = load_settings(config, overrides or [])
+    # each owner's guard goes by the owner's limits, and nobody but the owner could record originals for an audit
+    settings = given.model_copy(update={"guard": GuardSettings(), "audit": AuditSettings()})
     folder = (out or default_folder(settings)).resolve()
     modules = deployment.own_modules(config.resolve().parent, [settings.model.builder, settings.data.builder])
     if not resume:

@@ -47,7 +47,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_and_inflate_object_from_tree, push_objects
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, push_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
@@ -68,7 +68,7 @@ _AT_ONCE = 4  # objects of a message that are sent or fetched at once
 _PIECES = 10.0  # seconds to wait for a piece of a message; they do not come if the server was killed while it sent
 _HEARTBEAT = 15.0  # seconds: Flower takes a node for gone after twice as long
 _REFUSED = '"code":2004'  # Flower's word for an unknown key, and for one that is online already
-_AWAY = (502, 503, 504)  # what a proxy answers while the server is away
+_AWAY = 500  # and above: what a server in trouble answers, or a proxy while it is away
 _CLOCKS = 4.0  # seconds by which Flower lets a node's clock be ahead, less one
 
 
@@ -217,7 +217,9 @@ class WarmNode:
             self._send(self._reply(self._content(message, tree)), time.monotonic() - began)
         except httpx.HTTPStatusError as error:  # the run has ended meanwhile, or the message is too old
             log.warning("a message could not be answered: HTTP status %d", error.response.status_code)
-        except (ObjectPullError, RuntimeError) as error:  # of Flower, about pieces that do not come or were refused
+        except _Stopped:
+            raise
+        except Exception as error:  # whatever else a message can hold: one must not end the node
             log.warning("a message could not be answered: %s", type(error).__name__)
         return True
 
@@ -294,7 +296,7 @@ class WarmNode:
             except httpx.TransportError as error:
                 reason = type(error).__name__
             except httpx.HTTPStatusError as error:
-                if error.response.status_code not in _AWAY:
+                if error.response.status_code < _AWAY:
                     raise
                 reason = f"HTTP status {error.response.status_code}"
             else:

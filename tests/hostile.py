@@ -1,7 +1,8 @@
-"""A node that is registered and lies: ``python hostile.py HOST:PORT CA HOME DATA LIE``."""
+"""A node that is registered and lies: ``python hostile.py HOST:PORT CA HOME DATA NAME``."""
 
 import sys
 import threading
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,17 @@ from fedsplit.warm import WarmNode
 from fedsplit.wire import Registration, Release, Upload
 
 PARAMETERS = 1040  # of the first layer that the tests train
-LIES = ("nan", "shape", "counts", "labels", "device", "replay", "large", "registration")
+LIES = {
+    "numbers": {"nan": "values must be finite", "shape": "width must be 16", "counts": "targets must have"},
+    "words": {
+        "labels": "targets must be classes in 0..9",
+        "device": "devices must be those that were asked",
+        "replay": "nonce must be that of the message",
+    },
+    "size": {"large": "size must be at most", "nan": "values must be finite", "counts": "targets must have"},
+    "name": {"registration": "devices: 0 does not belong to the node's key"},
+}
+"""By node: the lies that it tells in turn, and what the server says of each."""
 
 
 def lie(what: str, kind: str, payload: bytes, before: list[bytes]) -> bytes:
@@ -23,9 +34,9 @@ def lie(what: str, kind: str, payload: bytes, before: list[bytes]) -> bytes:
         return payload
     if what == "large":
         return bytes(100_000_000)
+    before.append(payload)
     if what == "replay":
-        before.append(payload)
-        return before[0] if len(before) > 1 else Upload.from_bytes(payload, parameters=PARAMETERS).to_bytes()[:-8]
+        return before[0]
     upload = Upload.from_bytes(payload, parameters=PARAMETERS)
     fields = dict(vars(upload.release))
     if what == "nan":
@@ -43,11 +54,14 @@ def lie(what: str, kind: str, payload: bytes, before: list[bytes]) -> bytes:
 
 def main() -> None:
     """Take part until killed."""
-    address, authority, home, data, what = sys.argv[1:]
+    address, authority, home, data, name = sys.argv[1:]
     before: list[bytes] = []
+    told = cycle(LIES[name])
 
     def lying(kind: str, settings: str, payload: bytes) -> bytes:
-        return lie(what, kind, answer(lambda: real_node(settings, home, data), kind, payload), before)
+        honest = answer(lambda: real_node(settings, home, data), kind, payload)
+        registers = kind == "query" and "registration" not in LIES[name]
+        return honest if registers else lie(next(told), kind, honest, before)
 
     folder = Path(home)
     WarmNode(address, Path(authority).read_bytes(), folder / "key", folder / "connected", lying).serve(

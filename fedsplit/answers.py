@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedsplit.errors import WireError
 from fedsplit.packing import IntArray
 from fedsplit.wire import CutGradients, Download, Release, Upload
+
+_LARGEST = 1e30  # of anything that a node sends: the trunk's and the strategies' numbers are float32
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def check_upload(
     if upload.nonce != asked.nonce:
         raise WireError("nonce must be that of the message: this upload answers another one")
     release = upload.release
+    _check_sizes(upload)
     scheduled = {row[0]: row[3] - row[2] for row in asked.schedule.tolist()}
     given = dict(zip(release.devices.tolist(), release.records.tolist(), strict=True))
     failed, refused = set(upload.failed.tolist()), set(upload.refused[:, 0].tolist())
@@ -64,6 +69,14 @@ def check_upload(
     if len(release.targets):
         _check_targets(release, task, outputs)
     _check_gradients(upload, asked, pending)
+
+
+def _check_sizes(upload: Upload) -> None:
+    """Refuse numbers that are finite, and would not stay so."""
+    release, sums = upload.release, upload.gradients.sums
+    largest = float(np.abs(release.codes).max(initial=0)) * 2.0 ** int(release.exponents.max(initial=0))
+    if largest > _LARGEST or np.abs(sums).max(initial=0) > _LARGEST:
+        raise WireError(f"values must be at most {_LARGEST:g}")
 
 
 def _check_gradients(upload: Upload, asked: Download, pending: Sequence[PendingBlock]) -> None:

@@ -394,7 +394,7 @@ class SuperNode:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         self._started = time.monotonic()
-        return subprocess.Popen(self._command, env=environment(), preexec_fn=_end_with_parent)
+        return subprocess.Popen(self._command, env=environment(), preexec_fn=end_with_parent)
 
     def running(self) -> bool:
         """Whether it is there; raises ConfigError if it could not connect."""
@@ -426,7 +426,7 @@ class SuperNode:
             self._process.wait()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have Linux end this process with its parent, even if that is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

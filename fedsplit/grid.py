@@ -2,8 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -17,6 +16,7 @@ from flwr.superlink.grid import http_grid
 
 _CLIENT_APP_RAISED = 2  # Flower's error code for an exception in a ClientApp
 PULL_AGAIN, PULL_LONGEST = 0.02, 0.5  # seconds between two tries to fetch a part that is on its way
+PULL_MOST = 10.0  # seconds to try: they do not come if the other side was killed while it sent
 _SOONER, _SHARE = 0.8, 0.15  # of the time it took before; of the time waited so far
 
 
@@ -56,15 +56,42 @@ class Pauses:
 
 
 def hasten_pulls() -> None:
-    """Have Flower's grid for deployments ask again soon for a part of a reply that is on its way.
+    """Have Flower's grid for deployments ask again soon for a part of a reply that is on its way, and not for long.
 
-    It sees replies before their parts have arrived, and then waits for a second. This reaches into Flower, since there
-    is no setting; where the function is not found all stays as it is.
+    It sees replies before their parts have arrived, and then waits for a second; for parts that never come it waits for
+    minutes, and a reply that is no message ends the run. This reaches into Flower, since there is no setting; where the
+    function is not found all stays as it is.
     """
     if hasattr(http_grid, "pull_objects"):
-        http_grid.pull_objects = partial(
-            inflatable_utils.pull_objects, initial_backoff=PULL_AGAIN, backoff_cap=PULL_LONGEST
-        )
+        http_grid.pull_objects = _pull_objects
+
+
+def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+    """Fetch the parts of a reply, whose last one is the message; raises ObjectPullError if they are not one."""
+    found = inflatable_utils.pull_objects(
+        object_ids,
+        pull_object_fn,
+        initial_backoff=PULL_AGAIN,
+        backoff_cap=PULL_LONGEST,
+        max_time=PULL_MOST,
+    )
+    try:
+        whole = inflatable_utils.inflate_object_from_contents(object_ids[-1], dict(found), keep_object_contents=True)
+        fits = isinstance(whole, Message) and (whole.has_error() or isinstance(whole.content, RecordDict))
+    except Exception:  # what a hostile node sends may break anything
+        fits = False
+    if not fits:
+        raise inflatable_utils.ObjectPullError(object_ids[-1], "it is not a message")
+    return found
+
+
+def answers(reply: Message, sent: Mapping[str, int]) -> bool:
+    """Whether a reply is from the node that was sent its message, or Flower's own word about it.
+
+    Its metadata are the node's: it may name another node, and another message.
+    """
+    node, asked = reply.metadata.src_node_id, sent.get(reply.metadata.reply_to_message_id)
+    return asked is not None and (node == asked or (reply.has_error() and node not in sent.values()))
 
 
 class PollingGrid(Grid):
@@ -79,13 +106,17 @@ class PollingGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and return the replies that came within ``timeout`` seconds."""
-        waiting = set(self._grid.push_messages(messages))
+        asked = list(messages)
+        ids = self._grid.push_messages(asked)
+        # what could not be sent, to a node that has just left, has no id
+        sent = {i: m.metadata.dst_node_id for i, m in zip(ids, asked, strict=False) if i}
+        waiting = set(sent)
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         replies: list[Message] = []
         self._pauses.begin()
         while waiting and time.monotonic() < deadline:
             time.sleep(self._pauses.next())
-            new = list(self._grid.pull_messages(waiting))
+            new = [r for r in self._grid.pull_messages(waiting) if answers(r, sent)]
             if new and not replies:
                 self._pauses.came()
             replies.extend(new)

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from fedsplit.certs import fingerprint
 from fedsplit.errors import ConfigError, RunError, WireError
+from fedsplit.grid import answers
 from fedsplit.record import from_record, to_record
 from fedsplit.wire import Registration
 
@@ -90,6 +91,8 @@ class Roster:
             # a message that could not be sent has no id, and its node is asked again
             self._asked.update((m, (node, now + timeout)) for m, node in zip(ids, new, strict=False) if m)
         replies = grid.pull_messages(list(self._asked)) if self._asked else []
+        sent = {message: node for message, (node, _) in self._asked.items()}
+        replies = [reply for reply in replies if answers(reply, sent)]
         return len(messages), sum(self._hear(reply) for reply in replies)
 
     @property
@@ -228,7 +231,8 @@ def payload_of(reply: Message) -> bytes:
     """
     if reply.has_error():
         # a ClientApp's exception text comes along
-        raise RunError(((reply.error.reason or "").strip().splitlines() or ["no reason given"])[-1][:1000])
+        said = ((reply.error.reason or "").strip().splitlines() or ["no reason given"])[-1][:1000]
+        raise RunError("".join(c for c in said if c.isprintable()))
     return from_record(reply.content)
 
 

@@ -2,12 +2,15 @@
 
 import json
 import shlex
+import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedsplit.console import show_progress, stderr
@@ -49,11 +52,10 @@ def start(
     config = deployment.connect_flower(name, f"{reached}:{port}", None if insecure else where.certificates[0])
     print(f"known as {name!r} in {config}")
     print(shlex.join(command), flush=True)
-    process = subprocess.Popen(command, env=deployment.environment())
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        code = process.wait()
+    process = subprocess.Popen(command, env=deployment.environment(), preexec_fn=deployment.end_with_parent)
+    signal.signal(signal.SIGINT, lambda *_: None)  # which the SuperLink gets as well
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    code = process.wait()
     if code:
         raise ConfigError(f"flower-superlink ended with code {code}: see what it said above")
 
@@ -107,7 +109,7 @@ def run(
     stderr.print(f"run {number} on {superlink!r}, in {folder}", markup=False, highlight=False)
     try:
         with show_progress(settings.run.rounds) as report:
-            result = follow(folder, report, stderr.print, ended)
+            result = follow(folder, report, partial(stderr.print, markup=False, highlight=False), ended)
     except KeyboardInterrupt:
         said = (
             f"fedsplit: run {number} goes on; see fedsplit status {folder}, end it with flwr stop {number} {superlink}"
@@ -139,7 +141,7 @@ def status(
         table.add_row(
             row["node"],
             row["devices"],
-            row["state"],
+            escape(row["state"]),
             ago(row["last_seen"]),
             f"{row['exchanges']:,}",
             f"{row['bytes_up']:,}",

@@ -1,8 +1,8 @@
 """A node in one long-lived process, which serves Flower's fleet API itself.
 
-Flower's SuperNode looks for messages every three seconds and starts a process for each. This one looks soon after
-something came, ever less often when nothing does, and has everything loaded. It runs nothing but the fedsplit that its
-owner has installed: the app that a run brings along is read for its settings, never executed.
+Flower's SuperNode looks for messages every three seconds and starts a process for each. This one looks about when the
+next is expected, ever less often when nothing comes, and has everything loaded. The app that a run brings along is read
+for its settings, never executed.
 
 The API is internal to Flower, so this module is for one version of it. To the server it is an ordinary SuperNode.
 """
@@ -56,7 +56,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedsplit.deployment import TAKEOVER
 from fedsplit.errors import ConfigError, FedsplitError, RunError
-from fedsplit.grid import PULL_AGAIN, PULL_LONGEST, Pauses
+from fedsplit.grid import PULL_AGAIN, PULL_LONGEST, PULL_MOST, Pauses
 from fedsplit.record import from_record, to_record
 
 log = logging.getLogger(__name__)
@@ -65,11 +65,10 @@ Answer = Callable[[str, str, bytes], bytes]
 Response = TypeVar("Response")
 _SHORTEST, _LONGEST = 0.02, 3.0  # seconds between two looks
 _AT_ONCE = 4  # objects of a message that are sent or fetched at once
-_PIECES = 10.0  # seconds to wait for a piece of a message; they do not come if the server was killed while it sent
 _HEARTBEAT = 15.0  # seconds: Flower takes a node for gone after twice as long
 _REFUSED = '"code":2004'  # Flower's word for an unknown key, and for one that is online already
 _AWAY = 500  # and above: what a server in trouble answers, or a proxy while it is away
-_CLOCKS = 4.0  # seconds by which Flower lets a node's clock be ahead, less one
+_BEHIND, _CLOCKS = -299.0, 4.0  # seconds by which Flower lets a node's clock be off, less one
 
 
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -189,7 +188,9 @@ class WarmNode:
         if response.status_code == httpx.codes.UNAUTHORIZED:
             clock = response.headers.get("date")
             ahead = time.time() - parsedate_to_datetime(clock).timestamp() if clock else 0.0
-            why = f"this machine's clock is {ahead:.0f} s ahead of the server's" if abs(ahead) > _CLOCKS else ""
+            why = (
+                f"this machine's clock is {ahead:.0f} s ahead of the server's" if not _BEHIND < ahead < _CLOCKS else ""
+            )
             return ConfigError(f"{self._address} refuses this node: {why or 'its key is not registered'}")
         return ConfigError(f"{self._address} refuses this node: HTTP status {response.status_code}")
 
@@ -199,8 +200,8 @@ class WarmNode:
         while not stop.wait(_HEARTBEAT / 3):
             try:
                 self._client.SendNodeHeartbeat(request)
-            except (httpx.HTTPError, RuntimeError):
-                continue  # the main loop sees it, too
+            except Exception:  # whatever a server or a proxy answers: the main loop sees it, too
+                continue
 
     def _take_message(self, pauses: Pauses) -> bool:
         """Answer a message, if there is one."""
@@ -211,9 +212,9 @@ class WarmNode:
         if not response.messages_list:
             return False
         pauses.came()
-        message, tree = message_from_proto(response.messages_list[0]), response.message_object_trees[0]
         try:
             began = time.monotonic()
+            message, tree = message_from_proto(response.messages_list[0]), response.message_object_trees[0]
             self._send(self._reply(self._content(message, tree)), time.monotonic() - began)
         except httpx.HTTPStatusError as error:  # the run has ended meanwhile, or the message is too old
             log.warning("a message could not be answered: HTTP status %d", error.response.status_code)
@@ -238,7 +239,7 @@ class WarmNode:
             max_concurrent_pulls=_AT_ONCE,
             initial_backoff=PULL_AGAIN,
             backoff_cap=PULL_LONGEST,
-            max_time=_PIECES,
+            max_time=PULL_MOST,
         )
         whole.metadata.__dict__["_message_id"] = tree.object_id
         return whole

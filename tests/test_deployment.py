@@ -65,7 +65,7 @@ def test_a_deployment_is_the_simulation(trial: Deployment) -> None:
     rounds = "run.rounds=2"  # each takes long: see docs/deployment.md
     trial.run(config, "run", "--set", rounds)
     result = trial.result("run", timeout=200)
-    settings = load_settings(trial.folder / "simulated.toml", [rounds])
+    settings = load_settings(trial.folder / "simulated.toml", [rounds, "run.engine=inline"])
     expected = simulate(settings, out=trial.folder / "simulation")
     assert largest_difference(trained(trial.folder / "run"), trained(trial.folder / "simulation")) <= 1e-5
     assert result["test_accuracy"] == expected["test_accuracy"] and result["samples"] == expected["samples"]
@@ -137,7 +137,10 @@ def test_a_killed_training_process_is_told_and_the_run_resumes(trial: Deployment
     assert "the process that trained was killed" in trial.log("run") and "--resume" in trial.log("run")
     trial.run(config, "run", "--resume", *more)
     result = trial.result("run")
-    simulate(load_settings(trial.folder / "simulated.toml", ["run.rounds=25"]), out=trial.folder / "simulation")
+    simulate(
+        load_settings(trial.folder / "simulated.toml", ["run.rounds=25", "run.engine=inline"]),
+        out=trial.folder / "simulation",
+    )
     assert largest_difference(trained(trial.folder / "run"), trained(trial.folder / "simulation")) <= 1e-5
     ledgers = [Home(trial.folder / f"n{d}").accountant("train").rows() for d in range(HONEST)]
     assert sum(spent.releases for rows in ledgers for _, spent in rows) >= result["samples"]

@@ -78,7 +78,6 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as JSON, logs on stderr.")] = False,
 ) -> None:
     """Attack what left the devices in a run, and say what came back."""
-    _quiet(False)
     from fedsplit import auditing
     from fedsplit import config as configuration
     from fedsplit.report import audit_table
@@ -112,7 +111,6 @@ def forget(
     folder: Annotated[Path, typer.Argument(help="The server's run folder.")],
 ) -> None:
     """Remove a device's releases from a run's replay store and checkpoint; what was learned from them stays."""
-    _quiet(False)
     from fedsplit.checkpoint import forget_device
 
     removed = forget_device(folder, device)

@@ -19,6 +19,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from shutil import copy, which
 
@@ -33,7 +34,7 @@ from fedsplit.state import replacing
 
 log = logging.getLogger(__name__)
 NODES, DATABASE = "nodes.toml", "superlink.db"
-PORT = 9092
+_FLOWER = "1.41."
 _ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # seconds between two looks for work, by default 1
@@ -361,6 +362,13 @@ def wait_for_superlink(address: str, authority: bytes | None, stop: threading.Ev
             said = True
         if stop.wait(1.0):
             return
+
+
+def check_flower() -> None:
+    """Raise ConfigError if Flower is not of the version whose internal API :mod:`fedsplit.warm` speaks."""
+    found = version("flwr")
+    if not found.startswith(_FLOWER):
+        raise ConfigError(f"--warm is written for flwr {_FLOWER}x, this is {found}: start the node without it")
 
 
 def supernode_command(address: str, authority: Path | None, key: Path, node_config: dict[str, str]) -> list[str]:

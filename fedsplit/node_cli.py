@@ -56,6 +56,8 @@ def start(
     from fedsplit.home import Home
 
     logging.getLogger("fedsplit").setLevel(logging.INFO)
+    if warm:
+        deployment.check_flower()
     own = Home(home.resolve())
     if (ca is None) != insecure:
         raise ConfigError("a node needs either --ca, the authority of the server's certificate, or --insecure")

@@ -4,7 +4,8 @@ Flower's SuperNode looks for messages every three seconds and starts a process f
 next is expected, ever less often when nothing comes, and has everything loaded. The app that a run brings along is read
 for its settings, never executed.
 
-The API is internal to Flower, so this module is for one version of it. To the server it is an ordinary SuperNode.
+The API is internal to Flower, so this module is for one version of it, which is checked before it is imported. To the
+server it is an ordinary SuperNode.
 """
 
 import logging
@@ -16,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import flwr
 import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -58,10 +58,9 @@ from fedsplit.deployment import TAKEOVER
 from fedsplit.errors import ConfigError, FedsplitError, RunError
 from fedsplit.grid import PULL_AGAIN, PULL_LONGEST, PULL_MOST, Pauses
 from fedsplit.record import from_record, to_record
+from fedsplit.resident import Answer
 
 log = logging.getLogger(__name__)
-FLWR = "1.41."  # whose internal API this is written for
-Answer = Callable[[str, str, bytes], bytes]
 Response = TypeVar("Response")
 _SHORTEST, _LONGEST = 0.02, 3.0  # seconds between two looks
 _AT_ONCE = 4  # objects of a message that are sent or fetched at once
@@ -79,12 +78,6 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"key {path} must be an ECDSA key")
     return key
-
-
-def check_version() -> None:
-    """Raise ConfigError if Flower is not of the version whose internal API this module speaks."""
-    if not flwr.__version__.startswith(FLWR):
-        raise ConfigError(f"--warm is written for flwr {FLWR}x, this is {flwr.__version__}: start the node without it")
 
 
 class _Stopped(Exception):
@@ -109,7 +102,6 @@ class WarmNode:
     """
 
     def __init__(self, address: str, certificates: bytes | None, key: Path, seen: Path, answer: Answer) -> None:
-        check_version()
         private = _read_key(key) if certificates else ec.generate_private_key(ec.SECP384R1())
         public = private.public_key()
         self._client = FleetHttpClient.from_server_address(

@@ -233,10 +233,11 @@ def real_node(settings_json: str, folder: str, data: str | None = None) -> Node:
     Raises
     ------
     FedsplitError
-        If something of the folder is missing or damaged, or the limits do not allow the run.
+        If something of the folder is missing or damaged, or its owner does not allow the run.
     """
-    settings, source, model = _opened(settings_json)
     home = Home(Path(folder))
+    _check_allowed(Settings.from_json(settings_json), home.allowed)
+    settings, source, model = _opened(settings_json)
     if data is not None:
         source = open_own(data, home.devices, source)
     if home.limits.enforce:
@@ -247,11 +248,19 @@ def real_node(settings_json: str, folder: str, data: str | None = None) -> Node:
         home.devices,
         lru_cache(maxsize=_KNOWN_DEVICES)(lambda device: home.known(device, source.device(device))),
         home.device_secret,
-        lambda run: NodeState(home.folder / "runs" / f"{run:x}"),
+        lambda run: NodeState(home.run_folder(run)),
         lambda run, ledger: home.guard(ledger, model.first_layer),
         dtype=settings.protocol.dtype,
         keyed=settings.dropping.mask == "keyed",
     )
+
+
+def _check_allowed(settings: Settings, allowed: Sequence[str]) -> None:
+    """Refuse settings, which are the server's, that name code or files of this machine; raises ConfigError."""
+    data, model = settings.data, settings.model
+    for key, name in {"model.builder": model.builder, "data.builder": data.builder, "data.folder": data.folder}.items():
+        if name is not None and name not in allowed:
+            raise ConfigError(f"{key} {name!r} is not among what the node's owner allows (allow in node.toml)")
 
 
 def split_strategy(

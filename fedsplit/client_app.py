@@ -4,18 +4,19 @@ Flower starts a process for each message of a deployed node, so what is imported
 torch and all that needs it comes later, and where the node's resident process answers not at all.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 
-from fedsplit import resident
+from fedsplit.deployment import resident
 from fedsplit.errors import ConfigError, FedsplitError, RunError, StateError
-from fedsplit.record import from_record, to_record
+from fedsplit.record import from_pause, from_record, to_record
 
 if TYPE_CHECKING:
     from fedsplit.device import Node
@@ -41,6 +42,7 @@ def client_app(settings_json: str | None = None, state_folder: str | None = None
     # handlers are module-level functions, so that Ray pickles them by name and this process's caches persist
     for kind in KINDS:
         getattr(built, kind)()(partial(_handle, kind=kind, settings_json=settings_json, state_folder=state_folder))
+    built.query("awake")(_stay_awake)  # see fedsplit.grid.KEEP_AWAKE
     return built
 
 
@@ -54,7 +56,12 @@ def _handle(
         )
     else:
         payload = answer(lambda: _node(context, settings_json, state_folder), kind, from_record(message.content))
-    return Message(to_record(payload), reply_to=message)
+    return Message(to_record(payload, dozes=kind == "query" and HOME in config), reply_to=message)
+
+
+def _stay_awake(message: Message, context: Context) -> Message:
+    time.sleep(from_pause(message.content))
+    return Message(RecordDict(), reply_to=message)
 
 
 def answer(node: Callable[[], "Node"], kind: str, payload: bytes) -> bytes:
@@ -80,6 +87,8 @@ def _answer(node: "Node", kind: str, payload: bytes) -> bytes:
 
     if kind == "query":
         return node.register().to_bytes()
+    if kind not in KINDS:
+        raise RunError("there is no message of this kind")
     download = Download.from_bytes(payload, parameters=node.first_layer.size)
     return (node.exchange(download) if kind == "train" else node.evaluate(download)).to_bytes()
 

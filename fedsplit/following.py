@@ -19,13 +19,20 @@ from fedsplit.errors import ConfigError, FedsplitError, RunError
 
 STATE, LOG, NODES, METRICS, RESULT = "state.json", "run.log", "nodes.json", "metrics.jsonl", "result.json"
 _ROOM = 8192  # bytes of the state file
+_WORKING = "working"
 _LOOK = 0.2  # seconds between two looks at a run folder
 _SILENCE = 20.0  # seconds after which it is asked elsewhere how a run is that has not begun
 
 
 @contextmanager
-def working(folder: Path) -> Iterator[None]:
+def working(folder: Path, run: str = "") -> Iterator[None]:
     """Hold a run folder while a run is worked on, with a log of what happens, and leave word of how it ended.
+
+    Parameters
+    ----------
+    folder : Path
+    run : str
+        What Flower calls the run, for those who follow it.
 
     Raises
     ------
@@ -42,13 +49,12 @@ def working(folder: Path) -> Iterator[None]:
         if not _locked(file):
             raise ConfigError(f"another process works in {folder}")
 
-        def say(text: str) -> None:
+        def say(state: str, error: str = "") -> None:
             file.seek(0)
-            file.write(text.ljust(_ROOM)[:_ROOM])
+            file.write(json.dumps({"state": state, "run": run, "error": error[:1000]}).ljust(_ROOM))
             file.flush()
 
-        say("")  # which takes the room: it can be written even when the disk is full
-
+        say(_WORKING)  # which takes the room: the end can be written even when the disk is full
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("fedsplit")
         logger.addHandler(handler)
@@ -56,18 +62,18 @@ def working(folder: Path) -> Iterator[None]:
         try:
             yield
         except FedsplitError as error:
-            say(_ended("failed", str(error)[:1000]))
+            say("failed", str(error))
             raise
         except SystemExit:  # how Flower ends a process
-            say(_ended("failed", "the SuperLink is gone, or has stopped the run"))
+            say("failed", "the SuperLink is gone, or has stopped the run")
             raise
         except BaseException as error:
-            say(_ended("failed", f"{type(error).__name__}; see the server's log"))
+            say("failed", f"{type(error).__name__}; see the server's log")
             raise
         finally:
             logger.removeHandler(handler)
             handler.close()
-        say(_ended("finished"))
+        say("finished")
 
 
 def _locked(file: IO[str]) -> bool:
@@ -81,35 +87,43 @@ def _locked(file: IO[str]) -> bool:
     return False
 
 
-def _ended(state: str, error: str = "") -> str:
-    return json.dumps({"state": state, "error": error})
+def check_fresh(folder: Path) -> None:
+    """Refuse a folder with anything of another run in it; raises ConfigError."""
+    if folder.exists() and any(path.name not in (STATE, LOG) for path in folder.iterdir()):
+        raise ConfigError(f"out folder {folder} is not empty: choose another, or continue it with --resume")
 
 
 def forget_state(folder: Path) -> None:
     """Remove the word of an earlier end; raises ConfigError if a process works there."""
-    state = _state(folder)
-    if state == {}:
+    if _is_working(_state(folder)):
         raise ConfigError(f"another process works in {folder}")
     (folder / STATE).unlink(missing_ok=True)
 
 
 def _state(folder: Path) -> dict[str, str] | None:
-    """Return how a run ended; empty while it goes on; None if nobody has begun."""
+    """Return how a run is, or how it ended; None if nobody has begun."""
     try:
         with (folder / STATE).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return {}
-            said = file.read()
-    except OSError:
-        return None
-    if not said:
-        return None  # somebody is about to lock it
+            locked = not _shared(file)
+            found = dict(json.loads(file.read()))
+    except (OSError, ValueError):
+        return None  # not there, or somebody is just about to lock it, or to write it
+    if _is_working(found) and not locked:
+        return {**found, "state": "failed", "error": "the process that trained was killed"}
+    return found
+
+
+def _is_working(state: dict[str, str] | None) -> bool:
+    return state is not None and state.get("state") == _WORKING
+
+
+def _shared(file: IO[str]) -> bool:
+    """Lock a state file to read it; whether nobody works there."""
     try:
-        return dict(json.loads(said))
-    except ValueError:
-        return {"state": "failed", "error": "the process that trained was killed"}
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def follow(
@@ -117,6 +131,7 @@ def follow(
     report: Callable[[dict[str, Any]], None],
     say: Callable[[str], None],
     ended: Callable[[], str | None],
+    run: str = "",
 ) -> dict[str, Any]:
     """Report the metrics of every round of a run until it ends, and return its result.
 
@@ -130,15 +145,19 @@ def follow(
         Called with each new line of the run's log that is a warning.
     ended : callable
         Asks elsewhere whether a run that has not begun ever will: returns why not, or None.
+    run : str
+        What Flower calls the run.
 
     Raises
     ------
     RunError
-        With what the process that trained said, if it stopped before the end.
+        With what the process that trained said, if it stopped before the end; or if another run has the folder.
     """
     seen, said, began = 0, len(_lines(folder / LOG)), time.monotonic()
     while True:
         state = _state(folder)
+        if state and state.get("run") != run:
+            raise RunError(f"run {state.get('run')} has {folder}, and run {run} must not write there")
         lines = _lines(folder / METRICS)
         for line in lines[seen:]:
             report(json.loads(line))
@@ -151,9 +170,9 @@ def follow(
             if (why := ended()) is not None and _state(folder) is None:
                 raise RunError(why)
             began = time.monotonic()
-        if state and state.get("state") == "finished":
+        if state and state["state"] == "finished":
             return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
-        if state:
+        if state and not _is_working(state):
             done = json.loads(lines[-1])["round"] if lines else 0
             way = f"; {done} rounds are done: go on with --out {folder} --resume" if done else ""
             raise RunError(f"{state.get('error')}{way}")

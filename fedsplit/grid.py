@@ -14,9 +14,13 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import http_grid
 
+from fedsplit.record import dozes, to_pause
+
+KEEP_AWAKE = "query.awake"  # the type of a message that only keeps a node awake
 _CLIENT_APP_RAISED = 2  # Flower's error code for an exception in a ClientApp
 PULL_AGAIN, PULL_LONGEST = 0.02, 0.5  # seconds between two tries to fetch a part that is on its way
 PULL_MOST = 10.0  # seconds to try: they do not come if the other side was killed while it sent
+_STARTS = 0.5  # seconds that a SuperNode needs at least for a message
 _SOONER, _SHARE = 0.8, 0.15  # of the time it took before; of the time waited so far
 
 
@@ -97,17 +101,24 @@ def answers(reply: Message, sent: Mapping[str, int]) -> bool:
 class PollingGrid(Grid):
     """Another Grid with a ``send_and_receive`` that looks for replies often at first, then less often.
 
-    Flower's own grids sleep 0.1 s (simulation) or 3 s (deployment) between two looks.
+    Flower's own grids sleep 0.1 s (simulation) or 3 s (deployment) between two looks, and so does its SuperNode, for
+    3 s, when it has answered a message and the next is not there yet. A node that says so is sent a second message
+    behind each, which does nothing for as long as the server was busy the last time: the next one is there before the
+    node has answered that.
     """
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._pauses = Pauses(0.002, 0.1)
+        self._dozing: set[int] = set()
+        self._heard: dict[int, float] = {}
+        self._awake: set[str] = set()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and return the replies that came within ``timeout`` seconds."""
         asked = list(messages)
         ids = self._grid.push_messages(asked)
+        self._keep_awake({m.metadata.dst_node_id for m in asked} & self._dozing, timeout)
         # what could not be sent, to a node that has just left, has no id
         sent = {i: m.metadata.dst_node_id for i, m in zip(ids, asked, strict=False) if i}
         waiting = set(sent)
@@ -116,12 +127,26 @@ class PollingGrid(Grid):
         self._pauses.begin()
         while waiting and time.monotonic() < deadline:
             time.sleep(self._pauses.next())
-            new = [r for r in self._grid.pull_messages(waiting) if answers(r, sent)]
+            new = [r for r in self.pull_messages(waiting) if answers(r, sent)]
+            self._heard.update((r.metadata.src_node_id, time.monotonic()) for r in new)
             if new and not replies:
                 self._pauses.came()
             replies.extend(new)
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
         return replies
+
+    def _keep_awake(self, nodes: Iterable[int], timeout: float | None) -> None:
+        """Send the nodes that doze a message behind the last, and forget the answers to earlier ones."""
+        if self._awake:
+            self._awake -= {r.metadata.reply_to_message_id for r in self._grid.pull_messages(self._awake)}
+        now = time.monotonic()
+        busy = {node: now - self._heard.get(node, now) for node in nodes}
+        pauses = [
+            Message(to_pause(max(0.0, seconds - _STARTS)), node, KEEP_AWAKE, ttl=timeout)
+            for node, seconds in busy.items()
+        ]
+        if pauses:
+            self._awake.update(i for i in self._grid.push_messages(pauses) if i)
 
     def set_run(self, run: Run) -> None:
         """Set the run."""
@@ -152,7 +177,9 @@ class PollingGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have come."""
-        return self._grid.pull_messages(message_ids)
+        replies = list(self._grid.pull_messages(message_ids))
+        self._dozing.update(r.metadata.src_node_id for r in replies if r.has_content() and dozes(r.content))
+        return replies
 
 
 class InProcessGrid(PollingGrid):

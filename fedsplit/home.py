@@ -8,6 +8,7 @@ import fcntl
 import logging
 import secrets
 import shutil
+import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +23,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from fedsplit.certs import make_key_pair, write_private
 from fedsplit.data import DeviceData, Records
+from fedsplit.deployment.certs import make_key_pair, write_private
 from fedsplit.errors import ConfigError, StateError
 from fedsplit.guard import Guard
 from fedsplit.model import FirstLayer
@@ -34,6 +35,7 @@ from fedsplit.privacy.limits import SHIPPED, Limits, load_limits
 log = logging.getLogger(__name__)
 LEDGERS = ("train", "test")
 _NONE = np.zeros(0, dtype="<u8")
+_LONG_OVER = 7 * 86400.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,15 @@ class Home:
     folder: Path
 
     @classmethod
-    def create(cls, folder: Path, devices: Sequence[int]) -> "Home":
+    def create(cls, folder: Path, devices: Sequence[int], allow: Sequence[str] = ()) -> "Home":
         """Make a node's folder for some devices.
+
+        Parameters
+        ----------
+        folder : Path
+        devices : sequence of int
+        allow : sequence of str
+            What a run's settings may name on this machine: see :attr:`allowed`.
 
         Raises
         ------
@@ -60,7 +69,8 @@ class Home:
             folder.chmod(0o700)
             home = cls(folder)
             write_private(folder / "secret", secrets.token_bytes(32))
-            write_private(folder / "node.toml", tomli_w.dumps({"devices": sorted(devices)}).encode())
+            own = {"devices": sorted(devices), "allow": list(allow)}
+            write_private(folder / "node.toml", tomli_w.dumps(own).encode())
             make_key_pair(home.key_path, f"fedsplit-devices={','.join(map(str, sorted(devices)))}")
             shutil.copy(SHIPPED, folder / "limits.toml")
             (folder / "limits.toml").chmod(0o600)
@@ -117,20 +127,40 @@ class Home:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"node {self.folder} is already running: it cannot be started twice") from None
+            self._forget_old_runs()
             yield
+
+    def run_folder(self, run: int) -> Path:
+        """Return the folder of what a run has pending here."""
+        return self.folder / "runs" / f"{run:x}"
+
+    def _forget_old_runs(self) -> None:
+        """Remove what runs that are long over, or have stopped without an end, had pending."""
+        for folder in self.run_folder(0).parent.glob("*"):
+            if folder.stat().st_mtime < time.time() - _LONG_OVER:
+                shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def owner(self) -> bytes:
         """A fingerprint by which the ledgers know whose they are."""
         return sha256(b"fedsplit ledger" + self.secret).digest()
 
-    @cached_property
+    @property
     def devices(self) -> list[int]:
         """The ids of the node's devices; raises StateError."""
+        return self._own[0]
+
+    @property
+    def allowed(self) -> list[str]:
+        """What a run's settings may name here: ``module:function`` of installed code, folders; raises StateError."""
+        return self._own[1]
+
+    @cached_property
+    def _own(self) -> tuple[list[int], list[str]]:
         path = self.folder / "node.toml"
         try:
-            found = tomllib.loads(path.read_text(encoding="utf-8"))["devices"]
-            return [int(device) for device in found]
+            found = tomllib.loads(path.read_text(encoding="utf-8"))
+            return [int(device) for device in found["devices"]], [str(name) for name in found.get("allow", [])]
         except (OSError, ValueError, KeyError, TypeError):
             raise StateError(f"{path} is missing or damaged: it must hold devices = [ids]") from None
 

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedsplit.deployment.resident import Answer, resident
 from fedsplit.errors import ConfigError
-from fedsplit.resident import Answer, resident
 
 node = typer.Typer(
     no_args_is_help=True, help="A device owner's tools: make a node, start it, see what would and what did leave."
@@ -29,11 +29,15 @@ def find_functions(settings: Path) -> None:
 def init(
     folder: Annotated[Path, typer.Argument(help="Where the secret, the limits and the ledgers go.")],
     devices: Annotated[list[int], typer.Option("--device", help="Id of a device on this node; repeatable.")],
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="module:function or folder here that a run's settings may name; repeatable, in node.toml."),
+    ] = None,
 ) -> None:
     """Make a node's folder: a secret, the commented limits file, and ledgers of what has left (nothing yet)."""
     from fedsplit.home import Home
 
-    home = Home.create(folder, devices)
+    home = Home.create(folder, devices, allow or [])
     print(f"made {folder} for devices {home.devices}; read and change {folder / 'limits.toml'} before it takes part")
     print(f"to take part in a deployment give {home.key_path}.pub, and nothing else of it, to the server's operator")
 
@@ -50,18 +54,19 @@ def start(
     warm: Annotated[bool, typer.Option(help="Serve the server from this process, without Flower's SuperNode.")] = False,
 ) -> None:
     """Take part in the runs of a server, until stopped."""
-    from fedsplit import deployment
     from fedsplit.client_app import DATA, HOME, SOCKET
     from fedsplit.data.devices import own_files
+    from fedsplit.deployment import node as connection
+    from fedsplit.deployment.flower import check_flower
     from fedsplit.home import Home
 
     logging.getLogger("fedsplit").setLevel(logging.INFO)
     if warm:
-        deployment.check_flower()
+        check_flower()
     own = Home(home.resolve())
     if (ca is None) != insecure:
         raise ConfigError("a node needs either --ca, the authority of the server's certificate, or --insecure")
-    authority = deployment.read_authority(ca) if ca else None
+    authority = connection.read_authority(ca) if ca else None
     own.check()
     where = str(data.resolve()) if data else None
     if where is not None:
@@ -71,19 +76,19 @@ def start(
         signal.signal(number, lambda *_: stop.set())
     with own.serving():
         answer = _real_answer(str(own.folder), where)
-        deployment.wait_for_superlink(superlink, authority, stop)
+        connection.wait_for_superlink(superlink, authority, stop)
         if stop.is_set():
             return
         if warm:
-            from fedsplit.warm import WarmNode
+            from fedsplit.deployment.warm import WarmNode
 
             WarmNode(superlink, authority, own.key_path, own.seen_path, answer).serve(stop)
             return
         with resident(answer) as served:
             config = {HOME: str(own.folder), SOCKET: str(served.path)} | ({DATA: where} if where else {})
-            command = deployment.supernode_command(superlink, ca, own.key_path, config)
+            command = connection.supernode_command(superlink, ca, own.key_path, config)
             print(shlex.join(command), flush=True)
-            supernode = deployment.SuperNode(command, own.seen_path)
+            supernode = connection.SuperNode(command, own.seen_path)
             try:
                 served.serve_while(lambda: not stop.is_set() and supernode.running())
             finally:

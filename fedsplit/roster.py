@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +11,14 @@ from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from fedsplit.certs import fingerprint
+from fedsplit.deployment.certs import fingerprint
 from fedsplit.errors import ConfigError, RunError, WireError
 from fedsplit.grid import answers
 from fedsplit.record import from_record, to_record
 from fedsplit.wire import Registration
 
 log = logging.getLogger(__name__)
-Owners = Mapping[str, Sequence[int]]
+Owners = Callable[[], Mapping[str, Sequence[int]]]
 
 
 @dataclass
@@ -49,9 +49,9 @@ class Roster:
         How many there are: ids are below.
     max_offences : int
         After how many a node is quarantined: nothing is asked of it any more, and its replies are not read.
-    owners : mapping, optional
-        The devices of each public key, by its fingerprint: a node may register no others. Without it the first node
-        that names a device has it.
+    owners : callable, optional
+        Returns the devices of each public key, by its fingerprint: a node may register no others. Asked anew as nodes
+        come. Without it the first node that names a device has it.
     """
 
     def __init__(self, devices: int, max_offences: int, owners: Owners | None = None) -> None:
@@ -63,6 +63,7 @@ class Roster:
         self._max_offences = max_offences
         self._owners = owners
         self._keys: dict[int, bytes] = {}
+        self._taken: set[int] = set()
         self._asked: dict[str, tuple[int, float]] = {}  # by message: the node, and until when to wait for it
 
     def look(self, grid: Grid, timeout: float) -> tuple[int, int]:
@@ -81,6 +82,7 @@ class Roster:
         if self.present != before:
             self.refusals = {}  # the one that had a refused node's devices may have gone
         self.nodes = {node: r for node, r in self.nodes.items() if node in self.present}
+        self._taken = {d for r in self.nodes.values() for d in r.devices.tolist()}
         now = time.monotonic()
         self._asked = {message: (n, until) for message, (n, until) in self._asked.items() if until > now}
         waited_for = {node for node, _ in self._asked.values()}
@@ -118,6 +120,7 @@ class Roster:
         else:
             self.nodes[node] = registration
             self.account(node).devices = registration.devices.tolist()
+            self._taken.update(self.account(node).devices)
             self.seen(node, len(payload))
             return len(payload)
         return 0
@@ -125,13 +128,12 @@ class Roster:
     def _check(self, node: int, registration: Registration) -> None:
         devices = registration.devices.tolist()
         if self._owners is not None:
-            allowed = self._owners.get(self._fingerprint(node))
+            allowed = self._owners().get(self._fingerprint(node))
             if allowed is None:
-                raise WireError("the node's key is not in the server's list of nodes")
+                raise RunError("its key has no devices here: fedsplit server register lets it in")
             if wrong := sorted(set(devices) - set(allowed)):
                 raise WireError(f"devices: {wrong[0]} does not belong to the node's key")
-        taken = {d for r in self.nodes.values() for d in r.devices.tolist()}
-        if twice := taken.intersection(devices):
+        if twice := self._taken.intersection(devices):
             # no offence: without a key a node that comes back is another one, and the old one seems to be there still
             raise RunError(f"devices: {min(twice)} is registered by another node")
         if devices and devices[-1] >= self._devices:
@@ -151,8 +153,9 @@ class Roster:
         """
         if self._owners is None:
             return bool(self.refusals) and len(self.refusals) + len(self.nodes) == len(self.present)
-        refused = {key for node in self.refusals if (key := self._fingerprint(node)) in self._owners}
-        return bool(refused) and len(refused) == len(self._owners)
+        owners = self._owners()
+        refused = {key for node in self.refusals if (key := self._fingerprint(node)) in owners}
+        return bool(refused) and len(refused) == len(owners)
 
     def account(self, node: int) -> Account:
         """Return a node's account."""

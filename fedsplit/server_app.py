@@ -8,7 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.client_app import STATE_FOLDER, run_settings
 from fedsplit.config import Settings, default_folder
-from fedsplit.deployment import ServerFolder
+from fedsplit.deployment.server import ServerFolder
 from fedsplit.following import working
 from fedsplit.grid import hasten_pulls
 from fedsplit.training import TrainingRun, open_run_folder
@@ -20,16 +20,16 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Train with the settings in the run config, or in the file that it names.
 
-    Besides them it may have ``out``, the run folder (default: in ``runs/`` of the current folder), ``resume``, and
-    ``nodes``, the server's folder, which says which devices each key has.
+    Besides them it may have ``out``, the run folder (default: in ``runs/`` of the current folder), ``resume``, and for
+    real nodes ``nodes``, the server's folder, which says which devices each key has: empty without keys.
     """
     config = context.run_config
     settings = Settings.from_json(run_settings(config))
     folder = Path(str(config["out"])) if "out" in config else default_folder(settings)
-    owners = ServerFolder(Path(str(config["nodes"]))).owners() if "nodes" in config else None
+    owners = ServerFolder(Path(str(config["nodes"]))).owners if config.get("nodes") else None
     hasten_pulls()
-    with working(folder):
-        run = TrainingRun(settings, folder, owners=owners)
+    with working(folder, f"{context.run_id}"):
+        run = TrainingRun(settings, folder, owners=owners, real="nodes" in config)
         open_run_folder(folder, settings, resume=bool(config.get("resume", False)))
         result = run.train(grid)
     shutil.rmtree(STATE_FOLDER / f"{run.strategy.progress.run:x}", ignore_errors=True)

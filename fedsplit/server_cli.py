@@ -26,7 +26,7 @@ def certs(
     days: Annotated[int, typer.Option(help="How long the certificates are good for.")] = 365,
 ) -> None:
     """Make a private authority and the server's certificate; nodes need ca.crt, nobody needs the private key."""
-    from fedsplit.certs import CA, make_certificates
+    from fedsplit.deployment.certs import CA, make_certificates
 
     make_certificates(folder, list(dict.fromkeys([*hosts, "localhost", "127.0.0.1"])), days)
     print(f"made {folder}; give {folder / CA} to the nodes, and nothing else of it")
@@ -43,16 +43,17 @@ def start(
     insecure: Annotated[bool, typer.Option(help="No TLS and no keys: for a trial on one machine.")] = False,
 ) -> None:
     """Start Flower's SuperLink: with TLS, and for nodes whose keys were registered."""
-    from fedsplit import deployment
+    from fedsplit.deployment import flower
+    from fedsplit.deployment.server import ServerFolder, superlink_command
 
-    where = deployment.ServerFolder(folder.resolve())
-    command = deployment.superlink_command(where, host, port, insecure=insecure)
+    where = ServerFolder(folder.resolve())
+    command = superlink_command(where, host, port, insecure=insecure)
     where.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     reached = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    config = deployment.connect_flower(name, f"{reached}:{port}", None if insecure else where.certificates[0])
+    config = flower.connect_flower(name, f"{reached}:{port}", None if insecure else where.certificates[0])
     print(f"known as {name!r} in {config}")
     print(shlex.join(command), flush=True)
-    process = subprocess.Popen(command, env=deployment.environment(), preexec_fn=deployment.end_with_parent)
+    process = subprocess.Popen(command, env=flower.environment(), preexec_fn=flower.end_with_parent)
     signal.signal(signal.SIGINT, lambda *_: None)  # which the SuperLink gets as well
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     code = process.wait()
@@ -69,7 +70,7 @@ def register(
     ] = None,
 ) -> None:
     """Let a node in, with its devices: no other key may register them."""
-    from fedsplit.deployment import register_node
+    from fedsplit.deployment.server import register_node
 
     chosen = register_node(superlink, public_key, devices)
     print(f"registered {public_key} for devices {chosen}")
@@ -84,9 +85,9 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Result on stdout as JSON, logs on stderr.")] = False,
 ) -> None:
     """Train over the nodes of a SuperLink, on its machine, with the settings of CONFIG."""
-    from fedsplit import deployment
     from fedsplit.config import AuditSettings, GuardSettings, default_folder, load_settings
-    from fedsplit.following import follow, forget_state
+    from fedsplit.deployment import runs
+    from fedsplit.following import check_fresh, follow, forget_state
     from fedsplit.report import result_table
 
     if resume and out is None:
@@ -95,21 +96,24 @@ def run(
     given = load_settings(config, overrides or [])
     # each owner's guard goes by the owner's limits, and nobody but the owner could record originals for an audit
     settings = given.model_copy(update={"guard": GuardSettings(), "audit": AuditSettings()})
+    if settings != given:
+        stderr.print("[guard] and [audit] are for simulations: left out", markup=False, highlight=False)
     folder = (out or default_folder(settings)).resolve()
-    modules = deployment.own_modules(config.resolve().parent, [settings.model.builder, settings.data.builder])
+    modules = runs.own_modules(config.resolve().parent, [settings.model.builder, settings.data.builder])
     if not resume:
-        deployment.check_settings(settings)
+        check_fresh(folder)
+        runs.check_settings(settings)
     forget_state(folder)
-    number = deployment.submit(settings.to_json(), superlink, folder, resume=resume, modules=modules)
+    number = runs.submit(settings.to_json(), superlink, folder, resume=resume, modules=modules)
 
     def ended() -> str | None:
-        status = deployment.run_status(number, superlink)
+        status = runs.run_status(number, superlink)
         return f"run {number} is {status}: see flwr log {number} {superlink}" if "finished" in status else None
 
     stderr.print(f"run {number} on {superlink!r}, in {folder}", markup=False, highlight=False)
     try:
         with show_progress(settings.run.rounds) as report:
-            result = follow(folder, report, partial(stderr.print, markup=False, highlight=False), ended)
+            result = follow(folder, report, partial(stderr.print, markup=False, highlight=False), ended, number)
     except KeyboardInterrupt:
         said = (
             f"fedsplit: run {number} goes on; see fedsplit status {folder}, end it with flwr stop {number} {superlink}"

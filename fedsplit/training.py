@@ -27,7 +27,7 @@ from fedsplit.checkpoint import load_checkpoint, save_checkpoint
 from fedsplit.config import Settings, load_settings
 from fedsplit.data import Source
 from fedsplit.errors import ConfigError, RunError
-from fedsplit.following import LOG, METRICS, NODES, RESULT, STATE
+from fedsplit.following import METRICS, NODES, RESULT, check_fresh
 from fedsplit.grid import PollingGrid
 from fedsplit.model import SplitModel
 from fedsplit.privacy.accountant import epsilon
@@ -58,8 +58,7 @@ def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:
         raise ConfigError(f"out folder {folder} is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(path.name not in (STATE, LOG) for path in folder.iterdir()):
-            raise ConfigError(f"out folder {folder} is not empty: choose another, or continue it with --resume")
+        check_fresh(folder)
         with replacing(config) as new:
             new.write_text(settings.to_toml(), encoding="utf-8")
     except OSError as error:
@@ -99,8 +98,10 @@ class TrainingRun:
         The run folder, opened by :func:`open_run_folder`.
     report : callable, optional
         Called after every round with its metrics.
-    owners : mapping, optional
+    owners : callable, optional
         Which devices each node's key has; see :class:`fedsplit.roster.Roster`.
+    real : bool
+        Whether the nodes are real ones, which go by their owners' limits, whatever the settings say.
 
     Raises
     ------
@@ -109,7 +110,13 @@ class TrainingRun:
     """
 
     def __init__(
-        self, settings: Settings, folder: Path, report: Report | None = None, owners: Owners | None = None
+        self,
+        settings: Settings,
+        folder: Path,
+        report: Report | None = None,
+        *,
+        owners: Owners | None = None,
+        real: bool = False,
     ) -> None:
         self.settings = settings
         self.folder = folder
@@ -120,8 +127,7 @@ class TrainingRun:
         self.public = public_records(settings, self.source)
         self.rounds_done = 0
         self.result: dict[str, Any] | None = None
-        # real nodes go by their owners' limits, whatever the settings say
-        self.guard_mode = settings.guard.mode if owners is None else "by each owner"
+        self.guard_mode = "by each owner" if real else settings.guard.mode
         self._report = report
         self._created = time.perf_counter()
         self._training = self._round_start = 0.0

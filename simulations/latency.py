@@ -25,7 +25,8 @@ import replicated
 from processes import NAME, Deployment, deployment, free_port
 
 from fedsplit.config import Settings, check_settings
-from fedsplit.deployment import environment, flower, start_run, write_app
+from fedsplit.deployment.flower import environment, flower
+from fedsplit.deployment.runs import start_run, write_app
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 HERE = Path(__file__).parent
@@ -81,7 +82,7 @@ def nodes(trial: Deployment) -> list[str]:
     """Make two nodes with a device each."""
     names = ["n0", "n1"]
     for device, name in enumerate(names):
-        trial.make_node(name, [device], settings_for(1))
+        trial.make_node(name, [device], settings_for(1), allow=["replicated:device"])
     return names
 
 

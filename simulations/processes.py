@@ -84,7 +84,13 @@ class Deployment:
         wait_for_port(self.host, self.port)
 
     def make_node(
-        self, name: str, devices: Sequence[int], settings: Settings | None = None, *, limits: str = "enforce = false\n"
+        self,
+        name: str,
+        devices: Sequence[int],
+        settings: Settings | None = None,
+        *,
+        limits: str = "enforce = false\n",
+        allow: Sequence[str] = (),
     ) -> Path:
         """Make a node's folder, with its own data and the simulation's device secrets, and register its key.
 
@@ -96,9 +102,11 @@ class Deployment:
             Whose data the node gets its part of, in files of its own.
         limits : str
             The limits file.
+        allow : sequence of str
+            What the settings of a run may name.
         """
         home = self.folder / name
-        Home.create(home, devices)
+        Home.create(home, devices, allow)
         (home / "limits.toml").write_text(limits)
         if settings is not None:
             write_data(self.folder / f"{name}-data", devices, settings)

@@ -1,5 +1,8 @@
 import copy
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +42,23 @@ def small_settings(**changes: dict[str, Any]) -> Settings:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "run"
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """Return a function that runs the command line, expects exit code 2, and returns the one line on stderr."""
+
+    def run(*arguments: object) -> str:
+        command = [sys.executable, "-m", "fedsplit.cli", *map(str, arguments)]
+        # a narrow terminal: no line is wrapped
+        environment = {**os.environ, "FLWR_HOME": str(tmp_path / "flwr"), "COLUMNS": "40"}
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+        )
+        assert done.returncode == 2 and done.stdout == "", (done.stdout, done.stderr)
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("fedsplit: "), done.stderr
+        assert "Traceback" not in done.stderr
+        return lines[0]
+
+    return run

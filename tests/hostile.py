@@ -9,7 +9,7 @@ import numpy as np
 
 from fedsplit.assemble import real_node
 from fedsplit.client_app import answer
-from fedsplit.warm import WarmNode
+from fedsplit.deployment.warm import WarmNode
 from fedsplit.wire import Registration, Release, Upload
 
 PARAMETERS = 1040  # of the first layer that the tests train

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from fedsplit.certs import CA, CERTIFICATE, DAYS, KEY, fingerprint, make_certificates, make_key_pair
+from fedsplit.deployment.certs import CA, CERTIFICATE, DAYS, KEY, fingerprint, make_certificates, make_key_pair
 from fedsplit.errors import ConfigError
 
 HOSTS = ["server.example.org", "127.0.0.1", "::1", "*.example.org", "localhost"]

@@ -40,8 +40,8 @@ class Watched:
         self.asked = 0
         self._why = why
 
-    def __call__(self, folder: Path) -> dict[str, Any]:
-        return follow(folder, lambda metrics: self.rounds.append(metrics["round"]), self.said.append, self._ended)
+    def __call__(self, folder: Path, run: str = "") -> dict[str, Any]:
+        return follow(folder, lambda m: self.rounds.append(m["round"]), self.said.append, self._ended, run)
 
     def _ended(self) -> str | None:
         self.asked += 1
@@ -184,10 +184,22 @@ def test_one_that_is_refused_leaves_the_others_state_alone(out: Path) -> None:
     with working(out):
         with pytest.raises(ConfigError), working(out):
             pass
-        assert following._state(out) == {}
+        assert following._is_working(following._state(out))
         finish(out)
     assert Watched()(out) == {"rounds": 2}
     assert logging.getLogger("fedsplit").handlers == before
+
+
+def test_two_runs_do_not_mix_in_one_folder(out: Path) -> None:
+    """Both were submitted before either began: the one that is late is told so."""
+    with working(out, "7"):
+        finish_round(out, 1)
+        watched = Watched()
+        with pytest.raises(RunError, match=f"^run 7 has {out}, and run 8 must not write there$"):
+            watched(out, "8")
+        assert watched.rounds == []
+        finish(out)
+    assert Watched()(out, "7") == {"rounds": 2}
 
 
 def test_only_warnings_of_this_run_are_said(out: Path) -> None:
@@ -272,7 +284,7 @@ def test_a_process_that_begins_is_not_taken_for_killed(out: Path, monkeypatch: p
     monkeypatch.setattr(logging, "FileHandler", lambda path: seen.append(following._state(out)) or handler(path))
     with working(out):
         pass
-    assert len(seen) == 1 and seen[0] in (None, {})
+    assert seen == [None]
 
 
 def test_half_a_letter_is_not_a_line(out: Path) -> None:

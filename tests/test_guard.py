@@ -16,7 +16,7 @@ from torch import nn
 
 from fedsplit import DeviceData, SplitModel, cli, simulate
 from fedsplit.answers import PendingBlock, check_upload
-from fedsplit.assemble import data_source, limits, split_model
+from fedsplit.assemble import data_source, limits, real_node, split_model
 from fedsplit.client_app import HOME, client_app
 from fedsplit.config import Settings, load_settings
 from fedsplit.data import Records
@@ -705,6 +705,9 @@ def tanh_model() -> SplitModel:
     return SplitModel.from_sequential(nn.Sequential(nn.Linear(N, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3)), (N,))
 
 
+NAMED = ["test_guard:private", "test_guard:model"]
+
+
 def run_settings(folder: Path, lines: str = "", mode: str = "enforce", **changes: Any) -> Settings:
     """A run over three devices, whose guard has the limits of the given lines."""
     folder.mkdir(exist_ok=True)
@@ -955,7 +958,7 @@ def test_in_simulation_a_new_run_begins_new_ledgers(server: Start) -> None:
 
 
 def test_a_real_node_counts_over_all_runs(server: Start, tmp_path: Path) -> None:
-    Home.create(tmp_path / "home", [0, 1, 2])
+    Home.create(tmp_path / "home", [0, 1, 2], NAMED)
     settings = {"protocol": {"mode": "single-pass", "chunk": "epoch"}, "first-layer": {"strategy": "frozen"}}
     hostile = server(home=tmp_path / "home", **settings)
     upload = hostile.send(hostile.ask())
@@ -966,8 +969,23 @@ def test_a_real_node_counts_over_all_runs(server: Start, tmp_path: Path) -> None
     assert hostile.send(hostile.ask(3)) is None and hostile.errors[-1] == NOTHING_LEAVES
 
 
+@pytest.mark.parametrize("named", NAMED)
+def test_a_real_node_runs_no_code_that_its_owner_has_not_allowed(named: str, server: Start, tmp_path: Path) -> None:
+    Home.create(tmp_path / "home", [0, 1, 2], [other for other in NAMED if other != named])
+    hostile = server(home=tmp_path / "home", protocol={"mode": "single-pass", "chunk": "epoch"})
+    assert hostile.send(hostile.ask()) is None
+    assert f"builder {named!r} is not among what the node's owner allows" in hostile.errors[-1]
+
+
+def test_a_real_node_opens_no_folder_that_its_owner_has_not_allowed(tmp_path: Path) -> None:
+    Home.create(tmp_path / "home", [0], ["own:linear_model"])
+    settings = small_settings(data={"builder": None, "folder": str(tmp_path / "other")})
+    with pytest.raises(ConfigError, match=r"data\.folder .* is not among what the node's owner allows"):
+        real_node(settings.to_json(), str(tmp_path / "home"))
+
+
 def test_a_device_of_a_real_node_whose_records_were_changed_sits_out(server: Start, tmp_path: Path) -> None:
-    home = Home.create(tmp_path / "home", [0, 1, 2])
+    home = Home.create(tmp_path / "home", [0, 1, 2], NAMED)
     home.known(1, private(2, 3))  # what device 1 held before
     settings = {"protocol": {"mode": "single-pass", "chunk": "epoch"}, "first-layer": {"strategy": "frozen"}}
     hostile = server(home=tmp_path / "home", **settings)
@@ -977,7 +995,7 @@ def test_a_device_of_a_real_node_whose_records_were_changed_sits_out(server: Sta
 
 def test_a_real_node_answers_no_more_questions_in_new_runs(server: Start, tmp_path: Path) -> None:
     """Which weights are refused for being active is a threshold of the server's choice on a record."""
-    Home.create(tmp_path / "home", [0, 1, 2])
+    Home.create(tmp_path / "home", [0, 1, 2], NAMED)
     (tmp_path / "home" / "limits.toml").write_text("refusals = 5")
     settings = {"protocol": {"mode": "single-pass", "chunk": "epoch"}, "first-layer": {"strategy": "frozen"}}
     hostile = server(home=tmp_path / "home", **settings)

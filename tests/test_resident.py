@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from fedsplit import errors
-from fedsplit import resident as module
+from fedsplit.deployment import resident as module
+from fedsplit.deployment.resident import Answer, ask, resident
 from fedsplit.errors import ConfigError, FedsplitError, RunError, StateError, WireError
-from fedsplit.resident import Answer, ask, resident
 
 Lies = Callable[[socket.socket], None]
 

@@ -15,12 +15,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit import roster as module
-from fedsplit.certs import fingerprint, make_key_pair
+from fedsplit.deployment.certs import fingerprint, make_key_pair
 from fedsplit.record import to_record
 from fedsplit.roster import Roster
 from fedsplit.wire import Registration
 
 DEVICES = 10
+NOT_LET_IN = "its key has no devices here: fedsplit server register lets it in"
 Answer = Callable[[Message], Message | None]
 
 
@@ -154,7 +155,7 @@ def test_a_key_registers_its_own_devices(keys: list[bytes], caplog: pytest.LogCa
     """Another's, and one that is nobody's, are an offence; a part of its own is none."""
     owners = {fingerprint(keys[0]): [0, 1], fingerprint(keys[1]): [2], fingerprint(keys[2]): [3]}
     grid = FakeGrid({10: has(0), 11: has(1, 2), 12: has(3, 9)}, {10: keys[0], 11: keys[1], 12: keys[2]})
-    roster = Roster(DEVICES, 3, owners)
+    roster = Roster(DEVICES, 3, lambda: owners)
     look(roster, grid)
     assert sorted(roster.nodes) == [10]
     assert roster.refusals == {
@@ -169,12 +170,24 @@ def test_a_key_registers_its_own_devices(keys: list[bytes], caplog: pytest.LogCa
 @pytest.mark.parametrize("key", [3, b"", b"garbage"])
 def test_an_unknown_key_is_refused(key: int | bytes, keys: list[bytes]) -> None:
     """Even without any device, and before anybody has the ones that it names."""
-    roster = Roster(DEVICES, 3, {fingerprint(keys[0]): [0]})
+    roster = Roster(DEVICES, 3, lambda: {fingerprint(keys[0]): [0]})
     grid = FakeGrid({10: has(0), 11: has()}, dict.fromkeys((10, 11), keys[key] if isinstance(key, int) else key))
     look(roster, grid)
     assert roster.nodes == {}
-    assert roster.refusals == dict.fromkeys((10, 11), "the node's key is not in the server's list of nodes")
-    assert roster.account(10).offences == 1 and roster.account(10).devices == []
+    assert roster.refusals == dict.fromkeys(
+        (10, 11), "its key has no devices here: fedsplit server register lets it in"
+    )
+    assert roster.account(10).offences == 0 and roster.account(10).devices == []
+
+
+def test_a_node_that_is_let_in_during_a_run_registers(keys: list[bytes]) -> None:
+    owners = {fingerprint(keys[0]): [0]}
+    roster, grid = Roster(DEVICES, 3, lambda: owners), FakeGrid({10: has(0)}, {10: keys[0], 11: keys[1]})
+    look(roster, grid)
+    owners[fingerprint(keys[1])] = [1]
+    grid.answers[11] = has(1)
+    look(roster, grid)
+    assert sorted(roster.nodes) == [10, 11]
 
 
 def test_without_a_list_the_first_to_name_a_device_has_it() -> None:
@@ -270,7 +283,7 @@ def test_of_a_simulation_no_others_will_come() -> None:
 
 def test_a_deployment_is_hopeless_when_every_known_key_was_refused(keys: list[bytes]) -> None:
     owners = {fingerprint(keys[0]): [0], fingerprint(keys[1]): [1]}
-    roster, grid = Roster(DEVICES, 3, owners), FakeGrid({5: has(1)}, {5: keys[0], 6: keys[1]})
+    roster, grid = Roster(DEVICES, 3, lambda: owners), FakeGrid({5: has(1)}, {5: keys[0], 6: keys[1]})
     look(roster, grid)
     assert list(roster.refusals) == [5] and not roster.hopeless  # the other may come
     grid.answers[6] = has(0)
@@ -280,7 +293,7 @@ def test_a_deployment_is_hopeless_when_every_known_key_was_refused(keys: list[by
 
 def test_strangers_do_not_make_a_deployment_hopeless(keys: list[bytes]) -> None:
     """Keys that Flower knows and the server's list does not: the nodes on the list may come yet."""
-    roster = Roster(DEVICES, 3, {fingerprint(keys[0]): [0]})
+    roster = Roster(DEVICES, 3, lambda: {fingerprint(keys[0]): [0]})
     look(roster, FakeGrid({5: has(0)}, {5: keys[3]}))
     assert list(roster.refusals) == [5] and not roster.hopeless
 

@@ -54,11 +54,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedsplit.deployment import TAKEOVER
+from fedsplit.deployment.node import TAKEOVER
+from fedsplit.deployment.resident import Answer
 from fedsplit.errors import ConfigError, FedsplitError, RunError
 from fedsplit.grid import PULL_AGAIN, PULL_LONGEST, PULL_MOST, Pauses
 from fedsplit.record import from_record, to_record
-from fedsplit.resident import Answer
 
 log = logging.getLogger(__name__)
 Response = TypeVar("Response")

@@ -1,0 +1,222 @@
+"""A node that cannot begin says why in one line: addresses, certificates, keys, data."""
+
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import free_port
+
+from fedsplit.deployment import certs
+from fedsplit.deployment import node as module
+from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, make_certificates
+from fedsplit.deployment.node import check_superlink, read_authority, wait_for_superlink
+from fedsplit.errors import ConfigError
+from fedsplit.home import Home
+
+Handle = Callable[[socket.socket], None]
+
+
+@contextmanager
+def listening(handle: Handle) -> Iterator[str]:
+    """Handle connections one after another in a thread; give the address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.settimeout(20)
+                    try:
+                        handle(connection)
+                    except OSError:
+                        pass  # who connected has seen enough
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def speaking_tls(folder: Path) -> Handle:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / CERTIFICATE, folder / KEY)
+
+    def handle(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as wrapped:
+            wrapped.recv(1)
+
+    return handle
+
+
+def speaking_plainly(connection: socket.socket) -> None:
+    connection.recv(4096)
+    connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+
+class Before(datetime):
+    """Ten days ago."""
+
+    @classmethod
+    def now(cls, tz=None) -> datetime:
+        return datetime.now(tz) - timedelta(days=10)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders with certificates: good ones, another authority's, expired ones, another host's."""
+    folder = tmp_path_factory.mktemp("certificates")
+    make_certificates(folder / "good", ["localhost", "127.0.0.1"])
+    make_certificates(folder / "other", ["localhost", "127.0.0.1"])
+    make_certificates(folder / "elsewhere", ["server.example.org", "10.0.0.1"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certs, "datetime", Before)
+        make_certificates(folder / "expired", ["localhost", "127.0.0.1"], days=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tls(made: Path) -> Iterator[dict[str, str]]:
+    """Addresses of servers, each with another certificate, and of one that speaks no TLS."""
+    good, expired, elsewhere = (speaking_tls(made / name) for name in ("good", "expired", "elsewhere"))
+    with listening(good) as a, listening(expired) as b, listening(elsewhere) as c, listening(speaking_plainly) as d:
+        yield {"good": a, "expired": b, "elsewhere": c, "plain": d}
+
+
+REFUSED = {  # by the server and the authority that the node has: what it says
+    ("good", "other"): "its certificate is refused: ",
+    ("expired", "expired"): "its certificate is refused: certificate has expired",
+    ("elsewhere", "elsewhere"): "its certificate is refused: IP address mismatch",
+    ("good", None): "speaks TLS: give its authority with --ca, instead of --insecure",
+    ("plain", "good"): "does not speak TLS: nothing is sent there",
+}
+
+
+@pytest.mark.parametrize(("server", "authority"), REFUSED)
+def test_a_server_that_is_not_the_right_one_is_refused(
+    server: str, authority: str | None, made: Path, tls: dict[str, str]
+) -> None:
+    known = read_authority(made / authority / CA) if authority else None
+    with pytest.raises(ConfigError) as refused:
+        check_superlink(tls[server], known)
+    assert str(refused.value).startswith(tls[server]) and REFUSED[server, authority] in str(refused.value)
+
+
+def test_the_right_server_is_found(made: Path, tls: dict[str, str]) -> None:
+    assert check_superlink(tls["good"], read_authority(made / "good" / CA))
+    assert check_superlink(tls["good"].replace("127.0.0.1", "localhost"), read_authority(made / "good" / CA))
+    assert check_superlink(tls["plain"], None)
+
+
+def test_a_node_waits_for_a_server_that_is_not_there_yet(
+    made: Path, tls: dict[str, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    authority = read_authority(made / "good" / CA)
+    assert not check_superlink(address, authority) and not check_superlink(address, None)
+    looks: list[float] = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            looks.append(timeout or 0.0)
+            return len(looks) == 3
+
+    wait_for_superlink(address, authority, Stop())
+    assert len(looks) == 3 and caplog.text.count(f"{address} does not answer yet: waiting") == 1
+
+    answers = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "check_superlink", lambda *_: next(answers))
+        looks.clear()
+        wait_for_superlink(address, authority, Stop())
+    assert len(looks) == 2
+    with pytest.raises(ConfigError, match="does not speak TLS"):
+        wait_for_superlink(tls["plain"], authority, Stop())
+
+
+@pytest.mark.parametrize("address", ["server", "server:", ":9092", "server:0", "server:65536", "server:x", "", "a:-1"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="--superlink must be HOST:PORT, got "):
+        check_superlink(address, None)
+
+
+def test_an_unknown_host_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"no-such-host\.invalid:9092: there is no host of this name"):
+        check_superlink("no-such-host.invalid:9092", None)
+
+
+@pytest.mark.parametrize("address", ["server..example.org:443", ".:443", "x" * 64 + ".org:443", "server:²"])
+def test_an_impossible_host_is_told(address: str) -> None:
+    with pytest.raises(ConfigError):
+        check_superlink(address, None)
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"\n", b"\xff\xfe", None, "folder"])
+def test_what_is_no_authority_is_refused(content: bytes | str | None, tmp_path: Path) -> None:
+    path = tmp_path / CA
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        path.mkdir()
+    with pytest.raises(ConfigError, match=f"authority {path} (cannot be read: |is not a certificate)") as refused:
+        read_authority(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_private_key_is_no_authority(made: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a certificate in PEM"):
+        read_authority(made / "good" / KEY)
+
+
+def test_an_empty_authority_is_refused(tmp_path: Path) -> None:
+    (tmp_path / CA).touch()
+    with pytest.raises(ConfigError):
+        read_authority(tmp_path / CA)
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("server", "authority"), [case for case in REFUSED if "elsewhere" not in case])  # as above
+def test_node_start_refuses_a_server(
+    server: str, authority: str | None, made: Path, tls: dict[str, str], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    Home.create(tmp_path / "home", [0])
+    trust = ["--ca", made / authority / CA] if authority else ["--insecure"]
+    said = refused("node", "start", "--superlink", tls[server], "--home", "home", *trust)
+    assert f"{tls[server]}" in said and REFUSED[server, authority] in said
+
+
+@pytest.mark.slow
+def test_node_start_refuses_what_cannot_be_reached(tmp_path: Path, refused: Callable[..., str]) -> None:
+    Home.create(tmp_path / "home", [0])
+    start = ("node", "start", "--home", "home", "--insecure", "--superlink")
+    assert "--superlink must be HOST:PORT, got 'server.example.org'" in refused(*start, "server.example.org")
+    assert "there is no host of this name" in refused(*start, "no-such-host.invalid:443")
+
+
+@pytest.mark.slow
+def test_node_start_refuses_its_own_files(made: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    """Before anything is sent or waited for: nobody listens there."""
+    home = Home.create(tmp_path / "home", [0, 1])
+    start = ("node", "start", "--home", "home", "--superlink", f"127.0.0.1:{free_port()}")
+    assert "either --ca, the authority of the server's certificate, or --insecure" in refused(*start)
+    good = (*start, "--ca", made / "good" / CA)
+    assert "data path" in (said := refused(*good, "--data", "nowhere")) and "does not exist" in said
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "0.npz", x=np.zeros((1, 2)), y=np.zeros(1))
+    assert "holds 1 .npz files, the node has 2 devices" in refused(*good, "--data", "data")
+    home.key_path.chmod(0o640)
+    assert f"{home.key_path} can be read by others: chmod 600 it" in refused(*good)

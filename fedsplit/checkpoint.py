@@ -23,7 +23,6 @@ from safetensors.torch import save_file as save_tensors
 
 from fedsplit.answers import PendingBlock
 from fedsplit.errors import RunError
-from fedsplit.roster import Account
 from fedsplit.state import replacing
 from fedsplit.strategy import Progress, SplitStrategy, Totals
 from fedsplit.trunk import Batches
@@ -62,7 +61,7 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
         "pending": [{**vars(b.cut), "records": b.records} for b in progress.pending],
         "trunk": strategy.trunk.state(),
         "first_layer": first_layer,
-        "offenders": {str(node): asdict(a) for node, a in strategy.roster.accounts.items() if a.offences},
+        "offences": {str(node): count for node, count in strategy.roster.offences.items()},
         "seconds": seconds,
     }
     torch.save(_to_tensors(state), new / "state.pt")
@@ -141,7 +140,7 @@ def _restore(folder: Path, strategy: SplitStrategy) -> float:
     for block in state["pending"]:
         records = block.pop("records")
         pending.append(PendingBlock(CutGradients(**block), records))
-    strategy.roster.accounts = {int(node): Account(**a) for node, a in state["offenders"].items()}
+    strategy.roster.offences = {int(node): count for node, count in state["offences"].items()}
     strategy.resume(
         Progress(state["run"], state["round"], pending, replay, state["evaluation"], Totals(**state["totals"]))
     )

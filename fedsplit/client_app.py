@@ -4,7 +4,9 @@ Flower starts a process for each message of a deployed node, so what is imported
 torch and all that needs it comes later, and where the node's resident process answers not at all.
 """
 
+import logging
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from fedsplit.record import from_pause, from_record, to_record
 if TYPE_CHECKING:
     from fedsplit.device import Node
 
+log = logging.getLogger(__name__)
 APP_FOLDER = Path(__file__).parent.parent
 HOME, DATA, SOCKET = "fedsplit-home", "fedsplit-data", "fedsplit-socket"  # keys of a real node's node config
 CONFIG, SETTINGS = "config", "settings"  # keys of a run config: a file in the app, or the settings themselves
@@ -74,11 +77,14 @@ def answer(node: Callable[[], "Node"], kind: str, payload: bytes) -> bytes:
     """
     try:
         return _answer(node(), kind, payload)
-    except StateError:
+    except StateError as error:
+        log.warning("a %s message is refused: %s", kind, error)
         raise StateError("the node's own state is missing or damaged: nothing leaves") from None
     except FedsplitError as error:
         raise type(error)(str(error)) from None
     except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]  # its text could hold records
+        log.warning("a %s message fails: %s at %s:%s", kind, type(error).__name__, where.filename, where.lineno)
         raise RunError(f"{type(error).__name__} in a {kind} message") from None
 
 

@@ -160,9 +160,12 @@ class Home:
         path = self.folder / "node.toml"
         try:
             found = tomllib.loads(path.read_text(encoding="utf-8"))
-            return [int(device) for device in found["devices"]], [str(name) for name in found.get("allow", [])]
+            devices, allow = found["devices"], found.get("allow", [])
+            if not isinstance(devices, list) or not isinstance(allow, list):
+                raise TypeError
+            return [int(device) for device in devices], [str(name) for name in allow]
         except (OSError, ValueError, KeyError, TypeError):
-            raise StateError(f"{path} is missing or damaged: it must hold devices = [ids]") from None
+            raise StateError(f"{path} is missing or damaged: it must hold devices = [ids], allow = [names]") from None
 
     @cached_property
     def limits(self) -> Limits:

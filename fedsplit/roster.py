@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from fedsplit.deployment.certs import fingerprint
 from fedsplit.errors import ConfigError, RunError, WireError
 from fedsplit.grid import answers
-from fedsplit.record import from_record, to_record
+from fedsplit.record import dozes, from_record, to_record
 from fedsplit.wire import Registration
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Roster:
         self.accounts: dict[int, Account] = {}
         self.refusals: dict[int, str] = {}
         self.present: set[int] = set()
+        self.dozing: set[int] = set()  # nodes that sleep when no message waits for them
         self._devices = devices
         self._max_offences = max_offences
         self._owners = owners
@@ -103,8 +104,9 @@ class Roster:
         return any(node in self.present for node, _ in self._asked.values())
 
     def _hear(self, reply: Message) -> int:
-        node, _ = self._asked.pop(reply.metadata.reply_to_message_id)
-        if node not in self.present:
+        # there may be two: a node writes its reply's metadata itself
+        node, _ = self._asked.pop(reply.metadata.reply_to_message_id, (None, 0.0))
+        if node is None or node not in self.present:
             return 0
         try:
             payload = payload_of(reply)
@@ -119,6 +121,7 @@ class Roster:
                 log.warning("%s could not register: %s", self.name(node), error)
         else:
             self.nodes[node] = registration
+            (self.dozing.add if dozes(reply.content) else self.dozing.discard)(node)
             self.account(node).devices = registration.devices.tolist()
             self._taken.update(self.account(node).devices)
             self.seen(node, len(payload))
@@ -156,6 +159,15 @@ class Roster:
         owners = self._owners()
         refused = {key for node in self.refusals if (key := self._fingerprint(node)) in owners}
         return bool(refused) and len(refused) == len(owners)
+
+    @property
+    def offences(self) -> dict[int, int]:
+        """How many replies each node has sent that no honest one would; a run that is resumed goes on from there."""
+        return {node: account.offences for node, account in self.accounts.items() if account.offences}
+
+    @offences.setter
+    def offences(self, counted: Mapping[int, int]) -> None:
+        self.accounts = {n: Account(offences=k, quarantined=k >= self._max_offences) for n, k in counted.items()}
 
     def account(self, node: int) -> Account:
         """Return a node's account."""

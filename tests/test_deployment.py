@@ -90,7 +90,7 @@ def test_hostile_nodes_change_nothing(trial: Deployment) -> None:
         command = [sys.executable, str(Path(__file__).parent / "hostile.py"), trial.address, str(trial.authority)]
         processes.append(subprocess.Popen([*command, str(home), f"{home}-data", what]))
     try:
-        trial.run(config, "run", "--set", "protocol.timeout=15")
+        trial.run(config, "run", "--set", "protocol.timeout=10")
         trial.result("run", timeout=200)
     finally:
         for process in processes:
@@ -129,7 +129,7 @@ def test_a_killed_training_process_is_told_and_the_run_resumes(trial: Deployment
     for device in range(HONEST):
         trial.make_node(f"n{device}", [device], settings)
         trial.start_node(f"n{device}")
-    more = ("--set", "run.rounds=25")
+    more = ("--set", "run.rounds=12")
     trial.run(config, "run", *more)
     trial.wait_for_round("run", 3)
     subprocess.run(["kill", "-9", str(trial.serverapp())], check=True)
@@ -138,7 +138,7 @@ def test_a_killed_training_process_is_told_and_the_run_resumes(trial: Deployment
     trial.run(config, "run", "--resume", *more)
     result = trial.result("run")
     simulate(
-        load_settings(trial.folder / "simulated.toml", ["run.rounds=25", "run.engine=inline"]),
+        load_settings(trial.folder / "simulated.toml", ["run.rounds=12", "run.engine=inline"]),
         out=trial.folder / "simulation",
     )
     assert largest_difference(trained(trial.folder / "run"), trained(trial.folder / "simulation")) <= 1e-5

@@ -19,7 +19,7 @@ DOZING, WAKEFUL = 7, 8
 
 
 class Nodes(Grid):
-    """Two nodes that answer at once: one says that it dozes."""
+    """Two nodes that answer at once."""
 
     def __init__(self) -> None:
         self.sent: list[Message] = []
@@ -31,9 +31,8 @@ class Nodes(Grid):
         for message in messages:
             ids.append(f"message {next(self._count)}")
             message.metadata.__dict__["_message_id"] = ids[-1]
-            node = message.metadata.dst_node_id
             self.sent.append(message)
-            self.replies[ids[-1]] = Message(to_record(b"yes", dozes=node == DOZING), reply_to=message)
+            self.replies[ids[-1]] = Message(to_record(b"yes"), reply_to=message)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -74,17 +73,19 @@ def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def ask(grid: PollingGrid) -> None:
-    messages = [Message(to_record(b"?"), node, "train", ttl=10.0) for node in (DOZING, WAKEFUL)]
-    assert len(grid.send_and_receive(messages, timeout=10.0)) == 2
+    messages = [Message(to_record(b"?"), node, "train", ttl=40.0) for node in (DOZING, WAKEFUL)]
+    assert len(grid.send_and_receive(messages, timeout=40.0)) == 2
 
 
 def test_a_node_that_dozes_is_kept_awake(pass_time: Callable[[float], None]) -> None:
     """Behind each message it has a second one, for as long as the server took the last time."""
     nodes = Nodes()
-    grid = PollingGrid(nodes)
-    ask(grid)  # in which it is heard that one dozes
+    dozing: set[int] = set()
+    grid = PollingGrid(nodes, dozing)
+    ask(grid)
     assert [m.metadata.message_type for m in nodes.sent] == ["train"] * 2
-    for busy, pause in ((4.0, 3.5), (0.2, 0.0)):
+    dozing.add(DOZING)
+    for busy, pause in ((4.0, 3.5), (0.2, 0.0), (1000.0, 10.0)):  # at most a quarter of the timeout
         pass_time(busy)
         nodes.sent.clear()
         ask(grid)
@@ -92,6 +93,16 @@ def test_a_node_that_dozes_is_kept_awake(pass_time: Callable[[float], None]) -> 
         assert nodes.sent[-1].metadata.dst_node_id == DOZING
         assert from_pause(nodes.sent[-1].content) == pytest.approx(pause)
     assert len(nodes.replies) == 1  # of the last one: those before were fetched, and thrown away
+
+
+def test_who_was_not_asked_the_last_time_is_not_held_up(pass_time: Callable[[float], None]) -> None:
+    nodes = Nodes()
+    grid = PollingGrid(nodes, {DOZING})
+    ask(grid)
+    grid.send_and_receive([Message(to_record(b"?"), WAKEFUL, "train", ttl=40.0)], timeout=40.0)
+    pass_time(30.0)
+    ask(grid)
+    assert nodes.sent[-1].metadata.message_type == KEEP_AWAKE and from_pause(nodes.sent[-1].content) == 0.0
 
 
 def test_payloads_say_whether_a_node_dozes() -> None:

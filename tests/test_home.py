@@ -53,6 +53,15 @@ def test_what_is_private_is_refused_when_others_can_read_it(name: str, mode: int
         read_all(Home(home.folder))
 
 
+@pytest.mark.parametrize("damage", ['devices = "12"', 'devices = [1]\nallow = "/srv/x"', "devices = 1", "devices = ["])
+def test_damaged_settings_are_never_taken_apart(damage: str, tmp_path: Path) -> None:
+    home = Home.create(tmp_path / "home", [1], ["own:model"])
+    assert Home(home.folder).allowed == ["own:model"]
+    (home.folder / "node.toml").write_text(damage)
+    with pytest.raises(StateError, match=r"node\.toml is missing or damaged: it must hold devices = \[ids\], allow = "):
+        Home(home.folder).devices  # noqa: B018
+
+
 def test_damaged_or_open_secrets_and_anothers_ledger_are_refused(tmp_path: Path) -> None:
     home, other = Home.create(tmp_path / "home", [1]), Home.create(tmp_path / "other", [1])
     (home.folder / "secret").chmod(0o644)

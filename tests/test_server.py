@@ -200,6 +200,27 @@ def test_a_node_that_flower_refuses_is_not_let_in(
     assert server.owners() == {}
 
 
+def test_a_node_that_flower_has_already_gets_its_devices(
+    told: list[list[str]], server: ServerFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an end between the two steps, or with Flower's own command."""
+
+    def refuse(command: list[str]) -> str:
+        raise ConfigError("flwr supernode failed: Public key already in use.")
+
+    monkeypatch.setattr(module, "run_flower", refuse)
+    key = Home.create(tmp_path / "a", [3]).key_path.with_suffix(".pub")
+    assert register_node("fedsplit", key, None) == [3]
+    assert list(server.owners().values()) == [[3]]
+
+
+def test_a_superlink_of_flowers_own_is_none_of_ours(flower_home: Path) -> None:
+    flower_home.parent.mkdir()
+    flower_home.write_text('[superlink.supergrid]\naddress = "supergrid"\n')
+    with pytest.raises(ConfigError, match="SuperLink 'supergrid' is not one of fedsplit's"):
+        server_of("supergrid")
+
+
 def test_an_insecure_server_has_no_keys(flower_home: Path, tmp_path: Path) -> None:
     connect_flower("trial", "127.0.0.1:1", None)
     key = Home.create(tmp_path / "a", [3]).key_path.with_suffix(".pub")

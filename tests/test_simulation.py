@@ -83,10 +83,10 @@ def test_packing_and_engine_change_no_bit_of_the_shipped_run(tmp_path: Path) -> 
     """Float16, top-k and adaptive steps would magnify one different bit to half a point of accuracy in 60 rounds."""
     runs = {
         name: simulate(wearables(f"devices.per-node={n}", engine=engine), out=tmp_path / name)
-        for name, n, engine in (("1", 1, "inline"), ("2", 2, "inline"), ("7", 7, "inline"), ("ray", 2, "ray"))
+        for name, n, engine in (("1", 1, "inline"), ("7", 7, "inline"), ("ray", 2, "ray"))
     }
     assert len({run["test_loss"] for run in runs.values()}) == 1
-    for name in ("2", "7", "ray"):
+    for name in ("7", "ray"):
         assert largest_difference(trained(tmp_path / name), trained(tmp_path / "1")) == 0
 
 

@@ -16,6 +16,7 @@ from flwr.app import Error, Message, RecordDict
 from references import largest_difference, moved, trained
 
 from fedsplit import training, wire
+from fedsplit.checkpoint import load_checkpoint
 from fedsplit.client_app import client_app
 from fedsplit.dropping import Kept
 from fedsplit.errors import RunError
@@ -367,6 +368,9 @@ def test_a_node_that_always_lies_is_asked_no_more(
     assert run.result["samples"] == 6 * (sum(7 + 3 * d for d in range(5)) - 10)
     states = {row["node"]: (row["state"], row["offences"]) for row in run.strategy.roster.rows()}
     assert states == {str(n): ("quarantined", offences) if n == 3 else ("connected", 0) for n in range(2, 7)}
+    resumed = TrainingRun(run.settings, run.folder).strategy
+    load_checkpoint(run.folder / "checkpoint", resumed)
+    assert {n: (a.offences, a.quarantined) for n, a in resumed.roster.accounts.items()} == {3: (offences, True)}
 
 
 def test_offences_need_not_follow_one_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -71,7 +71,7 @@ def connect_flower(name: str, address: str, root: Path | None) -> Path:
     Raises
     ------
     ConfigError
-        If the name is another's.
+        If the name is another's, or the file cannot be written.
     """
     path = flower_config()
     entry: dict[str, object] = {"address": address}
@@ -81,9 +81,12 @@ def connect_flower(name: str, address: str, root: Path | None) -> Path:
         return path
     if known is not None:
         raise ConfigError(f"{path} has another [superlink.{name}]: remove it or choose another --name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:  # what is there, comments included, is left alone
-        file.write("\n" + tomli_w.dumps({"superlink": {name: entry}}))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:  # what is there, comments included, is left alone
+            file.write("\n" + tomli_w.dumps({"superlink": {name: entry}}))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 

@@ -105,8 +105,9 @@ class SuperNode:
     ----------
     command : sequence of str
     seen : Path
-        A file that is there once the node has been connected: after that Flower may take the process before, if it
-        was killed, for online still, and refuse this one, which is then started again for a while.
+        A file that is there once the node has been connected, or has tried for a while: after that Flower may take the
+        process before, if it was killed, for online still, and refuse this one, which is then started again for a
+        while.
     """
 
     def __init__(self, command: Sequence[str], seen: Path) -> None:
@@ -122,7 +123,7 @@ class SuperNode:
         """Whether it is there; raises ConfigError if it could not connect."""
         now = time.monotonic()
         if self._process.poll() is None:
-            if now - self._started > _CONNECTED:
+            if now - self._started > _CONNECTED and not self._seen.exists():
                 self._seen.touch()
             return True
         if self._process.returncode == 0:

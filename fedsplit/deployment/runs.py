@@ -76,6 +76,9 @@ def check_settings(settings: Settings) -> None:
 
 def run_status(run: str, name: str) -> str:
     """Return Flower's word for how a run is: running, or finished and how."""
-    said = json.loads(run_flower(["ls", "--run-id", run, name, "--format", "json"]))
+    try:
+        said = json.loads(run_flower(["ls", "--run-id", run, name, "--format", "json"]))
+    except ValueError:
+        return "unknown"
     found = [str(r.get("status")) for r in said.get("runs", [])]
     return found[0] if found else "unknown"

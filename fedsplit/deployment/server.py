@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
+from flwr.common.constant import PUBLIC_KEY_ALREADY_IN_USE_MESSAGE
 
 from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, fingerprint
 from fedsplit.deployment.flower import connection, flower, run_flower
@@ -51,6 +52,8 @@ class ServerFolder:
         try:
             found = tomllib.loads(path.read_text(encoding="utf-8"))
             return {str(key): [int(device) for device in entry["devices"]] for key, entry in found.items()}
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, TypeError, KeyError):
             raise ConfigError(f"{path} is damaged: it must hold devices = [ids] for each key") from None
 
@@ -63,7 +66,10 @@ class ServerFolder:
         ConfigError
             If the key is there with other devices, or a device belongs to another.
         """
-        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            folder = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise ConfigError(f"server folder {self.folder} cannot be read: {error.strerror}") from None
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # nobody else lets a node in meanwhile
             before = self.owners()
@@ -83,8 +89,11 @@ class ServerFolder:
 
     def _write(self, owners: dict[str, list[int]]) -> None:
         text = tomli_w.dumps({name: {"devices": ids} for name, ids in owners.items()})
-        with replacing(self.folder / NODES) as new:
-            new.write_text(text, encoding="utf-8")
+        try:
+            with replacing(self.folder / NODES) as new:
+                new.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{self.folder / NODES} cannot be written: {error.strerror}") from None
 
 
 def superlink_command(server: ServerFolder, host: str, port: int, *, insecure: bool) -> list[str]:
@@ -114,7 +123,11 @@ def check_port_free(host: str, port: int) -> None:
 def server_of(name: str) -> ServerFolder | None:
     """Return the folder of a SuperLink that Flower's commands know, None if it has no keys; raises ConfigError."""
     entry = connection(name)
-    return None if entry.get("insecure") else ServerFolder(Path(str(entry["root-certificates"])).parent)
+    if entry.get("insecure"):
+        return None
+    if "root-certificates" not in entry:
+        raise ConfigError(f"SuperLink {name!r} is not one of fedsplit's: no certificates are known of it")
+    return ServerFolder(Path(str(entry["root-certificates"])).parent)
 
 
 def register_node(name: str, public_key: Path, devices: Sequence[int] | None) -> list[int]:
@@ -149,5 +162,9 @@ def register_node(name: str, public_key: Path, devices: Sequence[int] | None) ->
     if server is None:
         raise ConfigError(f"SuperLink {name!r} is insecure: it takes whoever comes, and knows no keys")
     with server.letting_in(key, chosen):
-        run_flower(["supernode", "register", str(public_key), name])
+        try:
+            run_flower(["supernode", "register", str(public_key), name])
+        except ConfigError as error:
+            if PUBLIC_KEY_ALREADY_IN_USE_MESSAGE not in str(error):  # else only its devices were missing here
+                raise
     return chosen

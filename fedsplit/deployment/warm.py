@@ -9,6 +9,7 @@ server it is an ordinary SuperNode.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.config import get_fused_config_from_fab
 from flwr.common.serde import fab_from_proto, message_from_proto, message_to_proto, run_from_proto
@@ -57,7 +58,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fedsplit.deployment.node import TAKEOVER
 from fedsplit.deployment.resident import Answer
 from fedsplit.errors import ConfigError, FedsplitError, RunError
-from fedsplit.grid import PULL_AGAIN, PULL_LONGEST, PULL_MOST, Pauses
+from fedsplit.grid import KEEP_AWAKE, PULL_AGAIN, PULL_LONGEST, PULL_MOST, Pauses
 from fedsplit.record import from_record, to_record
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class WarmNode:
         self._stop = threading.Event()
         self._settings: dict[int, dict[str, Any]] = {}
         self._node = FleetNode()
+        self._until = math.inf  # when the message at hand expires
 
     def serve(self, stop: threading.Event) -> None:
         """Answer messages until ``stop`` is set.
@@ -154,12 +156,12 @@ class WarmNode:
                 pass  # the server finds out by itself
 
     def _activate(self, stop: threading.Event) -> None:
-        if self._registers:
-            self._call(self._client.RegisterNode, RegisterNodeFleetRequest(public_key=self._public))
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=_HEARTBEAT)
         deadline = time.monotonic() + TAKEOVER
         while True:
             try:
+                if self._registers:
+                    self._call(self._client.RegisterNode, RegisterNodeFleetRequest(public_key=self._public))
                 self._node = FleetNode(node_id=self._call(self._client.ActivateNode, request).node_id)
                 break
             except httpx.HTTPStatusError as error:
@@ -178,8 +180,10 @@ class WarmNode:
             why = ", or another node with it is connected" if self._seen.exists() else ""
             return ConfigError(f"{self._address} refuses this node's key: it is not registered{why}")
         if response.status_code == httpx.codes.UNAUTHORIZED:
-            clock = response.headers.get("date")
-            ahead = time.time() - parsedate_to_datetime(clock).timestamp() if clock else 0.0
+            try:
+                ahead = time.time() - parsedate_to_datetime(response.headers["date"]).timestamp()
+            except (KeyError, ValueError):
+                ahead = 0.0
             why = (
                 f"this machine's clock is {ahead:.0f} s ahead of the server's" if not _BEHIND < ahead < _CLOCKS else ""
             )
@@ -207,6 +211,7 @@ class WarmNode:
         try:
             began = time.monotonic()
             message, tree = message_from_proto(response.messages_list[0]), response.message_object_trees[0]
+            self._until = began + message.metadata.ttl
             self._send(self._reply(self._content(message, tree)), time.monotonic() - began)
         except httpx.HTTPStatusError as error:  # the run has ended meanwhile, or the message is too old
             log.warning("a message could not be answered: HTTP status %d", error.response.status_code)
@@ -214,6 +219,8 @@ class WarmNode:
             raise
         except Exception as error:  # whatever else a message can hold: one must not end the node
             log.warning("a message could not be answered: %s", type(error).__name__)
+        finally:
+            self._until = math.inf
         return True
 
     def _content(self, message: Message, tree: ObjectTree) -> Message:
@@ -238,6 +245,8 @@ class WarmNode:
 
     def _reply(self, message: Message) -> Message:
         kind, run = message.metadata.message_type, message.metadata.run_id
+        if kind == KEEP_AWAKE:
+            return Message(RecordDict(), reply_to=message)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, self._node.node_id
         began = time.monotonic()
         try:
@@ -281,12 +290,12 @@ class WarmNode:
             )
 
     def _call(self, method: Callable[[Any], Response], request: Any) -> Response:
-        """Call the server, again and again while it is away."""
+        """Call the server, again and again while it is away, at most until the message at hand has expired."""
         pause = 0.1
         while True:
             try:
                 response = method(request)
-            except httpx.TransportError as error:
+            except (httpx.RequestError, ValueError) as error:  # also if what answers is no SuperLink, but a proxy
                 reason = type(error).__name__
             except httpx.HTTPStatusError as error:
                 if error.response.status_code < _AWAY:
@@ -300,4 +309,6 @@ class WarmNode:
                 log.warning("%s is away (%s), trying again", self._address, reason)
             if self._stop.wait(pause):
                 raise _Stopped
+            if time.monotonic() > self._until:
+                raise RunError("the message has expired")
             pause = min(2 * pause, _LONGEST)

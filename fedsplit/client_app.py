@@ -5,20 +5,19 @@ torch and all that needs it comes later, and where the node's resident process a
 """
 
 import logging
-import time
 import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 
 from fedsplit.deployment import resident
 from fedsplit.errors import ConfigError, FedsplitError, RunError, StateError
-from fedsplit.record import from_pause, from_record, to_record
+from fedsplit.record import from_record, to_record
 
 if TYPE_CHECKING:
     from fedsplit.device import Node
@@ -45,7 +44,6 @@ def client_app(settings_json: str | None = None, state_folder: str | None = None
     # handlers are module-level functions, so that Ray pickles them by name and this process's caches persist
     for kind in KINDS:
         getattr(built, kind)()(partial(_handle, kind=kind, settings_json=settings_json, state_folder=state_folder))
-    built.query("awake")(_stay_awake)  # see fedsplit.grid.KEEP_AWAKE
     return built
 
 
@@ -59,12 +57,7 @@ def _handle(
         )
     else:
         payload = answer(lambda: _node(context, settings_json, state_folder), kind, from_record(message.content))
-    return Message(to_record(payload, dozes=kind == "query" and HOME in config), reply_to=message)
-
-
-def _stay_awake(message: Message, context: Context) -> Message:
-    time.sleep(from_pause(message.content))
-    return Message(RecordDict(), reply_to=message)
+    return Message(to_record(payload), reply_to=message)
 
 
 def answer(node: Callable[[], "Node"], kind: str, payload: bytes) -> bytes:

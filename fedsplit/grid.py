@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -14,14 +14,9 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import http_grid
 
-from fedsplit.record import to_pause
-
-KEEP_AWAKE = "query.awake"  # the type of a message that only keeps a node awake
 _CLIENT_APP_RAISED = 2  # Flower's error code for an exception in a ClientApp
 PULL_AGAIN, PULL_LONGEST = 0.02, 0.5  # seconds between two tries to fetch a part that is on its way
 PULL_MOST = 10.0  # seconds to try: they do not come if the other side was killed while it sent
-_STARTS = 0.5  # seconds that a SuperNode needs at least for a message
-_WAITS = 60.0  # seconds: of an exchange without a timeout
 _SOONER, _SHARE = 0.8, 0.15  # of the time it took before; of the time waited so far
 
 
@@ -102,59 +97,31 @@ def answers(reply: Message, sent: Mapping[str, int]) -> bool:
 class PollingGrid(Grid):
     """Another Grid with a ``send_and_receive`` that looks for replies often at first, then less often.
 
-    Flower's own grids sleep 0.1 s (simulation) or 3 s (deployment) between two looks, and so does its SuperNode, for
-    3 s, when it has answered a message and the next is not there yet. A node that does is sent a second message behind
-    each, which does nothing for as long as the server was busy the last time: the next one is there before the node has
-    answered that.
-
-    Parameters
-    ----------
-    grid : Grid
-    dozing : set of int, optional
-        The nodes that do, as they come and go.
+    Flower's own grids sleep 0.1 s (simulation) or 3 s (deployment) between two looks.
     """
 
-    def __init__(self, grid: Grid, dozing: Collection[int] = ()) -> None:
+    def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._pauses = Pauses(0.002, 0.1)
-        self._dozing = dozing
-        self._heard: dict[int, float] = {}  # of the last exchange: when each node answered
-        self._awake: set[str] = set()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and return the replies that came within ``timeout`` seconds."""
         asked = list(messages)
         ids = self._grid.push_messages(asked)
-        self._keep_awake([n for m in asked if (n := m.metadata.dst_node_id) in self._dozing], timeout)
         # what could not be sent, to a node that has just left, has no id
         sent = {i: m.metadata.dst_node_id for i, m in zip(ids, asked, strict=False) if i}
         waiting = set(sent)
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         replies: list[Message] = []
-        self._heard = {}
         self._pauses.begin()
         while waiting and time.monotonic() < deadline:
             time.sleep(self._pauses.next())
-            new = [r for r in self.pull_messages(waiting) if answers(r, sent)]
-            self._heard.update((r.metadata.src_node_id, time.monotonic()) for r in new)
+            new = [r for r in self._grid.pull_messages(waiting) if answers(r, sent)]
             if new and not replies:
                 self._pauses.came()
             replies.extend(new)
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
         return replies
-
-    def _keep_awake(self, nodes: Iterable[int], timeout: float | None) -> None:
-        """Send the nodes that doze a message behind the last, and forget the answers to earlier ones."""
-        if self._awake:
-            self._awake -= {r.metadata.reply_to_message_id for r in self._grid.pull_messages(self._awake)}
-        now = time.monotonic()
-        longest = (timeout or _WAITS) / 4  # the next message must not expire meanwhile
-        pauses = []
-        for node in nodes:
-            seconds = min(max(0.0, now - self._heard.get(node, now) - _STARTS), longest)
-            pauses.append(Message(to_pause(seconds), node, KEEP_AWAKE, ttl=timeout))
-        if pauses:
-            self._awake.update(i for i in self._grid.push_messages(pauses) if i)
 
     def set_run(self, run: Run) -> None:
         """Set the run."""

@@ -57,7 +57,7 @@ def start(
     from fedsplit.client_app import DATA, HOME, SOCKET
     from fedsplit.data.devices import own_files
     from fedsplit.deployment import node as connection
-    from fedsplit.deployment.flower import check_flower
+    from fedsplit.deployment.flower import CLIENT_APP, check_flower, flower
     from fedsplit.home import Home
 
     logging.getLogger("fedsplit").setLevel(logging.INFO)
@@ -84,11 +84,11 @@ def start(
 
             WarmNode(superlink, authority, own.key_path, own.seen_path, answer).serve(stop)
             return
-        with resident(answer) as served:
+        with resident(answer, connection.client_app, flower(CLIENT_APP)) as served:
             config = {HOME: str(own.folder), SOCKET: str(served.path)} | ({DATA: where} if where else {})
             command = connection.supernode_command(superlink, ca, own.key_path, config)
             print(shlex.join(command), flush=True)
-            supernode = connection.SuperNode(command, own.seen_path)
+            supernode = connection.SuperNode(command, served.programs, own.seen_path)
             try:
                 served.serve_while(lambda: not stop.is_set() and supernode.running())
             finally:

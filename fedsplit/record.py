@@ -7,26 +7,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedsplit.errors import WireError
 
-_RECORD_KEY, _PAYLOAD, _DOZES, _SECONDS = "fedsplit", "packed", "dozes", "seconds"
+_RECORD_KEY, _PAYLOAD = "fedsplit", "packed"
 _LARGE = 2**22  # bytes
-LONGEST_PAUSE = 60.0  # seconds
 
 
-def to_record(payload: bytes, *, dozes: bool = False) -> RecordDict:
+def to_record(payload: bytes) -> RecordDict:
     """Wrap a payload as the content of a Flower message.
 
     Flower sends every object in a request of its own, and an array is three; only a large one is worth that, since it
     travels in pieces.
-
-    Parameters
-    ----------
-    payload : bytes
-    dozes : bool
-        Whether to say that the node sleeps when no message waits for it, as Flower's SuperNode does; a large payload
-        does not say it.
     """
     if len(payload) < _LARGE:
-        return RecordDict({_RECORD_KEY: ConfigRecord({_PAYLOAD: payload, **({_DOZES: True} if dozes else {})})})
+        return RecordDict({_RECORD_KEY: ConfigRecord({_PAYLOAD: payload})})
     array = Array(dtype="uint8", shape=(len(payload),), stype="raw", data=payload)
     return RecordDict({_RECORD_KEY: ArrayRecord({_PAYLOAD: array})})
 
@@ -40,21 +32,3 @@ def from_record(content: RecordDict) -> bytes:
     if not isinstance(payload, bytes):
         raise WireError(f"message must hold one packed array under {_RECORD_KEY!r}")
     return payload
-
-
-def dozes(content: RecordDict) -> bool:
-    """Whether a reply says that its node sleeps when no message waits for it."""
-    record = content.get(_RECORD_KEY)
-    return isinstance(record, ConfigRecord) and record.get(_DOZES) is True
-
-
-def to_pause(seconds: float) -> RecordDict:
-    """Return the content of a message that only keeps a node awake."""
-    return RecordDict({_RECORD_KEY: ConfigRecord({_SECONDS: seconds})})
-
-
-def from_pause(content: RecordDict) -> float:
-    """Return the seconds to stay awake, at most a minute; what is no such message asks for none."""
-    record = content.get(_RECORD_KEY)
-    seconds = record.get(_SECONDS) if isinstance(record, ConfigRecord) else None
-    return min(seconds, LONGEST_PAUSE) if isinstance(seconds, float) and seconds > 0 else 0.0

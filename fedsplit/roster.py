@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from fedsplit.deployment.certs import fingerprint
 from fedsplit.errors import ConfigError, RunError, WireError
 from fedsplit.grid import answers
-from fedsplit.record import dozes, from_record, to_record
+from fedsplit.record import from_record, to_record
 from fedsplit.wire import Registration
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,6 @@ class Roster:
         self.accounts: dict[int, Account] = {}
         self.refusals: dict[int, str] = {}
         self.present: set[int] = set()
-        self.dozing: set[int] = set()  # nodes that sleep when no message waits for them
         self._devices = devices
         self._max_offences = max_offences
         self._owners = owners
@@ -121,7 +120,6 @@ class Roster:
                 log.warning("%s could not register: %s", self.name(node), error)
         else:
             self.nodes[node] = registration
-            (self.dozing.add if dozes(reply.content) else self.dozing.discard)(node)
             self.account(node).devices = registration.devices.tolist()
             self._taken.update(self.account(node).devices)
             self.seen(node, len(payload))

@@ -148,7 +148,7 @@ class TrainingRun:
         self._training = before or 0.0
         done = self.rounds_done = self.strategy.progress.round_number
         self._keep_metrics(done)
-        grid = PollingGrid(grid, self.strategy.roster.dozing)
+        grid = PollingGrid(grid)
         if done < self.settings.run.rounds:
             self.strategy.register(grid)
         self._registered = self._round_start = time.perf_counter()

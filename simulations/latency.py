@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 RECORDS = 3200
 STOCK_SERVER = """
 import fedsplit.server_app, fedsplit.training
-fedsplit.training.PollingGrid = lambda grid, dozing: grid
+fedsplit.training.PollingGrid = lambda grid: grid
 fedsplit.server_app.hasten_pulls = lambda: None
 app = fedsplit.server_app.app
 """

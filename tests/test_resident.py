@@ -1,8 +1,11 @@
 """A node's resident process: what is asked over its socket, how errors cross, and who can reach it."""
 
 import os
+import shutil
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +15,7 @@ import pytest
 
 from fedsplit import errors
 from fedsplit.deployment import resident as module
-from fedsplit.deployment.resident import Answer, ask, resident
+from fedsplit.deployment.resident import Answer, Client, ask, resident
 from fedsplit.errors import ConfigError, FedsplitError, RunError, StateError, WireError
 
 Lies = Callable[[socket.socket], None]
@@ -24,11 +27,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def served(answer: Answer) -> Iterator[Path]:
+def served(answer: Answer, client: Client = print, program: str = "flwr-clientapp") -> Iterator[Path]:
     """Answer in a thread, which must end well."""
     done, failed = threading.Event(), []
 
-    with resident(answer) as opened:
+    with resident(answer, client, program) as opened:
 
         def serve() -> None:
             try:
@@ -152,9 +155,54 @@ def test_who_dies_half_way_does_not_stop_it(dies: Lies) -> None:
 
 
 def test_only_its_user_can_reach_it() -> None:
-    with resident(echo) as opened:
+    with resident(echo, print, "flwr-clientapp") as opened:
         folder = opened.path.parent
         assert folder.stat().st_mode & 0o777 == 0o700 and folder.stat().st_uid == os.getuid()
         assert [path.name for path in folder.iterdir()] == ["socket"]
         assert len(str(opened.path)) < 100  # longer ones cannot be bound
     assert not folder.exists()
+
+
+def started(programs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Start what Flower starts for a message."""
+    command = [str(programs / "flwr-clientapp"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_what_flower_starts_is_a_copy_of_this_process(tmp_path: Path) -> None:
+    """With the arguments as they were; its end is not this process's, whatever it is."""
+    here, done = os.getpid(), tmp_path / "done"
+
+    def client(arguments: list[str]) -> None:
+        done.with_suffix(f".{arguments[0]}").write_text(f"{os.getppid()} {arguments[1:]}")
+        if arguments[0] == "raises":
+            raise ValueError
+        sys.exit(arguments[0] == "exits")
+
+    with served(echo, client) as path:
+        for how in ("ends", "exits", "raises"):
+            ended = started(path.parent / "bin", how, "--token", "ü b", "")
+            assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+            until(done.with_suffix(f".{how}").exists)
+            assert done.with_suffix(f".{how}").read_text() == f"{here} ['--token', 'ü b', '']"
+            assert ask(str(path), "query", "{}", b"1") == b"query{}1"  # who forked goes on
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something that another process does."""
+    for _ in range(1000):
+        if true():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it has not come")
+
+
+def test_without_this_process_flowers_own_program_is_started(tmp_path: Path) -> None:
+    own = tmp_path / "flwr-clientapp"
+    own.write_text('#!/bin/sh\necho "own $*"\nexit 3\n')
+    own.chmod(0o700)
+    with served(echo, print, str(own)) as path:
+        copied = tmp_path / "bin"
+        shutil.copytree(path.parent / "bin", copied)
+    ended = started(copied, "--token", "a b")
+    assert (ended.returncode, ended.stdout) == (3, "own --token a b\n")

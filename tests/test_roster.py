@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit import roster as module
 from fedsplit.deployment.certs import fingerprint, make_key_pair
-from fedsplit.record import from_record, to_record
+from fedsplit.record import to_record
 from fedsplit.roster import Roster
 from fedsplit.wire import Registration
 
@@ -366,19 +366,6 @@ def test_rows_say_what_was_seen_of_each(clock: Clock, caplog: pytest.LogCaptureF
     assert (rows["6"]["state"], rows["6"]["offences"], rows["6"]["devices"]) == ("quarantined", 2, "4")
     assert (rows["7"]["state"], rows["7"]["devices"]) == ("refused: ConfigError: no", "")
     assert (rows["5"]["state"], rows["5"]["last_seen"]) == ("away", 0.0)
-
-
-def test_a_node_dozes_until_it_registers_without(clock: Clock) -> None:
-    roster, grid = Roster(DEVICES, 3), FakeGrid({5: has(0), 6: has(1)})
-    plain = has(0)
-    grid.answers[5] = lambda message: Message(
-        to_record(from_record(plain(message).content), dozes=True), reply_to=message
-    )
-    look(roster, grid)
-    assert roster.dozing == {5}
-    grid.answers[5] = plain  # started again, warm
-    roster.miss(5, gone=True)
-    assert look(roster, grid) == [5] and roster.dozing == set()
 
 
 def test_a_second_reply_to_a_question_is_not_heard() -> None:

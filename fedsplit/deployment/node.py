@@ -2,17 +2,20 @@
 
 import json
 import logging
+import os
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.x509 import load_pem_x509_certificates
+from flwr.supernode.cli import flwr_clientapp
 
-from fedsplit.deployment.flower import end_with_parent, environment, flower
+from fedsplit.deployment.flower import CLIENT_APP, end_with_parent, environment, flower
 from fedsplit.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -98,26 +101,36 @@ def supernode_command(address: str, authority: Path | None, key: Path, node_conf
     return [*command, *tls, "--node-config", config]
 
 
+def client_app(arguments: list[str]) -> None:
+    """Do the work of the process that a SuperNode starts for a message."""
+    sys.argv = [CLIENT_APP, *arguments]
+    flwr_clientapp()
+
+
 class SuperNode:
     """A SuperNode process, which ends with this one.
 
     Parameters
     ----------
     command : sequence of str
+    programs : Path
+        A folder of programs that win over those of the same name.
     seen : Path
         A file that is there once the node has been connected, or has tried for a while: after that Flower may take the
         process before, if it was killed, for online still, and refuse this one, which is then started again for a
         while.
     """
 
-    def __init__(self, command: Sequence[str], seen: Path) -> None:
+    def __init__(self, command: Sequence[str], programs: Path, seen: Path) -> None:
         self._command, self._seen = list(command), seen
+        self._environment = environment()
+        self._environment["PATH"] = os.pathsep.join([str(programs), self._environment["PATH"]])
         self._began = self._started = self._again = time.monotonic()
         self._process = self._start()
 
     def _start(self) -> "subprocess.Popen[bytes]":
         self._started = time.monotonic()
-        return subprocess.Popen(self._command, env=environment(), preexec_fn=end_with_parent)
+        return subprocess.Popen(self._command, env=self._environment, preexec_fn=end_with_parent)
 
     def running(self) -> bool:
         """Whether it is there; raises ConfigError if it could not connect."""

@@ -22,7 +22,7 @@ import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.config import get_fused_config_from_fab
 from flwr.common.serde import fab_from_proto, message_from_proto, message_to_proto, run_from_proto
@@ -58,7 +58,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fedsplit.deployment.node import TAKEOVER
 from fedsplit.deployment.resident import Answer
 from fedsplit.errors import ConfigError, FedsplitError, RunError
-from fedsplit.grid import KEEP_AWAKE, PULL_AGAIN, PULL_LONGEST, PULL_MOST, Pauses
+from fedsplit.grid import PULL_AGAIN, PULL_LONGEST, PULL_MOST, Pauses
 from fedsplit.record import from_record, to_record
 
 log = logging.getLogger(__name__)
@@ -245,8 +245,6 @@ class WarmNode:
 
     def _reply(self, message: Message) -> Message:
         kind, run = message.metadata.message_type, message.metadata.run_id
-        if kind == KEEP_AWAKE:
-            return Message(RecordDict(), reply_to=message)
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, self._node.node_id
         began = time.monotonic()
         try:

@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from fedsplit.console import show_progress, stderr
 from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.node_cli import find_functions, node
+from fedsplit.prediction_cli import export, predict, serve, token
 from fedsplit.server_cli import certs, run, server, status
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -21,7 +22,7 @@ cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 cli.add_typer(node, name="node")
 cli.add_typer(server, name="server")
-for command in (certs, run, status):
+for command in (certs, run, status, export, token, serve, predict):
     cli.command()(command)
 
 

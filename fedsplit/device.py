@@ -17,11 +17,9 @@ from fedsplit.data import DeviceData, Records
 from fedsplit.dropping import KEYED_ROUND, Dropping, Kept, record_order, unpack_bitmap
 from fedsplit.errors import StateError
 from fedsplit.forward import BLOCK, Chunk, Outputs, forward
-from fedsplit.guard import Guard, Proposal, Summed, release_name
+from fedsplit.guard import Guard, Proposal, Summed, release_cost, release_name
 from fedsplit.model import FirstLayer
 from fedsplit.packing import FloatArray, IntArray, sum_groups
-from fedsplit.privacy.accountant import Cost, gaussian_precision
-from fedsplit.privacy.criterion import LayerMap
 from fedsplit.state import NodeState, Pending
 from fedsplit.wire import (
     CutGradients,
@@ -230,7 +228,7 @@ class Node:
             segments=first[:, None] | chunk.segments,
             bitmap=kept.bitmap,
             active=outputs.active,
-            cost=self._cost(kept, download.weights),
+            cost=release_cost(kept, self.first_layer, self.dropping, self.dtype, download.weights),
             exact=self.dropping.bits != 1,
         )
         codes = guard.admit(proposal)
@@ -239,24 +237,6 @@ class Node:
         if guard.enforce and refused:
             chunk, outputs = chunk.take(codes == 0), outputs.take(codes == 0)
         return chunk, outputs, refused
-
-    def _cost(self, kept: Kept, weights: FloatArray) -> Cost:
-        dropping, layer, n = self.dropping, self.first_layer, len(kept.counts)
-        each = {0: 8 * np.dtype(self.dtype).itemsize, 1: 0}.get(dropping.bits, dropping.bits)
-        exponent = 16 if self.dtype == "float16" and not dropping.bits else 0
-        fisher: NDArray[np.float64] | float = np.inf
-        if dropping.noise:
-            variance = (dropping.noise * dropping.clip) ** 2 * np.prod(layer.input_shape)
-            rows = np.square(LayerMap(layer, layer.unflatten(weights)).rows(np.arange(layer.width))).sum(axis=1)
-            fisher = unpack_bitmap(kept.bitmap, layer.width) @ rows / variance
-        return Cost.of(
-            n,
-            equations=kept.counts if dropping.bits != 1 else 0,
-            bits=layer.width + each * kept.counts + exponent,
-            precision=gaussian_precision(dropping.noise),
-            fisher=fisher,
-            leverage=np.nan,
-        )
 
     def _backward(
         self, download: Download, state: NodeState, guard: Guard

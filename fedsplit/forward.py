@@ -28,7 +28,7 @@ class Chunk:
     records: IntArray
     index: IntArray
     segments: IntArray
-    x: FloatArray
+    x: FloatArray | NDArray[np.float64]
     y: NDArray[Any]
 
     @classmethod
@@ -104,7 +104,7 @@ def forward(
     def block(rows: slice) -> Outputs:
         index = chunk.index[rows]
         pre = layer.pre_activations(layer.unflatten(weights), chunk.x[rows]).flatten(1)
-        outputs = layer.activation(pre).numpy()
+        outputs = layer.activation(pre).numpy().astype(np.float32, copy=False)
         active = (outputs > 0).mean(axis=1)
         outputs = dropping.coded(outputs)
         mask = drawn(rows, lambda key, r: dropping.mask(outputs[r], key, mask_round, index[r]))

@@ -14,10 +14,10 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.dropping import unpack_bitmap
+from fedsplit.dropping import Dropping, Kept, unpack_bitmap
 from fedsplit.model import FirstLayer
 from fedsplit.packing import FloatArray, IntArray
-from fedsplit.privacy.accountant import Cost, ExposureAccountant, largest_precision
+from fedsplit.privacy.accountant import Cost, ExposureAccountant, gaussian_precision, largest_precision
 from fedsplit.privacy.criterion import LayerMap, coordinates
 from fedsplit.privacy.gradient import Joint, joint
 from fedsplit.privacy.history import History, Sum
@@ -115,6 +115,25 @@ class Summed:
 def release_name(weights: FloatArray, policy: str, mask_round: int) -> bytes:
     """Return a 32-byte name under which equal records give equal bytes."""
     return sha256(b"%s|%s|%d" % (sha256(weights.tobytes()).digest(), policy.encode(), mask_round)).digest()
+
+
+def release_cost(kept: Kept, layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray) -> Cost:
+    """Return what releases tell of their records, without leverage."""
+    each = {0: 8 * np.dtype(dtype).itemsize, 1: 0}.get(dropping.bits, dropping.bits)
+    exponent = 16 if dtype == "float16" and not dropping.bits else 0
+    fisher: Float64 | float = np.inf
+    if dropping.noise:
+        variance = (dropping.noise * dropping.clip) ** 2 * np.prod(layer.input_shape)
+        rows = np.square(LayerMap(layer, layer.unflatten(weights)).rows(np.arange(layer.width))).sum(axis=1)
+        fisher = unpack_bitmap(kept.bitmap, layer.width) @ rows / variance
+    return Cost.of(
+        len(kept.counts),
+        equations=kept.counts if dropping.bits != 1 else 0,
+        bits=layer.width + each * kept.counts + exponent,
+        precision=gaussian_precision(dropping.noise),
+        fisher=fisher,
+        leverage=np.nan,
+    )
 
 
 class Guard:

@@ -34,6 +34,7 @@ from fedsplit.privacy.limits import SHIPPED, Limits, load_limits
 
 log = logging.getLogger(__name__)
 LEDGERS = ("train", "test")
+ASKED = 1 << 61  # in the ledgers, above all records that are known by their place: those of predictions
 _NONE = np.zeros(0, dtype="<u8")
 _LONG_OVER = 7 * 86400.0  # seconds
 

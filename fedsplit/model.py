@@ -103,14 +103,14 @@ class FirstLayer:
         """Whether the derivative is 1 at every output that is sent."""
         return isinstance(self.activation, nn.ReLU | nn.Identity)
 
-    def pre_activations(self, weights: Mapping[str, NDArray[np.float32]], x: NDArray[np.float32]) -> Tensor:
-        """Return Wx + b as float32 ``(records, *cut_shape)``."""
+    def pre_activations(self, weights: Mapping[str, NDArray[np.float32]], x: NDArray[Number]) -> Tensor:
+        """Return Wx + b ``(records, *cut_shape)`` in the dtype of the records, float32 or float64."""
         # Matrix kernels choose by the number of rows when these are few: rows to spare keep a record's outputs the
         # same to the last bit, whatever other records it is computed with.
-        spare = np.zeros((max(0, _FEW - len(x)), *self.input_shape), np.float32)
+        spare = np.zeros((max(0, _FEW - len(x)), *self.input_shape), x.dtype)
         with torch.no_grad():
             return self.run(
-                {name: torch.from_numpy(np.ascontiguousarray(w)) for name, w in weights.items()},
+                {name: torch.from_numpy(np.ascontiguousarray(w, x.dtype)) for name, w in weights.items()},
                 torch.from_numpy(np.concatenate([x, spare])),
             )[: len(x)]
 

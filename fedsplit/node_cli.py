@@ -141,7 +141,7 @@ def ledger(
     most: Annotated[int, typer.Option(help="How many records to show, those that told most first.")] = 10,
 ) -> None:
     """Show what has left of this node's records, against its limits."""
-    from fedsplit.home import LEDGERS, Home
+    from fedsplit.home import ASKED, LEDGERS, Home
     from fedsplit.privacy.accountant import epsilon
 
     home = Home(folder)
@@ -153,9 +153,10 @@ def ledger(
             table.add_column(column, justify="right")
         for number, spent in rows[:most]:
             told = epsilon(spent.precision, home.limits.delta)
+            asked = number & ASKED  # about for a prediction: known by its content
             table.add_row(
-                str(number >> 32),
-                str(number & 0xFFFFFFFF),
+                "-" if asked else str(number >> 32),
+                f"{number ^ ASKED:015x}" if asked else str(number & 0xFFFFFFFF),
                 str(spent.releases),
                 str(spent.equations),
                 str(spent.bits),

@@ -159,6 +159,11 @@ class Reader:
         self._next += 1
         return found
 
+    @property
+    def rows(self) -> int:
+        """Rows of the next array; 0 if there is none."""
+        return self._table[self._next][1][0] if self._next < len(self._table) else 0
+
     def finish(self) -> None:
         """Refuse arrays that nothing asked for."""
         check("arrays", self._next == len(self._table), f"must be {self._next}, got {len(self._table)}")

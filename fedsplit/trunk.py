@@ -256,13 +256,7 @@ class Trunk:
 
     def predict(self, batches: Batches) -> FloatArray:
         """Return the outputs ``(records, outputs)`` for released records."""
-        self.module.eval()
-        parts = []
-        with torch.no_grad():
-            for start in range(0, len(batches), 512):
-                outputs, _, _ = batches.dense(np.arange(start, min(start + 512, len(batches))))
-                parts.append(self.module(torch.from_numpy(outputs).reshape(-1, *self.cut_shape)).numpy())
-        return np.concatenate(parts)
+        return trunk_outputs(self.module.eval(), self.cut_shape, batches)
 
     def evaluate(self, batches: Batches) -> dict[str, Any]:
         """Return ``test_loss`` and the task's scores over released test records; see :func:`score`."""
@@ -278,6 +272,16 @@ class Trunk:
         """Restore the module's tensors and :meth:`state`."""
         self.module.load_state_dict(module)
         self.optimizer.load_state_dict(state)
+
+
+def trunk_outputs(module: nn.Module, cut_shape: tuple[int, ...], batches: Batches) -> FloatArray:
+    """Return what a trunk in evaluation mode makes of released records, ``(records, outputs)``."""
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(batches), 512):
+            outputs, _, _ = batches.dense(np.arange(start, min(start + 512, len(batches))))
+            parts.append(module(torch.from_numpy(outputs).reshape(-1, *cut_shape)).numpy())
+    return np.concatenate(parts)
 
 
 def _optimizer(module: nn.Module, options: TrunkOptions) -> torch.optim.Optimizer:

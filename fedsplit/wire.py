@@ -29,7 +29,7 @@ from fedsplit.packing import (
     unpack_codes,
 )
 
-_UPLOAD, _DOWNLOAD, _REGISTRATION = 1, 2, 3
+_UPLOAD, _DOWNLOAD, _REGISTRATION, _QUERY = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,16 @@ class Release:
         check("records", bool((records >= 0).all()), "must not be negative")
         n = int(records.sum())
         targets = take.array("targets", ("f4", "i4"), (1, 2), size=n)
+        integer_targets = targets.dtype.kind == "i"
+        targets = targets.astype(np.int64 if integer_targets else np.float32)
+        check("targets", integer_targets or bool(np.isfinite(targets).all()), "must be finite")
+        return cls._read_outputs(take, devices, records, targets, width, bits)
+
+    @classmethod
+    def _read_outputs(
+        cls, take: "Reader", devices: IntArray, records: IntArray, targets: NDArray[Any], width: int, bits: int
+    ) -> "Release":
+        n = int(records.sum())
         counts = take.array("counts", ("u2", "u4"), 1, size=n).astype(np.int64)
         bitmap = take.array("bitmap", "u1", 2, size=n)
         check("bitmap", bitmap.shape[1] == -(-width // 8), f"must have {-(-width // 8)} bytes per record")
@@ -127,9 +137,6 @@ class Release:
         else:
             codes = take.array("values", ("f2", "f4"), 1, size=int(counts.sum()))
             exponents = take.array("exponents", "i2", 1, size=n).astype(np.int32)
-        integer_targets = targets.dtype.kind == "i"
-        targets = targets.astype(np.int64 if integer_targets else np.float32)
-        check("targets", integer_targets or bool(np.isfinite(targets).all()), "must be finite")
         release = cls(devices, records, targets, counts, bitmap, codes, exponents, width, bits)
         if not bits:
             check_scaled(codes, exponents)
@@ -423,6 +430,40 @@ class Registration:
         check("records", bool(valid), "must be in 0..2^31-1")
         take.finish()
         return cls(devices, train, test)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a device sends for predictions: the dropped activations of some records, and which layer made them.
+
+    Attributes
+    ----------
+    layer : int
+        :func:`weights_digest` of the first layer.
+    release : Release
+        Of one device; its id and the targets, which nobody knows, do not travel.
+    """
+
+    layer: int
+    release: Release
+
+    def to_bytes(self) -> bytes:
+        """Pack for the wire."""
+        head, _, _, _, *outputs = self.release.arrays()
+        return pack_arrays(_QUERY, [np.array([self.layer], dtype=np.int64), head, *outputs])
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> "Query":
+        """Check and read a query. Raises WireError."""
+        take = Reader(payload, _QUERY)
+        (layer,) = (int(v) for v in take.array("layer", "i8", 1, size=1))
+        width, bits = (int(v) for v in take.array("width", "u4", 1, size=2))
+        check("bits", bits <= 8, "must be in 0..8")
+        n = take.rows
+        none = np.zeros(1, dtype=np.int64)
+        release = Release._read_outputs(take, none, np.array([n]), np.zeros(n, dtype=np.int64), width, bits)
+        take.finish()
+        return cls(layer, release)
 
 
 def weights_digest(weights: FloatArray) -> int:

@@ -4,7 +4,7 @@ from fedsplit.data.devices import describe, open_builder, open_folder, open_own,
 from fedsplit.data.loading import resolve_function
 from fedsplit.data.partition import PARTITIONS
 from fedsplit.data.pooled import POOLS, open_pool
-from fedsplit.data.records import TASKS, DeviceData, Records, check_records
+from fedsplit.data.records import TASKS, DeviceData, Records, Scaling, check_records
 from fedsplit.data.source import Source
 from fedsplit.errors import ConfigError
 
@@ -14,6 +14,7 @@ __all__ = [
     "TASKS",
     "DeviceData",
     "Records",
+    "Scaling",
     "Source",
     "check_records",
     "open_own",

@@ -6,7 +6,7 @@ import io
 import numpy as np
 
 from fedsplit.data import loading
-from fedsplit.data.records import Pool, Raw, check_records
+from fedsplit.data.records import Pool, Raw, Scaling, check_records
 from fedsplit.errors import DataError
 
 MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
@@ -42,7 +42,7 @@ def mnist() -> Pool:
     text = gzip.decompress(loading.verified_bytes(path, MNIST_SHA256))
     table = np.loadtxt(io.BytesIO(text), delimiter=",", dtype=np.uint8)  # (5000, 784 pixels and the label)
     images = table[:, :-1].reshape(-1, 1, 28, 28) / np.float32(255)
-    return _pool("mnist", (images, table[:, -1]), "classification", 10)
+    return _pool("mnist", (images, table[:, -1]), "classification", 10, Scaling(divide=(255.0,), low=0.0, high=255.0))
 
 
 def digits() -> Pool:
@@ -60,7 +60,7 @@ def digits() -> Pool:
     except ImportError:
         raise DataError(_needs_sklearn("digits")) from None
     x, y = load_digits(return_X_y=True)
-    return _pool("digits", (x / 16, y), "classification", 10)
+    return _pool("digits", (x / 16, y), "classification", 10, Scaling(divide=(16.0,), low=0.0, high=16.0))
 
 
 def breast_cancer() -> Pool:
@@ -78,14 +78,15 @@ def breast_cancer() -> Pool:
     except ImportError:
         raise DataError(_needs_sklearn("breast-cancer")) from None
     x, y = load_breast_cancer(return_X_y=True)
-    return _pool("breast-cancer", ((x - CANCER_MEAN) / CANCER_STD, y), "binary", 1)
+    scaling = Scaling(tuple(CANCER_MEAN.tolist()), tuple(CANCER_STD.tolist()))
+    return _pool("breast-cancer", ((x - CANCER_MEAN) / CANCER_STD, y), "binary", 1, scaling)
 
 
 def _needs_sklearn(name: str) -> str:
     return f"data set {name!r} needs the package scikit-learn: pip install 'fedsplit[data]'"
 
 
-def _pool(name: str, raw: Raw, task: str, outputs: int) -> Pool:
+def _pool(name: str, raw: Raw, task: str, outputs: int, scaling: Scaling) -> Pool:
     where = f"data set {name!r}"
     records = check_records(raw, task=task, outputs=outputs, input_shape=None, where=where)
-    return Pool(records.x, records.y, task, outputs)
+    return Pool(records.x, records.y, task, outputs, scaling=scaling)

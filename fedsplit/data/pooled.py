@@ -68,7 +68,7 @@ def open_pool(
         chosen = _test_devices(test, total)
         indices = _deal(pool, total, chosen, method, alpha, np.random.default_rng([seed, _STREAM]))
     load = partial(_slice, Records(pool.x, pool.y, pool.segments), tuple(indices), chosen)
-    return Source(pool.task, pool.outputs, pool.x.shape[1:], total, load, chosen)
+    return Source(pool.task, pool.outputs, pool.x.shape[1:], total, load, chosen, scaling=pool.scaling)
 
 
 @lru_cache

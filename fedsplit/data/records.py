@@ -1,7 +1,7 @@
 """Records of devices, and the check that every record passes before training sees it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -80,6 +80,37 @@ class DeviceData:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """How raw numbers become the records that a network learns from: ``(raw - subtract) / divide``, as float32.
+
+    Attributes
+    ----------
+    subtract, divide : tuple of float
+        One number, or one for each index of a record's first axis.
+    low, high : float or None
+        Raw numbers outside of these are in other units.
+    """
+
+    subtract: tuple[float, ...] = (0.0,)
+    divide: tuple[float, ...] = (1.0,)
+    low: float | None = None
+    high: float | None = None
+
+    def apply(self, raw: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Return records ``(records, ...)`` from raw numbers of the same shape."""
+        return np.asarray((raw - self._wide(self.subtract, raw)) / self._wide(self.divide, raw), np.float32)
+
+    def undo(self, records: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the raw numbers that :meth:`apply` takes to records, but for rounding."""
+        x = records.astype(np.float64)
+        return np.asarray(x * self._wide(self.divide, x) + self._wide(self.subtract, x))
+
+    @staticmethod
+    def _wide(numbers: tuple[float, ...], like: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.reshape(np.array(numbers), (1, -1) + (1,) * (like.ndim - 2))
+
+
+@dataclass(frozen=True)
 class Pool:
     """A data set in one piece, to be dealt to devices.
 
@@ -100,6 +131,8 @@ class Pool:
         Records that are only ever tested when the partition is not natural; None: any may be.
     segments : int64 array or None
         As in :class:`Records`.
+    scaling : Scaling
+        How ``x`` was made.
     """
 
     x: NDArray[np.float32]
@@ -110,6 +143,7 @@ class Pool:
     people: tuple[int, ...] = ()
     held_out: NDArray[np.bool_] | None = None
     segments: IndexArray | None = None
+    scaling: Scaling = field(default_factory=Scaling)
 
 
 def check_records(raw: Raw, *, task: str, outputs: int, input_shape: tuple[int, ...] | None, where: str) -> Records:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from fedsplit.data.records import DeviceData
+from fedsplit.data.records import DeviceData, Scaling
 from fedsplit.errors import ConfigError, DataError
 
 
@@ -28,6 +28,8 @@ class Source:
         The test devices' ids; None: all devices that hold test records.
     absent : bool
         Whether there are no records here: real nodes have them.
+    scaling : Scaling
+        How records were made of raw numbers, as far as that is known here.
     """
 
     task: str
@@ -37,6 +39,7 @@ class Source:
     load: Callable[[int], DeviceData] = field(repr=False)
     chosen: tuple[int, ...] | None
     absent: bool = False
+    scaling: Scaling = field(default_factory=Scaling)
 
     @cached_property
     def test_devices(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.data import loading
-from fedsplit.data.records import Pool, check_records
+from fedsplit.data.records import Pool, Scaling, check_records
 
 PACKAGE, PATH = "seglearn", "seglearn/data/watch_dataset.npy"
 SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
@@ -88,6 +88,7 @@ def load(overlap: bool = True) -> Pool:
         people=tuple(p for p in range(1, 11) for _ in range(SIDES)),
         held_out=np.isin(person, HELD_OUT),
         segments=_segments(counts) if overlap else None,
+        scaling=Scaling(tuple(MEAN.tolist()), tuple(STD.tolist())),
     )
 
 

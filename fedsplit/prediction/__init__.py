@@ -1,0 +1,1 @@
+"""Predictions without records: what a device needs for them, the device's side, and the server's."""

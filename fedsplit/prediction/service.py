@@ -1,0 +1,345 @@
+"""The server's side of a prediction: trunks behind HTTP. It sees what dropping left of records, and logs none of it.
+
+One endpoint takes a packed :class:`fedsplit.wire.Query` and returns the trunk's outputs. Requests that arrive while the
+trunk is busy are answered together. Errors are problem+json (RFC 9457).
+"""
+
+import asyncio
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from safetensors import SafetensorError
+from safetensors.torch import load
+from starlette.exceptions import HTTPException
+from torch import nn
+
+from fedsplit.assemble import data_source, split_model
+from fedsplit.deployment.certs import write_private
+from fedsplit.errors import ConfigError, DataError, WireError
+from fedsplit.packing import FloatArray
+from fedsplit.prediction.bundle import Bundle, bundle_of, run_settings
+from fedsplit.trunk import Batches, trunk_outputs
+from fedsplit.wire import Query, Release
+
+log = logging.getLogger(__name__)
+MOST_RECORDS = 4096  # of a request, and of what is answered together
+_HEAD = 4096  # bytes of a request besides its records
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model whose trunk is here.
+
+    Attributes
+    ----------
+    bundle : Bundle
+        The device's half; of its weights only the name is needed.
+    trunk : nn.Module
+    name : str
+    """
+
+    bundle: Bundle
+    trunk: nn.Module
+    name: str
+
+    @classmethod
+    def of_run(cls, folder: Path) -> "Served":
+        """Return the model of a run's last checkpoint; raises FedsplitError."""
+        settings = run_settings(folder)
+        source = data_source(settings)
+        model = split_model(settings, source)
+        bundle = bundle_of(settings, source, model.first_layer, folder)
+        path = folder / "checkpoint" / "trunk.safetensors"
+        try:
+            model.trunk.load_state_dict(load(path.read_bytes()))
+        except (OSError, SafetensorError, RuntimeError):
+            raise DataError(f"{path} is missing or damaged, or of another model") from None
+        return cls(bundle, model.trunk.eval(), bundle.model)
+
+    @property
+    def most_bytes(self) -> int:
+        """How large a request can be."""
+        width = self.bundle.layer.width
+        return _HEAD + MOST_RECORDS * (4 * width + -(-width // 8) + 8)
+
+    def read(self, payload: bytes) -> Release:
+        """Return the release of a query that is for this model; raises WireError."""
+        query = Query.from_bytes(payload)
+        release, width = query.release, self.bundle.layer.width
+        if f"{query.layer:016x}" != self.name:
+            raise WireError(f"layer must be {self.name}, got {query.layer:016x}: export the model for the device anew")
+        if release.width != width:
+            raise WireError(f"width must be {width}, got {release.width}")
+        if not 0 < len(release.counts) <= MOST_RECORDS:
+            raise WireError(f"records must be 1..{MOST_RECORDS}, got {len(release.counts)}")
+        return release
+
+    def outputs(self, releases: Sequence[Release]) -> FloatArray:
+        """Return the trunk's outputs ``(records, outputs)`` for releases behind one another."""
+        batches = Batches.concat([Batches.join([release]) for release in releases])
+        return trunk_outputs(self.trunk, self.bundle.layer.cut_shape, batches)
+
+
+class Tokens:
+    """Bearer tokens, of which a file holds a name and the SHA-256 each.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            self._hashes = {name: bytes.fromhex(digest) for name, digest in lines}
+        except OSError as error:
+            raise ConfigError(f"tokens {path} cannot be read: {error.strerror}; fedsplit token makes one") from None
+        except ValueError:
+            raise ConfigError(f"tokens {path} is damaged: each line must be a name and a SHA-256") from None
+        if not self._hashes:
+            raise ConfigError(f"tokens {path} holds none: fedsplit token makes one")
+
+    def owner(self, header: str) -> str | None:
+        """Return whose token an Authorization header has; None if it is nobody's."""
+        kind, _, token = header.partition(" ")
+        given = sha256(token.encode("utf-8", "surrogateescape")).digest()
+        found = [name for name, known in self._hashes.items() if hmac.compare_digest(known, given)]  # all, always
+        return found[0] if found and kind.lower() == "bearer" else None
+
+
+def add_token(path: Path, name: str) -> str:
+    """Make a token, add its hash to a file, and return it; raises ConfigError."""
+    if not name or name.split() != [name]:
+        raise ConfigError(f"a token's name must be one word, got {name!r}")
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    if name in [line.split()[0] for line in before.splitlines() if line.strip()]:
+        raise ConfigError(f"{path} has a token of {name} already: remove its line to make another")
+    token = secrets.token_urlsafe(32)
+    try:
+        path.unlink(missing_ok=True)
+        write_private(path, (before + f"{name} {sha256(token.encode()).hexdigest()}\n").encode())
+    except OSError as error:
+        raise ConfigError(f"tokens {path} cannot be written: {error.strerror}") from None
+    return token
+
+
+class _Together:
+    """Answers what has come for a model while its trunk was busy, in one go."""
+
+    def __init__(self, model: Served, pool: ThreadPoolExecutor, size: Histogram) -> None:
+        self._model, self._pool, self._size = model, pool, size
+        self._waiting: asyncio.Queue[tuple[Release, asyncio.Future[FloatArray]]] = asyncio.Queue()
+
+    async def ask(self, release: Release) -> FloatArray:
+        """Return the outputs of one request."""
+        future: asyncio.Future[FloatArray] = asyncio.get_running_loop().create_future()
+        await self._waiting.put((release, future))
+        return await future
+
+    async def run(self) -> None:
+        """Answer until cancelled."""
+        while True:
+            taken = [await self._waiting.get()]
+            count = len(taken[0][0].counts)
+            while not self._waiting.empty() and count < MOST_RECORDS:
+                taken.append(self._waiting.get_nowait())
+                count += len(taken[-1][0].counts)
+            self._size.observe(count)
+            releases = [release for release, _ in taken]
+            try:
+                outputs = await asyncio.get_running_loop().run_in_executor(self._pool, self._model.outputs, releases)
+                parts = np.split(outputs, np.cumsum([len(r.counts) for r in releases])[:-1])
+            except Exception as error:
+                for _, future in taken:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), part in zip(taken, parts, strict=True):
+                if not future.done():  # who asked may be gone
+                    future.set_result(part)
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    registry: CollectorRegistry
+    requests: Counter
+    records: Counter
+    seconds: Histogram
+    together: Histogram
+
+    @classmethod
+    def new(cls) -> "_Metrics":
+        registry = CollectorRegistry()
+        return cls(
+            registry,
+            Counter("fedsplit_requests", "Requests by HTTP status.", ["status"], registry=registry),
+            Counter("fedsplit_records", "Records predicted.", ["model"], registry=registry),
+            Histogram("fedsplit_request_seconds", "Time to answer.", registry=registry),
+            Histogram(
+                "fedsplit_records_together",
+                "Records that went through a trunk at once.",
+                buckets=[4**n for n in range(7)],
+                registry=registry,
+            ),
+        )
+
+
+def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.0) -> FastAPI:
+    """Return the application.
+
+    Parameters
+    ----------
+    models : sequence of Served
+        With different names.
+    tokens : Tokens or None
+        Without, everybody may ask.
+    rate : float
+        Requests a second that one token may make, in bursts of twice as many; 0: any number.
+
+    Raises
+    ------
+    ConfigError
+        If two models have the same name.
+    """
+    by_name = {model.name: model for model in models}
+    if len(by_name) < len(models):
+        raise ConfigError("two of the runs have the same first layer: one name cannot stand for two trunks")
+    metrics, buckets = _Metrics.new(), _Rates(rate)
+    together: dict[str, _Together] = {}
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            together.update({name: _Together(model, pool, metrics.together) for name, model in by_name.items()})
+            running = [asyncio.create_task(each.run()) for each in together.values()]
+            yield
+            for task in running:
+                task.cancel()
+
+    app = FastAPI(title="fedsplit", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    @app.middleware("http")
+    async def _watch(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        began, request.state.id = time.perf_counter(), secrets.token_hex(8)
+        try:
+            response = await call_next(request)
+        except Exception as error:  # its text could hold anything: it goes no further
+            log.error("request %s: %s", request.state.id, type(error).__name__)
+            response = problem(request, 500, "a mistake of this service's")
+        seconds = time.perf_counter() - began
+        response.headers["X-Request-Id"] = request.state.id
+        metrics.requests.labels(response.status_code).inc()
+        metrics.seconds.observe(seconds)
+        log.info("request %s: status %d in %.4f s", request.state.id, response.status_code, seconds)
+        return response
+
+    @app.exception_handler(HTTPException)
+    async def _problem(request: Request, error: HTTPException) -> Response:
+        return problem(request, error.status_code, str(error.detail), error.headers)
+
+    def let_in(request: Request) -> str:
+        owner = tokens.owner(request.headers.get("authorization", "")) if tokens else ""
+        if owner is None:
+            raise HTTPException(401, "a bearer token is needed, and this is none", {"WWW-Authenticate": "Bearer"})
+        if not buckets.take(owner):
+            raise HTTPException(429, f"more than {rate:g} requests a second", {"Retry-After": "1"})
+        return owner
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the service is there."""
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus(request: Request) -> str:
+        """Counts for Prometheus."""
+        let_in(request)
+        return generate_latest(metrics.registry).decode()
+
+    @app.get("/v1/models")
+    async def names(request: Request) -> dict[str, list[dict[str, Any]]]:
+        """The models that are served."""
+        let_in(request)
+        of = [{"name": m.name, "task": m.bundle.task, "outputs": m.bundle.outputs} for m in models]
+        return {"models": of}
+
+    body = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+
+    @app.post("/v1/models/{name}/predict", openapi_extra={"requestBody": {"required": True, **body}})
+    async def predict(name: str, request: Request) -> Response:
+        """Return the trunk's outputs for a packed query."""
+        let_in(request)
+        model = by_name.get(name)
+        if model is None:
+            raise HTTPException(404, f"there is no model {name[:64]!r} here")
+        payload = await _body(request, model.most_bytes)
+        try:
+            release = model.read(payload)
+        except WireError as error:
+            raise HTTPException(422, str(error)) from None
+        outputs = await together[name].ask(release)
+        if not np.isfinite(outputs).all():
+            raise HTTPException(422, "values give no finite outputs")
+        metrics.records.labels(name).inc(len(outputs))
+        return JSONResponse({"model": name, "outputs": outputs.tolist()})
+
+    return app
+
+
+def problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return an error as problem+json."""
+    content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    return JSONResponse(
+        {**content, "request": request.state.id},
+        status_code=status,
+        headers=dict(headers or {}),
+        media_type="application/problem+json",
+    )
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """Return a request's body, of which no more than what is allowed is ever held."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise HTTPException(413, f"at most {most} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+class _Rates:
+    """A bucket of requests for each token, which fills up with time."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._left: dict[str, tuple[float, float]] = {}
+
+    def take(self, owner: str) -> bool:
+        """Whether there is room for one more."""
+        if not self._rate:
+            return True
+        most, now = max(1.0, 2 * self._rate), time.monotonic()
+        left, before = self._left.get(owner, (most, now))
+        left = min(most, left + (now - before) * self._rate)
+        self._left[owner] = (left - (left >= 1), now)
+        return left >= 1

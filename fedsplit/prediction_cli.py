@@ -1,0 +1,155 @@
+"""Predictions: ``fedsplit export | serve | token | predict``."""
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedsplit.console import stderr
+from fedsplit.errors import ConfigError, DataError
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    device: Annotated[Path, typer.Option(help="Where what a device needs goes.")],
+) -> None:
+    """Write what a device needs to ask for predictions: the first layer, the policy, the scaling of its input."""
+    from fedsplit.node_cli import find_functions
+    from fedsplit.prediction.bundle import run_bundle
+
+    find_functions(run)
+    bundle = run_bundle(run)
+    bundle.save(device)
+    print(f"wrote {device} of model {bundle.model}: give it to the devices, the trunk is not in it")
+
+
+def token(
+    path: Annotated[Path, typer.Argument(help="The file of the tokens' hashes.")],
+    name: Annotated[str, typer.Argument(help="Whose token it is, one word.")],
+) -> None:
+    """Make a token for somebody; it is shown once, the file holds its hash."""
+    from fedsplit.prediction.service import add_token
+
+    print(add_token(path, name))
+
+
+def serve(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; one service can serve several models.")],
+    certs: Annotated[Path | None, typer.Option(help="Folder made by fedsplit certs.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="File made by fedsplit token.")] = None,
+    insecure: Annotated[bool, typer.Option(help="No TLS and no tokens: for a trial on one machine.")] = False,
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 9443,
+    rate: Annotated[float, typer.Option(help="Requests a second for each token; 0: any number.")] = 0.0,
+) -> None:
+    """Answer devices with predictions, from what dropping left of their records."""
+    import uvicorn
+
+    from fedsplit.deployment.server import ServerFolder, check_port_free
+    from fedsplit.node_cli import find_functions
+    from fedsplit.prediction.service import Served, Tokens, service
+
+    if insecure != (certs is None) or insecure != (tokens is None):
+        raise ConfigError("a service needs --certs and --tokens, or else --insecure")
+    if rate < 0:
+        raise ConfigError(f"--rate must be at least 0, got {rate:g}")
+    files: dict[str, Any] = {}
+    if certs:
+        _, certificate, key = ServerFolder(certs).certificates
+        files = {"ssl_certfile": certificate, "ssl_keyfile": key}
+    for run in runs:
+        find_functions(run)
+    app = service([Served.of_run(run) for run in runs], Tokens(tokens) if tokens else None, rate=rate)
+    check_port_free(host, port)
+    print(f"serving {', '.join(map(str, runs))} at http{'' if insecure else 's'}://{host}:{port}", flush=True)
+    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, ws="none", **files)
+
+
+def predict(
+    device: Annotated[Path, typer.Option(help="What fedsplit export wrote.")],
+    records: Annotated[Path, typer.Option("--input", help="Raw records: .npy, .npz with x, or .csv, a record a line.")],
+    server: Annotated[str | None, typer.Option(help="The service, https://HOST:PORT.")] = None,
+    offline: Annotated[Path | None, typer.Option(help="Run folder, to predict here instead.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="The authority (ca.crt) of the server's certificate.")] = None,
+    home: Annotated[Path | None, typer.Option(help="The device's own folder; default: home in --device.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with the outputs.")] = False,
+) -> None:
+    """Predict records that stay here; the token is taken from the variable FEDSPLIT_TOKEN."""
+    from fedsplit.home import Home
+    from fedsplit.prediction.bundle import Bundle
+    from fedsplit.prediction.predictor import Predictor
+    from fedsplit.prediction.remote import Remote
+
+    if (server is None) == (offline is None):
+        raise ConfigError("give either --server or --offline")
+    bundle = Bundle.load(device)
+    raw = _read(records, bundle.layer.input_shape)
+    own = Home(home or device / "home")
+    if home is None and not own.folder.exists():
+        Home.create(own.folder, [0])
+        stderr.print(f"made {own.folder}: this device's secret, limits and ledgers", markup=False, highlight=False)
+    own.check()
+    if server is not None:
+        ask = Remote(server, bundle.model, os.environ.get("FEDSPLIT_TOKEN"), ca)
+        found = Predictor(bundle, own, ask).predict(raw)
+    else:
+        assert offline is not None
+        found = Predictor(bundle, own, _offline(offline)).predict(raw)
+    if as_json:
+        outputs = [None if reason else row for row, reason in zip(found.outputs.tolist(), found.refused, strict=True)]
+        print(json.dumps({"predictions": found.values(), "outputs": outputs, "refused": found.why()}))
+    else:
+        for value in found.values():
+            print("-" if value is None else value)
+    for reason, count in found.why().items():
+        stderr.print(f"{count} records did not leave: {reason} (limits of {own.folder})", markup=False, highlight=False)
+
+
+def _offline(run: Path) -> Any:
+    from fedsplit.node_cli import find_functions
+    from fedsplit.prediction.service import Served
+
+    find_functions(run)
+    model = Served.of_run(run)
+    return lambda payload: model.outputs([model.read(payload)])
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> Any:
+    """Return the numbers in a file; raises DataError."""
+    readers: dict[str, Callable[[Path], Any]] = {".npy": _npy, ".npz": _npz, ".csv": partial(_csv, shape=shape)}
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise DataError(f"input {path} must be a .npy, .npz or .csv file")
+    try:
+        return reader(path)
+    except OSError as error:
+        raise DataError(f"input {path} cannot be read: {error.strerror or 'it is damaged'}") from None
+    except (ValueError, KeyError, EOFError):
+        said = f"it must hold records of shape {shape}, in an .npz file under x"
+        raise DataError(f"input {path} cannot be read: {said}") from None
+
+
+def _npy(path: Path) -> Any:
+    import numpy as np
+
+    return np.load(path, allow_pickle=False)
+
+
+def _npz(path: Path) -> Any:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as file:
+        return file["x"]
+
+
+def _csv(path: Path, shape: tuple[int, ...]) -> Any:
+    import numpy as np
+
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = np.array([[float(cell) for cell in row] for row in csv.reader(file) if row])
+    return rows.reshape(len(rows), *shape)

@@ -7,6 +7,7 @@ float16 values carry one power-of-two scale per device and chunk: without it mos
 subnormal and some flush to zero.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -124,7 +125,7 @@ class Reader:
             self._table = self._read_table(payload, count)
         except struct.error:
             raise WireError(f"length {len(payload)} is too short for the table of arrays") from None
-        used = sum(dtype.itemsize * int(np.prod(shape, dtype=object)) for dtype, shape in self._table)
+        used = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._table)
         check(
             "length",
             self._offset + used == len(payload),
@@ -153,7 +154,7 @@ class Reader:
         axes = (ndim,) if isinstance(ndim, int) else ndim
         check(field, len(shape) in axes, f"must have {' or '.join(map(str, axes))} axes, got {len(shape)}")
         check(field, size is None or shape[0] == size, f"must have {size} rows, got {shape[0]}")
-        items = int(np.prod(shape, dtype=object))
+        items = math.prod(shape)
         found = np.frombuffer(self._payload, dtype=dtype, count=items, offset=self._offset).reshape(shape)
         self._offset += items * dtype.itemsize
         self._next += 1

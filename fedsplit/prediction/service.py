@@ -90,7 +90,16 @@ class Served:
 
     def outputs(self, releases: Sequence[Release]) -> FloatArray:
         """Return the trunk's outputs ``(records, outputs)`` for releases behind one another."""
-        batches = Batches.concat([Batches.join([release]) for release in releases])
+        counts = np.concatenate([release.counts for release in releases])
+        nobody = np.zeros(len(counts), dtype=np.int64)
+        batches = Batches(
+            devices=nobody,
+            targets=nobody,
+            starts=np.concatenate([[0], np.cumsum(counts)]),
+            bitmap=np.concatenate([release.bitmap for release in releases]),
+            values=np.concatenate([release.values() for release in releases]),
+            width=releases[0].width,
+        )
         return trunk_outputs(self.trunk, self.bundle.layer.cut_shape, batches)
 
 

@@ -1,0 +1,206 @@
+"""A prediction service under load, beside the same service that gets encrypted records and runs the whole network.
+
+    python simulations/serving.py runs/mnist-private --seconds 30 --clients 64
+
+Both services are processes of their own, with TLS and a token, and the same code: one gets what dropping left and runs
+the trunk, the other opens an AES-256-GCM message with a session key and runs the whole network. Clients with one record
+a request keep both saturated in turns, in a third process. Prints errors, latencies, records a second, CPU
+time of the service per record and its memory; writes `simulations/results/serving.json`.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+import uvicorn
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from encryption import Split, Whole, raw_records
+from processes import free_port, wait_for_port
+
+from fedsplit.assemble import data_source
+from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, make_certificates
+from fedsplit.home import Home
+from fedsplit.packing import FloatArray
+from fedsplit.prediction.bundle import run_settings
+from fedsplit.prediction.service import Served, Tokens, add_token, service
+
+RESULTS = Path(__file__).parent / "results" / "serving.json"
+TURNS = 3
+_NONCE = 12
+KINDS = ("fedsplit", "AES-256-GCM, whole network")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A message's raw records, in place of a release."""
+
+    plain: bytes
+    counts: range
+
+
+@dataclass(frozen=True)
+class Sealed(Served):
+    """The whole network behind AES-256-GCM."""
+
+    key: bytes = b""
+    whole: Any = None
+    size: int = 0
+
+    def read(self, payload: bytes) -> Any:
+        """Open a message."""
+        plain = AESGCM(self.key).decrypt(payload[:_NONCE], payload[_NONCE:], None)
+        return _Opened(plain, range(len(plain) // self.size))
+
+    def outputs(self, releases: Sequence[Any]) -> FloatArray:
+        """Return the network's outputs for messages behind one another."""
+        found: FloatArray = self.whole(b"".join(release.plain for release in releases))
+        return found
+
+
+def records_of(run: Path, served: Served) -> Any:
+    """Return the raw test records of a run."""
+    source = data_source(run_settings(run))
+    test = np.concatenate([source.device(device).test.x for device in source.test_devices])
+    return raw_records(served.bundle.scaling, test)
+
+
+def serve(run: Path, folder: Path, kind: str, port: int) -> None:
+    """Serve in this process until it is ended."""
+    torch.set_num_threads(1)
+    model = served = Served.of_run(run)
+    if kind != KINDS[0]:
+        raw, key = records_of(run, served), (folder / "key").read_bytes()
+        model = Sealed(served.bundle, served.trunk, served.name, key, Whole(served, raw), raw[0].nbytes)
+    app = service([model], Tokens(folder / "tokens"))
+    files = {"ssl_certfile": str(folder / CERTIFICATE), "ssl_keyfile": str(folder / KEY)}
+    uvicorn.run(app, port=port, log_level="warning", access_log=False, ws="none", **files)  # type: ignore[arg-type]
+
+
+async def load(url: str, authority: Path, token: str, payloads: list[bytes], clients: int, seconds: float) -> list[Any]:
+    """Keep ``clients`` requests going; return (latency, status) of each."""
+    done: list[Any] = []
+    deadline = time.monotonic() + seconds
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    context = ssl.create_default_context(cafile=str(authority))
+    headers = {"Authorization": f"Bearer {token}"}
+    async with httpx.AsyncClient(verify=context, headers=headers, limits=limits, timeout=60) as client:
+
+        async def ask(number: int) -> None:
+            while time.monotonic() < deadline:
+                began = time.monotonic()
+                try:
+                    status = (await client.post(url, content=payloads[number % len(payloads)])).status_code
+                except httpx.HTTPError:
+                    status = 0
+                done.append((time.monotonic() - began, status))
+                number += clients
+
+        await asyncio.gather(*(ask(number) for number in range(clients)))
+    return done
+
+
+def usage(pid: int) -> tuple[float, float]:
+    """Return a process's CPU seconds and its memory in MB."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    status = Path(f"/proc/{pid}/status").read_text()
+    memory = int(status.partition("VmRSS:")[2].split()[0]) / 1000
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), memory
+
+
+def main() -> None:
+    """Load both services in turns and print what they took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each turn")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        folder, kind, port = options.serve
+        serve(options.run, Path(folder), kind, int(port))
+        return
+    with TemporaryDirectory() as place:
+        found = measure(options.run, Path(place), options.seconds, options.clients)
+    for kind, turns in found.items():
+        middle = {name: median(turn[name] for turn in turns) for name in turns[0]}
+        grown = turns[-1]["memory_mb"] - turns[0]["memory_mb"]
+        print(
+            f"{kind:28} {sum(turn['errors'] for turn in turns)} errors, p50 {1000 * middle['p50']:.1f} ms, "
+            f"p99 {1000 * middle['p99']:.1f} ms, {middle['records_per_second']:.0f} records/s, "
+            f"{1e6 * middle['cpu_per_record']:.0f} us CPU a record, {middle['memory_mb']:.0f} MB ({grown:+.1f})"
+        )
+    ratio = median(
+        ours["cpu_per_record"] / theirs["cpu_per_record"]
+        for ours, theirs in zip(found[KINDS[0]], found[KINDS[1]], strict=True)
+    )
+    print(f"CPU of fedsplit's service to the other's, a record: {ratio:.2f}")
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def measure(run: Path, folder: Path, seconds: float, clients: int) -> dict[str, list[dict[str, float]]]:
+    """Return each turn's figures by kind of service."""
+    make_certificates(folder / "certs", ["127.0.0.1"])
+    for name in (CA, CERTIFICATE, KEY):
+        (folder / "certs" / name).rename(folder / name)
+    token, key = add_token(folder / "tokens", "load"), AESGCM.generate_key(256)
+    (folder / "key").write_bytes(key)
+    served = Served.of_run(run)
+    raw = records_of(run, served)[:256]
+    split = Split(served.bundle, Home.create(folder / "home", [0]))
+    nonces = [os.urandom(_NONCE) for _ in raw]
+    uploads = {
+        KINDS[0]: [split(row[None]) for row in raw],
+        KINDS[1]: [n + AESGCM(key).encrypt(n, row.tobytes(), None) for n, row in zip(nonces, raw, strict=True)],
+    }
+    ports = {kind: free_port() for kind in KINDS}
+    command = [sys.executable, __file__, str(run), "--serve", str(folder)]
+    processes = {kind: subprocess.Popen([*command, kind, str(port)]) for kind, port in ports.items()}
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    try:
+        for kind, port in ports.items():
+            wait_for_port("127.0.0.1", port)
+            url = f"https://127.0.0.1:{port}/v1/models/{served.name}/predict"
+            asyncio.run(load(url, folder / CA, token, uploads[kind], clients, 2.0))  # connections, caches
+        for _ in range(TURNS):
+            for kind, port in ports.items():
+                url = f"https://127.0.0.1:{port}/v1/models/{served.name}/predict"
+                before, _ = usage(processes[kind].pid)
+                began = time.monotonic()
+                done = asyncio.run(load(url, folder / CA, token, uploads[kind], clients, seconds))
+                took = time.monotonic() - began
+                after, memory = usage(processes[kind].pid)
+                good = np.array([latency for latency, status in done if status == 200])
+                found[kind].append(
+                    {
+                        "errors": len(done) - len(good),
+                        "p50": float(np.quantile(good, 0.5)),
+                        "p99": float(np.quantile(good, 0.99)),
+                        "records_per_second": len(good) / took,
+                        "cpu_per_record": (after - before) / len(good),
+                        "memory_mb": memory,
+                    }
+                )
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.wait(20)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ never change, so each round's go into a file of their own, beside the checkpoint
 import os
 import shutil
 from dataclasses import asdict, fields
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file as load_tensors
-from safetensors.torch import save_file as save_tensors
+from safetensors.torch import save as save_tensors
 
 from fedsplit.answers import PendingBlock
 from fedsplit.errors import RunError
@@ -48,8 +49,9 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
     new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    save_arrays(strategy.weights, new / "first_layer.safetensors")
-    save_tensors({k: v.contiguous() for k, v in strategy.trunk.module.state_dict().items()}, new / "trunk.safetensors")
+    trunk = {k: v.contiguous() for k, v in strategy.trunk.module.state_dict().items()}
+    (new / "first_layer.safetensors").write_bytes(save_arrays(strategy.weights))
+    (new / "trunk.safetensors").write_bytes(save_tensors(trunk))
     first_layer = strategy.first_layer.state() if strategy.first_layer else {}
     state = {
         "run": progress.run,
@@ -64,7 +66,7 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
         "offences": {str(node): count for node, count in strategy.roster.offences.items()},
         "seconds": seconds,
     }
-    torch.save(_to_tensors(state), new / "state.pt")
+    (new / "state.pt").write_bytes(_saved(state))
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
@@ -119,11 +121,18 @@ def forget_device(folder: Path, device: int) -> int:
     state["replayed"] = [len(b) for b in kept]
     state["pending"] = [block for block in state["pending"] if device not in block["devices"]]
     with replacing(checkpoint / "state.pt") as new:
-        torch.save(_to_tensors(state), new)
+        new.write_bytes(_saved(state))
     for path in old - {_replay_path(_replay_folder(checkpoint), *named) for named in enumerate(state["replayed"])}:
         path.unlink()
     shutil.rmtree(folder / "audit", ignore_errors=True)
     return removed
+
+
+def _saved(state: dict[str, Any]) -> bytes:
+    """Return a state as bytes, so that it is this process that writes: torch does not say that a disk is full."""
+    buffer = BytesIO()
+    torch.save(_to_tensors(state), buffer)
+    return buffer.getvalue()
 
 
 def _restore(folder: Path, strategy: SplitStrategy) -> float:

@@ -201,7 +201,9 @@ class Node:
 
     def _forward(self, chunk: Chunk, weights: FloatArray, mask_round: int, *, want_slopes: bool) -> Outputs:
         # train and test records share their indices: equal noise on both could be subtracted
-        noise_name = release_name(weights, f"{self._policy} {'train' if want_slopes else 'test'}", mask_round)
+        noise_name = release_name(
+            self.first_layer, weights, f"{self._policy} {'train' if want_slopes else 'test'}", mask_round
+        )
         return forward(
             self.first_layer,
             self.dropping,
@@ -222,7 +224,7 @@ class Node:
             run=download.run,
             round_number=download.round_number,
             weights=download.weights,
-            name=release_name(download.weights, self._policy, mask_round),
+            name=release_name(self.first_layer, download.weights, self._policy, mask_round),
             owners=chunk.owners,
             records=first | chunk.index,
             segments=first[:, None] | chunk.segments,

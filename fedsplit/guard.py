@@ -112,9 +112,10 @@ class Summed:
         return dense
 
 
-def release_name(weights: FloatArray, policy: str, mask_round: int) -> bytes:
+def release_name(layer: FirstLayer, weights: FloatArray, policy: str, mask_round: int) -> bytes:
     """Return a 32-byte name under which equal records give equal bytes."""
-    return sha256(b"%s|%s|%d" % (sha256(weights.tobytes()).digest(), policy.encode(), mask_round)).digest()
+    text = f"{layer.description}|{policy}|{mask_round}".encode()
+    return sha256(sha256(weights.tobytes()).digest() + text).digest()
 
 
 def release_cost(kept: Kept, layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray) -> Cost:

@@ -74,6 +74,11 @@ class FirstLayer:
         except RuntimeError:
             raise ConfigError(f"records of shape {self.input_shape} do not fit the first layer {self.layer}") from None
 
+    @property
+    def description(self) -> str:
+        """All that decides the outputs besides weights and record."""
+        return f"{self.layer} {self.activation} {self.input_shape}"
+
     def unrolled(self) -> Tensor:
         """Return the layer's linear map as a matrix ``(width, numbers of a record)`` that gradients flow through."""
         n = math.prod(self.input_shape)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
+from zipfile import BadZipFile
 
 import typer
 
@@ -48,12 +49,15 @@ def serve(
     rate: Annotated[float, typer.Option(help="Requests a second for each token; 0: any number.")] = 0.0,
 ) -> None:
     """Answer devices with predictions, from what dropping left of their records."""
+    import logging
+
     import uvicorn
 
-    from fedsplit.deployment.server import ServerFolder, check_port_free
+    from fedsplit.deployment.server import ServerFolder, check_pair, check_port_free
     from fedsplit.node_cli import find_functions
-    from fedsplit.prediction.service import Served, Tokens, service
+    from fedsplit.prediction.service import MOST_CONNECTIONS, Served, Tokens, service
 
+    logging.getLogger("fedsplit").setLevel(logging.INFO)
     if insecure != (certs is None) or insecure != (tokens is None):
         raise ConfigError("a service needs --certs and --tokens, or else --insecure")
     if rate < 0:
@@ -62,21 +66,33 @@ def serve(
     if certs:
         _, certificate, key = ServerFolder(certs).certificates
         files = {"ssl_certfile": certificate, "ssl_keyfile": key}
+        check_pair(certificate, key)
     for run in runs:
         find_functions(run)
     app = service([Served.of_run(run) for run in runs], Tokens(tokens) if tokens else None, rate=rate)
     check_port_free(host, port)
     print(f"serving {', '.join(map(str, runs))} at http{'' if insecure else 's'}://{host}:{port}", flush=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, ws="none", **files)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=10,
+        **files,
+    )
 
 
 def predict(
     device: Annotated[Path, typer.Option(help="What fedsplit export wrote.")],
+    home: Annotated[Path, typer.Option(help="The device's own folder, made by fedsplit node init.")],
     records: Annotated[Path, typer.Option("--input", help="Raw records: .npy, .npz with x, or .csv, a record a line.")],
     server: Annotated[str | None, typer.Option(help="The service, https://HOST:PORT.")] = None,
     offline: Annotated[Path | None, typer.Option(help="Run folder, to predict here instead.")] = None,
     ca: Annotated[Path | None, typer.Option(help="The authority (ca.crt) of the server's certificate.")] = None,
-    home: Annotated[Path | None, typer.Option(help="The device's own folder; default: home in --device.")] = None,
+    insecure: Annotated[bool, typer.Option(help="No TLS: for a trial on one machine.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with the outputs.")] = False,
 ) -> None:
     """Predict records that stay here; the token is taken from the variable FEDSPLIT_TOKEN."""
@@ -89,11 +105,10 @@ def predict(
         raise ConfigError("give either --server or --offline")
     bundle = Bundle.load(device)
     raw = _read(records, bundle.layer.input_shape)
-    own = Home(home or device / "home")
-    if home is None and not own.folder.exists():
-        Home.create(own.folder, [0])
-        stderr.print(f"made {own.folder}: this device's secret, limits and ledgers", markup=False, highlight=False)
+    own = Home(home)
     own.check()
+    if server is not None and server.startswith("http://") and not insecure:
+        raise ConfigError("--server must be https://HOST:PORT; for a trial on one machine add --insecure")
     if server is not None:
         ask = Remote(server, bundle.model, os.environ.get("FEDSPLIT_TOKEN"), ca)
         found = Predictor(bundle, own, ask).predict(raw)
@@ -129,7 +144,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> Any:
         return reader(path)
     except OSError as error:
         raise DataError(f"input {path} cannot be read: {error.strerror or 'it is damaged'}") from None
-    except (ValueError, KeyError, EOFError):
+    except (ValueError, KeyError, EOFError, TypeError, AttributeError, csv.Error, BadZipFile):
         said = f"it must hold records of shape {shape}, in an .npz file under x"
         raise DataError(f"input {path} cannot be read: {said}") from None
 

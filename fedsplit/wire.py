@@ -460,6 +460,7 @@ class Query:
         width, bits = (int(v) for v in take.array("width", "u4", 1, size=2))
         check("bits", bits <= 8, "must be in 0..8")
         n = take.rows
+        check("records", n <= take.total, "must be a count of the records sent")
         none = np.zeros(1, dtype=np.int64)
         release = Release._read_outputs(take, none, np.array([n]), np.zeros(n, dtype=np.int64), width, bits)
         take.finish()

@@ -523,7 +523,7 @@ weights = np.random.default_rng(0).normal(size=layer.size).astype(np.float32)
 def release(record, path=path):
     guard = Guard(Limits(), ExposureAccountant(path, owner), layer, enforce=True)
     records = np.array([record])
-    proposal = Proposal(1, record + 1, weights, release_name(weights, "p", 0), np.zeros(1, np.int64), records,
+    proposal = Proposal(1, record + 1, weights, release_name(layer, weights, "p", 0), np.zeros(1, np.int64), records,
                         records[:, None], np.array([[3]], np.uint8), np.array([0.5]), Cost.of(1, equations=2), True)
     return guard.admit(proposal)[0] == 0
 

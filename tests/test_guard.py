@@ -81,7 +81,7 @@ def release(
         run=run,
         round_number=round_number,
         weights=weights,
-        name=release_name(weights, "policy", mask_round),
+        name=release_name(LAYER, weights, "policy", mask_round),
         owners=owners,
         records=records,
         segments=records[:, None] if segments is None else np.asarray(segments),

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +38,7 @@ from fedsplit.wire import Query, Reason
 RECORDS = np.random.default_rng(5).normal(size=(30, 12))
 TOKEN = {"Authorization": "Bearer right"}
 SCALED = Scaling((1.0,), (2.0,), -50.0, 50.0)
+OTHERS = {"activation": nn.Identity(), "stride": nn.Conv1d(2, 3, 3, stride=2), "padding": nn.Conv1d(2, 3, 3, padding=1)}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,7 @@ def test_the_trunk_is_not_in_it(run: Path, tmp_path: Path) -> None:
         (lambda d: d["dropping"].update(k=11), "does not describe a model that can be built"),
         (lambda d: d["scaling"].update(subtract=[1, 2]), "does not describe a model that can be built"),
         (lambda d: d["scaling"].update(divide=[0.0]), "does not describe a model that can be built"),
+        (lambda d: d["scaling"].update(low=None), "is damaged, or of another version"),
     ],
 )
 def test_a_bundle_that_was_changed_is_refused(change: Callable, told: str, run: Path, tmp_path: Path) -> None:
@@ -168,6 +169,31 @@ def test_a_record_is_sent_alike_whatever_it_is_sent_with(run: Path, home: Home) 
         assert np.array_equal(alone.release.bitmap[0], whole.release.bitmap[i])
         stop = whole.release.counts[: i + 1].sum()
         assert np.array_equal(alone.release.codes, whole.release.codes[stop - alone.release.counts[0] : stop])
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_same_weights_in_another_layer_are_another_release(other: str, tmp_path: Path) -> None:
+    """Else whoever makes models could ask about a record again and again, uncounted."""
+    home = Home.create(tmp_path / "home", [0])
+    (home.folder / "limits.toml").write_text("releases = 1\nequations = 0.9\n")
+    module, raw = nn.Conv1d(2, 3, 3), np.random.default_rng(2).normal(size=(4, 2, 9))
+    changed = OTHERS[other] if isinstance(OTHERS[other], nn.Conv1d) else nn.Conv1d(2, 3, 3)
+    changed.load_state_dict(module.state_dict())
+    activation = nn.ReLU() if isinstance(OTHERS[other], nn.Conv1d) else OTHERS[other]
+    refused = []
+    for layer in (FirstLayer(module, nn.ReLU(), (2, 9)), FirstLayer(changed, activation, (2, 9))):
+        bundle = Bundle(layer, Dropping("top-k", k=2), "float32", Scaling(), "binary", 1)
+        refused.append(Predictor(bundle, Home(home.folder), ask).release(raw)[1].tolist())
+    assert refused == [[0] * 4, [Reason.RELEASES] * 4]
+
+
+def test_another_scaling_makes_no_other_record(run: Path, home: Home) -> None:
+    bundle = run_bundle(run)
+    for scaling in (Scaling(), Scaling(divide=(1.0000002,)), Scaling((0.5,), (2.0,))):
+        changed = Bundle(bundle.layer, bundle.dropping, bundle.dtype, scaling, bundle.task, bundle.outputs)
+        Predictor(changed, Home(home.folder), ask).release(RECORDS)
+    Predictor(bundle, Home(home.folder), ask).release(np.where(RECORDS == 0, -0.0, RECORDS))
+    assert len(list(home.accountant("test").rows())) == 30
 
 
 def test_the_limits_hold_and_are_told(run: Path, served: Served, home: Home) -> None:
@@ -377,7 +403,7 @@ def test_a_service_that_is_busy_is_asked_again(monkeypatch: pytest.MonkeyPatch) 
         answer = next(answers)
         if answer == "away":
             raise httpx.ConnectError("refused")
-        return httpx.Response(answer, json={"outputs": [[1.0, 2.0]]})
+        return httpx.Response(answer, content=iter([b'{"outputs": [[1.0, 2.0]]}']))
 
     asks = Remote("https://localhost:1", "model", "t", None)
     asks._client = httpx.Client(transport=httpx.MockTransport(handle), base_url="https://localhost:1")
@@ -387,11 +413,23 @@ def test_a_service_that_is_busy_is_asked_again(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "answer",
-    [{"outputs": "x"}, {"outputs": []}, {"outputs": [1.0]}, {"outputs": [[1.0], [1.0, 2.0]]}, {}, [], "x"],
+    [
+        '{"outputs": "x"}',
+        '{"outputs": []}',
+        '{"outputs": [1.0]}',
+        '{"outputs": [[1.0], [1.0, 2.0]]}',
+        "{}",
+        "[]",
+        '"x"',
+        "",
+        '{"outputs": [[1' + "0" * 400 + "]]}",
+        "[" * 200000,
+    ],
+    ids=lambda text: text[:30],
 )
-def test_an_answer_that_is_no_prediction_is_told(answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_is_no_prediction_is_told(answer: str) -> None:
     asks = Remote("https://localhost:1", "model", "t", None)
-    handle = httpx.MockTransport(lambda request: httpx.Response(200, json=answer))
+    handle = httpx.MockTransport(lambda request: httpx.Response(200, content=iter([answer.encode()])))
     asks._client = httpx.Client(transport=handle, base_url="https://localhost:1")
     with pytest.raises(RunError, match="the answer is no prediction"):
         asks(b"")
@@ -403,6 +441,18 @@ def test_what_is_no_address_is_told(url: str) -> None:
         Remote(url, "model", None, None)
     with pytest.raises(ConfigError, match="a token is not sent without TLS"):
         Remote("http://localhost:1", "model", "token", None)
+    with pytest.raises(ConfigError, match="the token in FEDSPLIT_TOKEN is none"):
+        Remote("https://localhost:1", "model", "tok en", None)
+
+
+def test_an_endless_answer_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = Remote("https://localhost:1", "model", "t", None)
+    content = (b" " * 1000 for _ in range(10**9))
+    handle = httpx.MockTransport(lambda request: httpx.Response(200, content=content))
+    asks._client = httpx.Client(transport=handle, base_url="https://localhost:1")
+    monkeypatch.setattr(remote, "_LARGEST", 100_000)
+    with pytest.raises(RunError, match="the answer is too large"):
+        asks(b"")
 
 
 def test_queries_come_back_as_they_were(run: Path, home: Home) -> None:
@@ -458,8 +508,5 @@ def test_predict_and_serve_are_processes(run: Path, tmp_path: Path) -> None:
     finally:
         process.terminate()
         assert process.wait(20) in (0, -15)
-    deadline = time.monotonic() + 5
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
     text = (tmp_path / "log").read_text()
     assert "serving" in text and "Traceback" not in text

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -309,3 +310,22 @@ def test_a_damaged_checkpoint_is_named(name: str, tmp_path: Path) -> None:
     path.write_bytes(bytes(len(path.read_bytes())))
     with pytest.raises(RunError, match=r"checkpoint .* is damaged"):
         simulate(settings, out=tmp_path / "run", resume=True)
+
+
+def test_a_disk_that_is_full_is_told_and_the_run_resumes(tmp_path: Path) -> None:
+    """As far as a process can be kept from writing: files may not grow."""
+    whole = simulate(small_settings(), out=tmp_path / "whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(metrics: dict[str, object]) -> None:
+        if metrics["round"] == 2:
+            most = (tmp_path / "run" / "checkpoint" / "state.pt").stat().st_size // 2  # the nodes' files are smaller
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+
+    try:
+        told = r"cannot be written \(File too large\): the checkpoint of round 2 is the last"
+        with pytest.raises(RunError, match=told):
+            simulate(small_settings(), out=tmp_path / "run", report=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert simulate(small_settings(), out=tmp_path / "run", resume=True)["test_loss"] == whole["test_loss"]

@@ -87,14 +87,14 @@ class Scaling:
     ----------
     subtract, divide : tuple of float
         One number, or one for each index of a record's first axis.
-    low, high : float or None
+    low, high : float
         Raw numbers outside of these are in other units.
     """
 
     subtract: tuple[float, ...] = (0.0,)
     divide: tuple[float, ...] = (1.0,)
-    low: float | None = None
-    high: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
 
     def apply(self, raw: NDArray[np.float64]) -> NDArray[np.float32]:
         """Return records ``(records, ...)`` from raw numbers of the same shape."""

@@ -21,6 +21,7 @@ Answer = Callable[[str, str, bytes], bytes]
 Client = Callable[[list[str]], None]
 _LARGEST = 2**32  # bytes of one part
 _PAUSE = 0.5  # seconds between two looks at whether there is still something to do
+_SILENCE = 60.0  # seconds in which who has connected must go on
 _START = "start"  # the kind of what that asks for
 _LAUNCHER = """#!{python} -IS
 import os, socket, struct, sys
@@ -96,7 +97,7 @@ class Resident:
             except TimeoutError:
                 continue
             with connection:
-                connection.settimeout(None)
+                connection.settimeout(_SILENCE)
                 try:
                     kind, settings_json, payload = (_receive(connection) for _ in range(3))
                     if kind.decode() == _START:
@@ -104,8 +105,8 @@ class Resident:
                         connection.sendall(b"1")
                     else:
                         _send(connection, *self._result(kind.decode(), settings_json.decode(), payload))
-                except OSError:
-                    continue  # who asked is gone
+                except (OSError, UnicodeDecodeError):
+                    continue  # who asked is gone, or silent, or somebody else
         self._socket.close()
 
     def _fork(self, connection: socket.socket, arguments: list[str]) -> None:

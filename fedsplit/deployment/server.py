@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import ssl
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,14 @@ def superlink_command(server: ServerFolder, host: str, port: int, *, insecure: b
     ca, certificate, key = (str(path) for path in server.certificates)
     tls = ["--ssl-ca-certfile", ca, "--ssl-certfile", certificate, "--ssl-keyfile", key]
     return [*command, *tls, "--enable-supernode-auth"]
+
+
+def check_pair(certificate: Path, key: Path) -> None:
+    """Raise ConfigError if a certificate and a key do not belong together."""
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except (ssl.SSLError, OSError):
+        raise ConfigError(f"{key} is not the key of {certificate}") from None
 
 
 def check_port_free(host: str, port: int) -> None:

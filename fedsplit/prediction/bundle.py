@@ -31,7 +31,7 @@ _OF_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padd
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class _Layer(_Strict):
@@ -54,8 +54,8 @@ class _Dropping(_Strict):
 class _Scaling(_Strict):
     subtract: tuple[float, ...]
     divide: tuple[float, ...]
-    low: float | None
-    high: float | None
+    low: float
+    high: float
 
 
 class _Description(_Strict):
@@ -156,6 +156,8 @@ class Bundle:
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
             raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
         bundle = cls(layer, dropping, found.dtype, scaling, found.task, found.outputs)
+        if not np.isfinite(bundle.weights).all():
+            raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
         if bundle.model != found.model:
             raise DataError(f"{folder / WEIGHTS} is not of the model {found.model}")
         return bundle

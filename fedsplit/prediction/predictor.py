@@ -22,6 +22,7 @@ from fedsplit.prediction.bundle import Bundle
 from fedsplit.wire import Query, Reason, Release, weights_digest
 
 Ask = Callable[[bytes], FloatArray]
+_LARGEST = 1e30
 _LEDGER = "test"  # what leaves for predictions is counted where test records are
 
 
@@ -102,7 +103,7 @@ class Predictor:
         """Return what may leave of some records, written down already, and why others may not; see :meth:`predict`."""
         bundle = self._bundle
         chunk, names = self._chunk(raw)
-        name = release_name(self._weights, f"{bundle.dropping} {bundle.dtype} predict", KEYED_ROUND)
+        name = release_name(bundle.layer, self._weights, f"{bundle.dropping} {bundle.dtype} predict", KEYED_ROUND)
         outputs = forward(
             bundle.layer,
             bundle.dropping,
@@ -121,17 +122,22 @@ class Predictor:
 
     def _chunk(self, raw: NDArray[Any]) -> tuple[Chunk, IntArray]:
         """Return the scaled records and their numbers in the ledgers."""
-        x = self._scaled(raw)
-        hashes = [hmac.digest(self._home.secret, row.tobytes(), "sha256")[:8] for row in x]
+        numbers = self._checked(raw)
+        x = self._bundle.scaling.apply(numbers).astype(np.float64)
+        if not np.isfinite(x).all():
+            raise DataError("records must be in the model's units: these are too large")
+        # by the raw numbers: whoever made the scaling has no say in which record is which
+        content = np.ascontiguousarray(numbers, dtype="<f4") + np.float32(0.0)  # -0.0 is 0.0
+        hashes = [hmac.digest(self._home.secret, row.tobytes(), "sha256")[:8] for row in content]
         words = np.frombuffer(b"".join(hashes), dtype="<u8")
         names = (words >> 3).astype(np.int64) | ASKED
         # summed up in float64: another order of the sum, as in another runtime, changes no bit of what is sent
         index = (words & 0xFFFFFFFF).astype(np.int64)
         device = np.array([self._device])
-        chunk = Chunk(device, np.array([len(x)]), index, names[:, None], x.astype(np.float64), np.zeros(len(x)))
+        chunk = Chunk(device, np.array([len(x)]), index, names[:, None], x, np.zeros(len(x)))
         return chunk, names
 
-    def _scaled(self, raw: NDArray[Any]) -> FloatArray:
+    def _checked(self, raw: NDArray[Any]) -> NDArray[np.float64]:
         shape, scaling = self._bundle.layer.input_shape, self._bundle.scaling
         try:
             numbers = np.asarray(raw, dtype=np.float64)
@@ -141,14 +147,11 @@ class Predictor:
             raise DataError(f"records must have shape (records, {', '.join(map(str, shape))}), got {numbers.shape}")
         if not np.isfinite(numbers).all():
             raise DataError("records must be finite, got NaN or infinity")
-        low, high = scaling.low, scaling.high
-        if (low is not None and numbers.min() < low) or (high is not None and numbers.max() > high):
-            raise DataError(f"records must be in the model's units, {low:g} to {high:g}")
-        with np.errstate(over="ignore"):
-            x = scaling.apply(numbers)
-        if not np.isfinite(x).all():
+        if np.abs(numbers).max() > _LARGEST:
             raise DataError("records must be in the model's units: these are too large")
-        return np.ascontiguousarray(x)
+        if numbers.min() < scaling.low or numbers.max() > scaling.high:
+            raise DataError(f"records must be in the model's units, {scaling.low:g} to {scaling.high:g}")
+        return numbers
 
     def _admit(self, chunk: Chunk, names: IntArray, outputs: Outputs, name: bytes) -> IntArray:
         """Ask the guard; what it lets leave is written down before this returns."""

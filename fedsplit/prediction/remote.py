@@ -1,9 +1,11 @@
 """Asking a service over the network."""
 
+import json
 import math
 import ssl
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -13,6 +15,7 @@ from fedsplit.errors import ConfigError, RunError
 from fedsplit.packing import FloatArray
 
 _TIMEOUT = 30.0  # seconds
+_LARGEST = 2**26  # bytes of an answer
 _TRIES = 5
 _PAUSE = 0.2  # seconds before the second try; twice as long before each other
 
@@ -42,7 +45,10 @@ class Remote:
         if token and url.startswith("http://"):
             raise ConfigError("a token is not sent without TLS: --server must be https://HOST:PORT")
         known = read_authority(authority).decode("ascii") if authority else None
-        headers = {"Content-Type": "application/octet-stream"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise ConfigError("the token in FEDSPLIT_TOKEN is none: it must be what fedsplit token printed")
+        headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
         context = ssl.create_default_context(cadata=known)
         try:
             self._client = httpx.Client(base_url=url, verify=context, headers=headers, timeout=_TIMEOUT)
@@ -67,33 +73,44 @@ class Remote:
             if attempt:
                 time.sleep(_PAUSE * 2 ** (attempt - 1))
             try:
-                response = self._client.post(self._path, content=payload)
-            except httpx.TransportError as error:
+                status, answer = self._post(payload)
+            except httpx.RequestError as error:
                 if "CERTIFICATE_VERIFY_FAILED" in str(error):
                     raise RunError(f"{self._url}: its certificate is refused") from None
                 said = "does not answer"
                 continue
-            if response.status_code == httpx.codes.OK:
-                return _outputs(response)
-            said = f"refuses: {_detail(response)}"
-            if response.status_code not in (429, 502, 503, 504):
+            if status == httpx.codes.OK:
+                return _outputs(answer)
+            said = f"refuses: {_detail(answer) or f'HTTP status {status}'}"
+            if status not in (429, 502, 503, 504):
                 break
         raise RunError(f"{self._url} {said}")
 
+    def _post(self, payload: bytes) -> tuple[int, Any]:
+        """Return the status and the JSON of an answer, None if it is none; it may be neither large nor slow."""
+        deadline, parts, size = time.monotonic() + _TIMEOUT, [], 0
+        with self._client.stream("POST", self._path, content=payload) as response:
+            for part in response.iter_raw():
+                parts.append(part)
+                size += len(part)
+                if size > _LARGEST or time.monotonic() > deadline:
+                    raise RunError(f"{self._url}: the answer is too large, or takes too long")
+        try:
+            return response.status_code, json.loads(b"".join(parts))
+        except (ValueError, RecursionError):
+            return response.status_code, None
 
-def _outputs(response: httpx.Response) -> FloatArray:
+
+def _outputs(answer: Any) -> FloatArray:
     try:
-        found = np.asarray(response.json()["outputs"], dtype=np.float32)
-    except (ValueError, KeyError, TypeError):
+        found = np.asarray(answer["outputs"], dtype=np.float32)
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise RunError("the answer is no prediction") from None
     if found.ndim != 2 or not math.prod(found.shape):
         raise RunError("the answer is no prediction")
     return found
 
 
-def _detail(response: httpx.Response) -> str:
-    try:
-        said = str(response.json()["detail"])
-    except (ValueError, KeyError, TypeError):
-        said = ""
-    return "".join(c for c in said[:300] if c.isprintable()) or f"HTTP status {response.status_code}"
+def _detail(answer: Any) -> str:
+    said = str(answer.get("detail", "")) if isinstance(answer, dict) else ""
+    return "".join(c for c in said[:300] if c.isprintable())

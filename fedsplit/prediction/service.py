@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from safetensors import SafetensorError
 from safetensors.torch import load
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from torch import nn
 
 from fedsplit.assemble import data_source, split_model
@@ -32,11 +33,14 @@ from fedsplit.deployment.certs import write_private
 from fedsplit.errors import ConfigError, DataError, WireError
 from fedsplit.packing import FloatArray
 from fedsplit.prediction.bundle import Bundle, bundle_of, run_settings
+from fedsplit.state import replacing
 from fedsplit.trunk import Batches, trunk_outputs
 from fedsplit.wire import Query, Release
 
 log = logging.getLogger(__name__)
-MOST_RECORDS = 4096  # of a request, and of what is answered together
+MOST_RECORDS = 4096  # of a request; from so many on no more requests are answered together
+MOST_CONNECTIONS = 1024
+_SLOW = 30.0  # seconds in which a request's body must be there
 _HEAD = 4096  # bytes of a request besides its records
 
 
@@ -139,15 +143,18 @@ def add_token(path: Path, name: str) -> str:
     """Make a token, add its hash to a file, and return it; raises ConfigError."""
     if not name or name.split() != [name]:
         raise ConfigError(f"a token's name must be one word, got {name!r}")
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    if name in [line.split()[0] for line in before.splitlines() if line.strip()]:
-        raise ConfigError(f"{path} has a token of {name} already: remove its line to make another")
     token = secrets.token_urlsafe(32)
     try:
-        path.unlink(missing_ok=True)
-        write_private(path, (before + f"{name} {sha256(token.encode()).hexdigest()}\n").encode())
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if name in [line.split()[0] for line in before if line.strip()]:
+            raise ConfigError(f"{path} has a token of {name} already: remove its line to make another")
+        lines = [*before, f"{name} {sha256(token.encode()).hexdigest()}", ""]
+        with replacing(path) as new:
+            write_private(new, "\n".join(lines).encode())
     except OSError as error:
         raise ConfigError(f"tokens {path} cannot be written: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"tokens {path} is damaged") from None
     return token
 
 
@@ -169,7 +176,7 @@ class _Together:
         while True:
             taken = [await self._waiting.get()]
             count = len(taken[0][0].counts)
-            while not self._waiting.empty() and count < MOST_RECORDS:
+            while not self._waiting.empty() and count < MOST_RECORDS:  # the last one may go beyond it
                 taken.append(self._waiting.get_nowait())
                 count += len(taken[-1][0].counts)
             self._size.observe(count)
@@ -251,6 +258,8 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
         began, request.state.id = time.perf_counter(), secrets.token_hex(8)
         try:
             response = await call_next(request)
+        except ClientDisconnect:
+            response = problem(request, 400, "the body ended early")
         except Exception as error:  # its text could hold anything: it goes no further
             log.error("request %s: %s", request.state.id, type(error).__name__)
             response = problem(request, 500, "a mistake of this service's")
@@ -300,7 +309,11 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
         model = by_name.get(name)
         if model is None:
             raise HTTPException(404, f"there is no model {name[:64]!r} here")
-        payload = await _body(request, model.most_bytes)
+        try:
+            async with asyncio.timeout(_SLOW):
+                payload = await _body(request, model.most_bytes)
+        except TimeoutError:
+            raise HTTPException(408, f"the body must be here within {_SLOW:g} s") from None
         try:
             release = model.read(payload)
         except WireError as error:

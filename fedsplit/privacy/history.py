@@ -1,6 +1,7 @@
 """What has left, kept beside the exposure ledger where later releases must be judged together with it."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class History:
         self.accountant = accountant
         self.layer = layer
         self._folder = accountant.path.with_suffix(".history")
+        self._layer = np.frombuffer(sha256(layer.description.encode()).digest(), dtype=np.uint8)
 
     def keep_release(self, name: bytes, weights: FloatArray, records: IntArray, bitmap: NDArray[np.uint8]) -> None:
         """Keep which outputs of some records leave, beside those that left under this name before."""
@@ -65,8 +67,8 @@ class History:
         count, complete = np.zeros(len(records), dtype=np.int64), np.ones(len(records), dtype=bool)
         for name, left in self.accountant.earlier(records):
             count += left
-            if (file := self._load(name)) is None:
-                complete &= ~left
+            if (file := self._load(name)) is None or not np.array_equal(file["layer"], self._layer):
+                complete &= ~left  # not kept, or of another layer, with which it cannot be judged together
                 continue
             held = np.isin(records, file["records"])
             complete &= held | ~left
@@ -91,9 +93,11 @@ class History:
                 if (file := self._load(name)) is None:
                     raise StateError(f"exposure history {self._path(name)} is missing: what has left cannot be known")
                 if np.isin(file["records"], known).any():
+                    if not np.array_equal(file["layer"], self._layer):
+                        raise StateError(f"exposure history {self._path(name)} is of another first layer")
                     rest.remove(name)
                     known, grown = np.union1d(known, file["records"]), True
-                    found.append(Sum(**file))
+                    found.append(Sum(file["records"], file["segments"], file["delta"]))
         return found
 
     def _path(self, name: bytes) -> Path:
@@ -101,7 +105,7 @@ class History:
 
     def _save(self, name: bytes, **arrays: NDArray[Any]) -> None:
         self._folder.mkdir(exist_ok=True, mode=0o700)
-        save_sealed(self._path(name), durable=True, **arrays)
+        save_sealed(self._path(name), durable=True, layer=self._layer, **arrays)
 
     def _load(self, name: bytes) -> dict[str, NDArray[Any]] | None:
         try:

@@ -187,31 +187,23 @@ def test_a_node_is_registered_with_the_devices_that_its_key_names(
     assert len(told) == 2
 
 
+@pytest.mark.parametrize(("said", "let"), [("no connection", False), ("Public key already in use.", True)])
 def test_a_node_that_flower_refuses_is_not_let_in(
-    told: list[list[str]], server: ServerFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    said: str, let: bool, told: list[list[str]], server: ServerFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Unless Flower has it already, as after an end between the two steps, or with Flower's own command."""
+
     def refuse(command: list[str]) -> str:
-        raise ConfigError("flwr supernode failed")
+        raise ConfigError(f"flwr supernode failed: {said}")
 
     monkeypatch.setattr(module, "run_flower", refuse)
     key = Home.create(tmp_path / "a", [3]).key_path.with_suffix(".pub")
-    with pytest.raises(ConfigError, match="flwr supernode failed"):
-        register_node("fedsplit", key, None)
-    assert server.owners() == {}
-
-
-def test_a_node_that_flower_has_already_gets_its_devices(
-    told: list[list[str]], server: ServerFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As after an end between the two steps, or with Flower's own command."""
-
-    def refuse(command: list[str]) -> str:
-        raise ConfigError("flwr supernode failed: Public key already in use.")
-
-    monkeypatch.setattr(module, "run_flower", refuse)
-    key = Home.create(tmp_path / "a", [3]).key_path.with_suffix(".pub")
-    assert register_node("fedsplit", key, None) == [3]
-    assert list(server.owners().values()) == [[3]]
+    if let:
+        assert register_node("fedsplit", key, None) == [3]
+    else:
+        with pytest.raises(ConfigError, match=said):
+            register_node("fedsplit", key, None)
+    assert list(server.owners().values()) == ([[3]] if let else [])
 
 
 def test_a_superlink_of_flowers_own_is_none_of_ours(flower_home: Path) -> None:

@@ -63,7 +63,7 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
         "pending": [{**vars(b.cut), "records": b.records} for b in progress.pending],
         "trunk": strategy.trunk.state(),
         "first_layer": first_layer,
-        "offences": {str(node): count for node, count in strategy.roster.offences.items()},
+        "offences": strategy.roster.offences,
         "seconds": seconds,
     }
     (new / "state.pt").write_bytes(_saved(state))
@@ -149,7 +149,7 @@ def _restore(folder: Path, strategy: SplitStrategy) -> float:
     for block in state["pending"]:
         records = block.pop("records")
         pending.append(PendingBlock(CutGradients(**block), records))
-    strategy.roster.offences = {int(node): count for node, count in state["offences"].items()}
+    strategy.roster.offences = state["offences"]
     strategy.resume(
         Progress(state["run"], state["round"], pending, replay, state["evaluation"], Totals(**state["totals"]))
     )

@@ -198,7 +198,7 @@ def read_nodes(folder: Path) -> list[dict[str, Any]]:
     try:
         return list(json.loads((folder / NODES).read_text(encoding="utf-8")))
     except OSError:
-        raise ConfigError(f"{folder} holds no {NODES}: it is written after a run's first round") from None
+        raise ConfigError(f"{folder} holds no {NODES}: it is written as nodes come") from None
     except ValueError:
         raise ConfigError(f"{folder / NODES} is damaged") from None
 

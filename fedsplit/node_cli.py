@@ -57,6 +57,7 @@ def start(
     from fedsplit.client_app import DATA, HOME, SOCKET
     from fedsplit.data.devices import own_files
     from fedsplit.deployment import node as connection
+    from fedsplit.deployment.certs import read_authority
     from fedsplit.deployment.flower import CLIENT_APP, check_flower, flower
     from fedsplit.home import Home
 
@@ -66,7 +67,7 @@ def start(
     own = Home(home.resolve())
     if (ca is None) != insecure:
         raise ConfigError("a node needs either --ca, the authority of the server's certificate, or --insecure")
-    authority = connection.read_authority(ca) if ca else None
+    authority = read_authority(ca) if ca else None
     own.check()
     where = str(data.resolve()) if data else None
     if where is not None:
@@ -89,8 +90,14 @@ def start(
             command = connection.supernode_command(superlink, ca, own.key_path, config)
             print(shlex.join(command), flush=True)
             supernode = connection.SuperNode(command, served.programs, own.seen_path)
+
+            def goes_on() -> bool:
+                if not stop.is_set():
+                    supernode.look_after()
+                return not stop.is_set()
+
             try:
-                served.serve_while(lambda: not stop.is_set() and supernode.running())
+                served.serve_while(goes_on)
             finally:
                 supernode.stop()
 

@@ -6,6 +6,12 @@ from typing import Any
 
 from rich.table import Table
 
+_REFUSED = {
+    "enforce": "refused by the guard",
+    "observe": "a real node would refuse",
+    "by each owner": "over the owners' limits",  # some enforce them, others only count
+}
+
 
 def draw_curves(folder: Path) -> None:
     """Draw ``curves.png`` from ``metrics.jsonl``: loss and, for classes, accuracy over rounds."""
@@ -74,9 +80,7 @@ def _privacy(result: dict[str, Any]) -> list[tuple[str, str]]:
     for refused, of in (("refused", ""), ("test_refused", " of test records")):
         if guard[refused]:
             said = ", ".join(f"{reason} {count:,}" for reason, count in guard[refused].items())
-            observed = guard["mode"] == "observe"
-            who = "a real node would refuse, of releases" if observed else "refused by the guard, of releases"
-            rows.append((who + of, said))
+            rows.append((f"{_REFUSED[guard['mode']]}, of releases{of}", said))
     if result.get("public_only_accuracy") is not None:
         gain, interval = 100 * result["gain_over_public"], 100 * result["gain_interval"]
         rows.append(("public records alone", f"{result['public_only_accuracy']:.4f}"))

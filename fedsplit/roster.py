@@ -11,7 +11,7 @@ from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from fedsplit.deployment.certs import fingerprint
+from fedsplit.deployment.certs import fingerprint, read_public_key
 from fedsplit.errors import ConfigError, RunError, WireError
 from fedsplit.grid import answers
 from fedsplit.record import from_record, to_record
@@ -63,6 +63,7 @@ class Roster:
         self._max_offences = max_offences
         self._owners = owners
         self._keys: dict[int, bytes] = {}
+        self._earlier: dict[str, int] = {}  # offences in the part of a run before it was resumed
         self._taken: set[int] = set()
         self._asked: dict[str, tuple[int, float]] = {}  # by message: the node, and until when to wait for it
 
@@ -77,7 +78,7 @@ class Roster:
             How many nodes were asked, and the bytes that were heard.
         """
         listed: dict[int, NodeInfo] = {info.node_id: info for info in grid.get_nodes()}
-        self._keys = {node: info.public_key for node, info in listed.items()}
+        self._keys |= {node: info.public_key for node, info in listed.items()}
         before, self.present = self.present, {n for n in listed if not self.account(n).quarantined}
         if self.present != before:
             self.refusals = {}  # the one that had a refused node's devices may have gone
@@ -142,7 +143,7 @@ class Roster:
 
     def _fingerprint(self, node: int) -> str:
         try:
-            return fingerprint(self._keys[node])
+            return fingerprint(read_public_key(self._keys.get(node, b"")))
         except ConfigError:
             return ""
 
@@ -159,17 +160,27 @@ class Roster:
         return bool(refused) and len(refused) == len(owners)
 
     @property
-    def offences(self) -> dict[int, int]:
-        """How many replies each node has sent that no honest one would; a run that is resumed goes on from there."""
-        return {node: account.offences for node, account in self.accounts.items() if account.offences}
+    def offences(self) -> dict[str, int]:
+        """How many replies each node has sent that no honest one would; a run that is resumed goes on from there.
+
+        By the key's fingerprint, since nodes have other numbers after a restart of the SuperLink; else by the number.
+        """
+        found = {self._identity(node): account.offences for node, account in self.accounts.items() if account.offences}
+        return {**self._earlier, **found}
 
     @offences.setter
-    def offences(self, counted: Mapping[int, int]) -> None:
-        self.accounts = {n: Account(offences=k, quarantined=k >= self._max_offences) for n, k in counted.items()}
+    def offences(self, counted: Mapping[str, int]) -> None:
+        self._earlier = dict(counted)
+
+    def _identity(self, node: int) -> str:
+        return self._fingerprint(node) or str(node)
 
     def account(self, node: int) -> Account:
         """Return a node's account."""
-        return self.accounts.setdefault(node, Account())
+        if node not in self.accounts:
+            before = self._earlier.get(self._identity(node), 0)
+            self.accounts[node] = Account(offences=before, quarantined=before >= self._max_offences)
+        return self.accounts[node]
 
     def name(self, node: int) -> str:
         """Return what to call a node in a log."""

@@ -11,6 +11,7 @@ from fedsplit.config import Settings, default_folder
 from fedsplit.deployment.server import ServerFolder
 from fedsplit.following import working
 from fedsplit.grid import hasten_pulls
+from fedsplit.report import draw_curves
 from fedsplit.training import TrainingRun, open_run_folder
 
 app = ServerApp()
@@ -32,5 +33,6 @@ def main(grid: Grid, context: Context) -> None:
         run = TrainingRun(settings, folder, owners=owners, real="nodes" in config)
         open_run_folder(folder, settings, resume=bool(config.get("resume", False)))
         result = run.train(grid)
+    draw_curves(folder)  # whoever follows the run has its result already
     shutil.rmtree(STATE_FOLDER / f"{run.strategy.progress.run:x}", ignore_errors=True)
     print(f"test accuracy {result['test_accuracy']}, written to {folder.resolve()}")

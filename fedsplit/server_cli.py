@@ -4,12 +4,15 @@ import json
 import shlex
 import signal
 import subprocess
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -44,20 +47,29 @@ def start(
 ) -> None:
     """Start Flower's SuperLink: with TLS, and for nodes whose keys were registered."""
     from fedsplit.deployment import flower
+    from fedsplit.deployment.certs import read_authority
     from fedsplit.deployment.server import ServerFolder, superlink_command
 
     where = ServerFolder(folder.resolve())
     command = superlink_command(where, host, port, insecure=insecure)
-    where.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    reached = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    config = flower.connect_flower(name, f"{reached}:{port}", None if insecure else where.certificates[0])
+    reached = f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    config = flower.connect_flower(name, reached, None if insecure else where.authority)
+    known = [] if insecure else where.keys()
     print(f"known as {name!r} in {config}")
     print(shlex.join(command), flush=True)
     process = subprocess.Popen(command, env=flower.environment(), preexec_fn=flower.end_with_parent)
     signal.signal(signal.SIGINT, lambda *_: None)  # which the SuperLink gets as well
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopped.set()
+        process.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    while known and process.poll() is None and not flower.tell_keys(reached, read_authority(where.authority), known):
+        time.sleep(0.05)
     code = process.wait()
-    if code:
+    if code and not stopped.is_set():
         raise ConfigError(f"flower-superlink ended with code {code}: see what it said above")
 
 
@@ -102,7 +114,6 @@ def run(
     modules = runs.own_modules(config.resolve().parent, [settings.model.builder, settings.data.builder])
     if not resume:
         check_fresh(folder)
-        runs.check_settings(settings)
     forget_state(folder)
     number = runs.submit(settings.to_json(), superlink, folder, resume=resume, modules=modules)
 
@@ -137,19 +148,19 @@ def status(
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(title=str(folder), title_justify="left")
-    for column in ("node", "devices", "state", "last seen", "exchanges", "bytes up", "down", "missed", "offences"):
+    table = Table(title=str(folder), title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for column in ("devices", "state", "last seen"):
         table.add_column(column)
-    table.add_column("refused records")
+    for column in ("exchanges", "up", "down", "missed", "offences", "over limits"):
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
-            row["node"],
             row["devices"],
             escape(row["state"]),
             ago(row["last_seen"]),
             f"{row['exchanges']:,}",
-            f"{row['bytes_up']:,}",
-            f"{row['bytes_down']:,}",
+            decimal(row["bytes_up"]),
+            decimal(row["bytes_down"]),
             str(row["missed"]),
             str(row["offences"]),
             f"{row['refused']:,}",

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from fedsplit.config import Settings, default_folder, load_settings
 from fedsplit.engine import Start, engine
 from fedsplit.errors import ConfigError, EngineError, RunError
+from fedsplit.report import draw_curves
 
 if TYPE_CHECKING:
     from fedsplit.training import Report, TrainingRun
@@ -58,6 +59,7 @@ def simulate(
                 grid = _start_nodes(start, settings, folder / "nodes")
                 run = run.again() if run else _prepared(settings, folder, report, resume=resume)
                 result = run.train(grid())
+            draw_curves(folder)
             shutil.rmtree(folder / "nodes", ignore_errors=True)  # patterns of chunks that nobody will ask for
             return result
         except EngineError as error:

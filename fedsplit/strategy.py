@@ -38,6 +38,7 @@ from fedsplit.wire import (
 )
 
 log = logging.getLogger(__name__)
+_PATIENCE = 5.0  # seconds after which it is said who is waited for
 _COMING_BACK = 10.0  # seconds that a node may take to say that it is there again
 Compare = Callable[[Trunk, Batches], dict[str, Any]]
 
@@ -310,8 +311,10 @@ class SplitStrategy(Strategy):
 
     # ------------------------------------------------------------------- messages
 
-    def register(self, grid: Grid) -> None:
+    def register(self, grid: Grid, note: Callable[[], None] = lambda: None) -> None:
         """List the nodes anew; before the first round wait for all devices, later as long as there is no node at all.
+
+        ``note`` is called whenever another number of devices is there.
 
         Raises
         ------
@@ -319,12 +322,15 @@ class SplitStrategy(Strategy):
             If there are more nodes than devices, or no device has come within the timeout.
         """
         timeout, expected, roster = self.options.timeout, self.options.devices, self.roster
-        began, pauses = time.monotonic(), Pauses(0.02, 0.5)
+        began, pauses, told, before = time.monotonic(), Pauses(0.02, 0.5), False, -1
         while True:
             self._look(grid)
             if not self._started and len(roster.present) > expected:
                 raise RunError(f"{len(roster.present)} nodes for {expected} devices: lower the number of nodes")
             known = sum(len(r.devices) for r in roster.nodes.values())
+            if known != before:
+                note()
+                before, told = known, False
             if known >= expected or (self._started and roster.nodes):
                 break
             if roster.hopeless:
@@ -334,6 +340,11 @@ class SplitStrategy(Strategy):
                     log.warning("only %d of %d devices have registered", known, expected)
                     break
                 raise RunError(f"no node has registered within {timeout:g} s")
+            if not told and time.monotonic() - began > _PATIENCE:
+                log.warning(
+                    "%d of %d devices are there: waiting for the others, at most %g s", known, expected, timeout
+                )
+                told = True
             time.sleep(pauses.next())
         self._started = True
         counts = {d: n for r in self.nodes.values() for d, n in zip(r.devices.tolist(), r.train, strict=True)}

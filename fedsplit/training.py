@@ -4,7 +4,8 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from fedsplit.grid import PollingGrid
 from fedsplit.model import SplitModel
 from fedsplit.privacy.accountant import epsilon
 from fedsplit.privacy.transcript import Subjects
-from fedsplit.report import draw_curves
 from fedsplit.roster import Owners
 from fedsplit.state import replacing
 from fedsplit.strategy import SplitStrategy
@@ -150,7 +150,7 @@ class TrainingRun:
         self._keep_metrics(done)
         grid = PollingGrid(grid)
         if done < self.settings.run.rounds:
-            self.strategy.register(grid)
+            self.strategy.register(grid, self._note_nodes)
         self._registered = self._round_start = time.perf_counter()
         self.strategy.start(
             grid,
@@ -162,7 +162,6 @@ class TrainingRun:
         self.result = self._result()
         with replacing(self.folder / RESULT) as new:
             new.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
-        draw_curves(self.folder)
         return self.result
 
     def _choose_subjects(self) -> None:
@@ -195,21 +194,29 @@ class TrainingRun:
         self._training += now - self._round_start
         metrics = {**self.strategy.metrics, "seconds": round(now - self._round_start, 4)}
         self._round_start = now
-        try:
+        with self._writing():
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
             save_checkpoint(self.folder / "checkpoint", self.strategy, self._training)
-            with replacing(self.folder / NODES) as new:
-                new.write_text(json.dumps(self.strategy.roster.rows(), indent=2) + "\n", encoding="utf-8")
+        self.rounds_done = self.strategy.progress.round_number
+        self._note_nodes()
+        if self._report:
+            self._report(metrics)
+        return None
+
+    def _note_nodes(self) -> None:
+        with self._writing(), replacing(self.folder / NODES) as new:
+            new.write_text(json.dumps(self.strategy.roster.rows(), indent=2) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             done = self.rounds_done
             raise RunError(
                 f"{self.folder} cannot be written ({error.strerror}): the checkpoint of round {done} is the last"
             ) from None
-        self.rounds_done = self.strategy.progress.round_number
-        if self._report:
-            self._report(metrics)
-        return None
 
     def _keep_metrics(self, rounds: int) -> None:
         """Cut off metrics of rounds after the checkpoint: they will be written again."""

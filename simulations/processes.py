@@ -177,6 +177,8 @@ class Deployment:
         """End a process and its children at once, without a word to anybody."""
         self.signal(name, signal.SIGKILL)
         self.processes.pop(name).wait()
+        if name == "server":
+            wait_for_port(self.host, self.port, open_=False)  # its child may take a moment longer
 
     def run(self, config: Path | str, out: str, *options: str) -> "subprocess.Popen[bytes]":
         """Start ``fedsplit run``; it logs to ``OUT.log``, the result on its last line."""
@@ -305,14 +307,18 @@ def free_port() -> int:
     return port
 
 
-def wait_for_port(host: str, port: int, timeout: float = _START) -> None:
-    """Wait until somebody listens."""
+def wait_for_port(host: str, port: int, timeout: float = _START, *, open_: bool = True) -> None:
+    """Wait until somebody listens, or nobody any more."""
     deadline = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=1).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"nobody listens on {host}:{port}") from None
-            time.sleep(0.1)
+    while _listens(host, port) != open_:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{'nobody' if open_ else 'somebody'} listens on {host}:{port}")
+        time.sleep(0.1)
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+        return True
+    except OSError:
+        return False

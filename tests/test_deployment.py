@@ -124,6 +124,7 @@ def honest_only(folder: Path, settings: Settings) -> None:
 
 
 def test_a_killed_training_process_is_told_and_the_run_resumes(trial: Deployment) -> None:
+    """On another SuperLink, which is told of the nodes when it starts: they come back to it by themselves."""
     settings = load_settings(written(trial.folder / "simulated.toml", simulated(HONEST)))
     config = written(trial.folder / "deployed.toml", deployed(HONEST))
     for device in range(HONEST):
@@ -135,6 +136,8 @@ def test_a_killed_training_process_is_told_and_the_run_resumes(trial: Deployment
     subprocess.run(["kill", "-9", str(trial.serverapp())], check=True)
     assert trial.processes["run"].wait(60) == 2
     assert "the process that trained was killed" in trial.log("run") and "--resume" in trial.log("run")
+    trial.kill("server")
+    trial.start_server()
     trial.run(config, "run", "--resume", *more)
     result = trial.result("run")
     simulate(

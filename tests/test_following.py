@@ -295,7 +295,7 @@ def test_half_a_letter_is_not_a_line(out: Path) -> None:
 
 
 def test_nodes_are_read_or_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no nodes\.json: it is written after a run's first round"):
+    with pytest.raises(ConfigError, match=r"holds no nodes\.json: it is written as nodes come"):
         read_nodes(tmp_path)
     for damage in ("", "[{", "3x"):
         (tmp_path / NODES).write_text(damage)

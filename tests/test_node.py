@@ -3,6 +3,7 @@
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -14,8 +15,8 @@ from processes import free_port
 
 from fedsplit.deployment import certs
 from fedsplit.deployment import node as module
-from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, make_certificates
-from fedsplit.deployment.node import check_superlink, read_authority, wait_for_superlink
+from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, make_certificates, read_authority
+from fedsplit.deployment.node import SuperNode, check_superlink, wait_for_superlink
 from fedsplit.errors import ConfigError
 from fedsplit.home import Home
 
@@ -183,6 +184,48 @@ def test_an_empty_authority_is_refused(tmp_path: Path) -> None:
     (tmp_path / CA).touch()
     with pytest.raises(ConfigError):
         read_authority(tmp_path / CA)
+
+
+def look_until(node: SuperNode, done: Callable[[], bool]) -> None:
+    while not done():
+        node.look_after()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_supernode_that_has_ended_is_started_again(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that was restarted knows nobody's number, and Flower's SuperNode ends, as if all were well."""
+    monkeypatch.setattr(module, "_CONNECTED", 0.2)
+    monkeypatch.setattr(module, "_AGAIN", 0.1)
+    starts, go = tmp_path / "starts", tmp_path / "go"
+    script = f"echo >> {starts}; while [ ! -e {go} ]; do sleep 0.01; done; rm {go}; exit {code}"
+    node = SuperNode(["sh", "-c", script], tmp_path, seen := tmp_path / "seen")
+    try:
+        for times in (1, 2):
+            look_until(node, lambda: starts.exists() and starts.read_text().count("\n") == times)  # noqa: B023
+            look_until(node, lambda: seen.exists() and node._away is None)
+            go.touch()
+            look_until(node, lambda: not go.exists() and node._process.poll() is not None)
+        look_until(node, lambda: starts.read_text().count("\n") == 3)
+    finally:
+        node.stop()
+    assert caplog.text.count("the SuperNode has ended") == 2
+
+
+def test_a_supernode_that_is_refused_tries_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it has been connected once: an earlier process of it may be there still."""
+    monkeypatch.setattr(module, "_AGAIN", 0.05)
+    monkeypatch.setattr(module, "TAKEOVER", 0.5)
+    node = SuperNode(["false"], tmp_path, seen := tmp_path / "seen")
+    with pytest.raises(ConfigError, match="refuses this node, see above: is its key registered"):
+        look_until(node, lambda: False)
+    seen.touch()
+    began, node = time.monotonic(), SuperNode(["false"], tmp_path, seen)
+    with pytest.raises(ConfigError, match="its key is not registered, or used twice"):
+        look_until(node, lambda: False)
+    assert time.monotonic() - began > 0.5
 
 
 # ------------------------------------------------------------------------------------------- the command line

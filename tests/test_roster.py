@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit import roster as module
-from fedsplit.deployment.certs import fingerprint, make_key_pair
+from fedsplit.deployment.certs import fingerprint, make_key_pair, read_public_key
 from fedsplit.record import to_record
 from fedsplit.roster import Roster
 from fedsplit.wire import Registration
@@ -133,6 +133,10 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return found
 
 
+def name(key: bytes) -> str:
+    return fingerprint(read_public_key(key))
+
+
 def pem(path: Path) -> bytes:
     form = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     return serialization.load_ssh_public_key(path.read_bytes()).public_bytes(*form)
@@ -153,7 +157,7 @@ def test_nodes_register_once() -> None:
 
 def test_a_key_registers_its_own_devices(keys: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
     """Another's, and one that is nobody's, are an offence; a part of its own is none."""
-    owners = {fingerprint(keys[0]): [0, 1], fingerprint(keys[1]): [2], fingerprint(keys[2]): [3]}
+    owners = {name(keys[0]): [0, 1], name(keys[1]): [2], name(keys[2]): [3]}
     grid = FakeGrid({10: has(0), 11: has(1, 2), 12: has(3, 9)}, {10: keys[0], 11: keys[1], 12: keys[2]})
     roster = Roster(DEVICES, 3, lambda: owners)
     look(roster, grid)
@@ -170,7 +174,7 @@ def test_a_key_registers_its_own_devices(keys: list[bytes], caplog: pytest.LogCa
 @pytest.mark.parametrize("key", [3, b"", b"garbage"])
 def test_an_unknown_key_is_refused(key: int | bytes, keys: list[bytes]) -> None:
     """Even without any device, and before anybody has the ones that it names."""
-    roster = Roster(DEVICES, 3, lambda: {fingerprint(keys[0]): [0]})
+    roster = Roster(DEVICES, 3, lambda: {name(keys[0]): [0]})
     grid = FakeGrid({10: has(0), 11: has()}, dict.fromkeys((10, 11), keys[key] if isinstance(key, int) else key))
     look(roster, grid)
     assert roster.nodes == {}
@@ -181,10 +185,10 @@ def test_an_unknown_key_is_refused(key: int | bytes, keys: list[bytes]) -> None:
 
 
 def test_a_node_that_is_let_in_during_a_run_registers(keys: list[bytes]) -> None:
-    owners = {fingerprint(keys[0]): [0]}
+    owners = {name(keys[0]): [0]}
     roster, grid = Roster(DEVICES, 3, lambda: owners), FakeGrid({10: has(0)}, {10: keys[0], 11: keys[1]})
     look(roster, grid)
-    owners[fingerprint(keys[1])] = [1]
+    owners[name(keys[1])] = [1]
     grid.answers[11] = has(1)
     look(roster, grid)
     assert sorted(roster.nodes) == [10, 11]
@@ -282,7 +286,7 @@ def test_of_a_simulation_no_others_will_come() -> None:
 
 
 def test_a_deployment_is_hopeless_when_every_known_key_was_refused(keys: list[bytes]) -> None:
-    owners = {fingerprint(keys[0]): [0], fingerprint(keys[1]): [1]}
+    owners = {name(keys[0]): [0], name(keys[1]): [1]}
     roster, grid = Roster(DEVICES, 3, lambda: owners), FakeGrid({5: has(1)}, {5: keys[0], 6: keys[1]})
     look(roster, grid)
     assert list(roster.refusals) == [5] and not roster.hopeless  # the other may come
@@ -293,9 +297,27 @@ def test_a_deployment_is_hopeless_when_every_known_key_was_refused(keys: list[by
 
 def test_strangers_do_not_make_a_deployment_hopeless(keys: list[bytes]) -> None:
     """Keys that Flower knows and the server's list does not: the nodes on the list may come yet."""
-    roster = Roster(DEVICES, 3, lambda: {fingerprint(keys[0]): [0]})
+    roster = Roster(DEVICES, 3, lambda: {name(keys[0]): [0]})
     look(roster, FakeGrid({5: has(0)}, {5: keys[3]}))
     assert list(roster.refusals) == [5] and not roster.hopeless
+
+
+def test_a_resumed_run_knows_offenders_by_their_keys(keys: list[bytes]) -> None:
+    """After a restart of the SuperLink nodes have other numbers."""
+    roster = Roster(DEVICES, 2)
+    look(roster, FakeGrid({5: has(0), 6: has(1), 7: has(2)}, {5: keys[0], 6: keys[1]}))
+    for node, times in ((5, 2), (6, 1), (7, 1)):
+        for _ in range(times):
+            roster.offend(node, "codes: not finite")
+    later = Roster(DEVICES, 2)
+    later.offences = roster.offences
+    look(later, FakeGrid({15: has(0), 16: has(1), 17: has(2)}, {15: keys[0], 16: keys[1]}))
+    assert {n: (a.offences, a.quarantined) for n, a in later.accounts.items()} == {
+        15: (2, True), 16: (1, False), 17: (0, False)
+    }  # fmt: skip
+    assert later.present == {16, 17} and later.offences == roster.offences
+    later.offend(16, "codes: not finite")
+    assert later.account(16).quarantined
 
 
 def test_who_is_quarantined_is_not_listed(keys: list[bytes], caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """The server's side of a deployment: what its SuperLink is told, Flower's own settings, who is let in."""
 
+import re
 import socket
 import threading
 import tomllib
@@ -10,10 +11,19 @@ import pytest
 from conftest import small_settings
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from processes import free_port
 
 from fedsplit.deployment import server as module
-from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, fingerprint, make_certificates, make_key_pair
+from fedsplit.deployment.certs import (
+    CA,
+    CERTIFICATE,
+    KEY,
+    fingerprint,
+    make_certificates,
+    make_key_pair,
+    read_public_key,
+)
 from fedsplit.deployment.flower import connect_flower, flower_config, run_flower
 from fedsplit.deployment.runs import submit
 from fedsplit.deployment.server import ServerFolder, check_port_free, register_node, server_of, superlink_command
@@ -30,6 +40,7 @@ def server(tmp_path: Path) -> ServerFolder:
 def test_a_superlink_has_tls_and_asks_for_keys(server: ServerFolder) -> None:
     port = free_port()
     command = superlink_command(server, "127.0.0.1", port, insecure=False)
+    assert command[command.index("--database") + 1] == ":flwr-in-memory:"  # what devices send is on no disk
     assert "--enable-supernode-auth" in command and "--insecure" not in command
     for option, name in (("--ssl-ca-certfile", CA), ("--ssl-certfile", CERTIFICATE), ("--ssl-keyfile", KEY)):
         assert command[command.index(option) + 1] == str(server.folder / name)
@@ -121,89 +132,112 @@ def test_an_unknown_superlink_is_told(flower_home: Path, tmp_path: Path) -> None
     assert not flower_home.exists()
 
 
-def let_in(server: ServerFolder, key: str, devices: list[int]) -> None:
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> list[EllipticCurvePublicKey]:
+    folder = tmp_path_factory.mktemp("keys")
+    for number in range(6):
+        make_key_pair(folder / str(number), "")
+    return [read_public_key((folder / f"{number}.pub").read_bytes()) for number in range(6)]
+
+
+def let_in(server: ServerFolder, key: EllipticCurvePublicKey, devices: list[int]) -> None:
     with server.letting_in(key, devices):
         pass
 
 
-def test_a_device_belongs_to_one_key(server: ServerFolder) -> None:
-    assert server.owners() == {}
-    let_in(server, "SHA256:a", [2, 0])
-    let_in(server, "SHA256:b", [1])
-    let_in(server, "SHA256:a", [0, 2])  # Flower may not know it
-    expected = {"SHA256:a": [0, 2], "SHA256:b": [1]}
-    assert server.owners() == expected
-    with pytest.raises(ConfigError, match=r"the key SHA256:a is registered already, for devices \[0, 2\]"):
-        let_in(server, "SHA256:a", [7])
-    with pytest.raises(ConfigError, match="device 2 belongs to the key SHA256:a: each device has one node"):
-        let_in(server, "SHA256:c", [9, 2])
-    with pytest.raises(KeyboardInterrupt), server.letting_in("SHA256:c", [9]):
-        assert server.owners() == {**expected, "SHA256:c": [9]}
+def test_a_device_belongs_to_one_key(keys: list[EllipticCurvePublicKey], server: ServerFolder) -> None:
+    assert server.owners() == {} and server.keys() == []
+    let_in(server, keys[0], [2, 0])
+    let_in(server, keys[1], [1])
+    let_in(server, keys[0], [0, 2])  # Flower may not know it
+    first = fingerprint(keys[0])
+    expected = {first: [0, 2], fingerprint(keys[1]): [1]}
+    assert server.owners() == expected and server.keys() == keys[:2]
+    with pytest.raises(ConfigError, match=r"the key SHA256:\S+ is registered already, for devices \[0, 2\]"):
+        let_in(server, keys[0], [7])
+    with pytest.raises(ConfigError) as refused:
+        let_in(server, keys[2], [9, 2])
+    assert str(refused.value) == f"device 2 belongs to the key {first}: each device has one node"
+    with pytest.raises(KeyboardInterrupt), server.letting_in(keys[2], [9]):
+        assert server.owners() == {**expected, fingerprint(keys[2]): [9]}
         raise KeyboardInterrupt
     assert server.owners() == expected and not list(server.folder.glob(".*"))
 
 
-def test_nodes_are_let_in_one_after_another(server: ServerFolder) -> None:
+def test_nodes_are_let_in_one_after_another(keys: list[EllipticCurvePublicKey], server: ServerFolder) -> None:
     """Two operators at once: neither's node is lost."""
-    threads = [threading.Thread(target=let_in, args=(server, f"SHA256:{i}", [i])) for i in range(20)]
+    threads = [threading.Thread(target=let_in, args=(server, key, [i])) for i, key in enumerate(keys)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(server.owners().values()) == [[i] for i in range(20)]
+    assert sorted(server.owners().values()) == [[i] for i in range(len(keys))]
 
 
-@pytest.mark.parametrize("damage", ["[a", "a = 3", "[a]\ndevices = 3", "[a]\ndevices = ['x']", "[a]\n", "a = 'x'"])
-def test_a_damaged_list_of_nodes_is_never_taken_for_none(damage: str, server: ServerFolder) -> None:
+DAMAGED = ["[a", "a = 3", "[a]\ndevices = 3", "[a]\ndevices = ['x']", "[a]\n", "a = 'x'", "[a]\ndevices = [0]",
+           "[a]\ndevices = [0]\nkey = 3", "[a]\ndevices = [0]\nkey = 'x'"]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_list_of_nodes_is_never_taken_for_none(
+    damage: str, keys: list[EllipticCurvePublicKey], server: ServerFolder
+) -> None:
     (server.folder / "nodes.toml").write_text(damage)
-    for asks in (server.owners, lambda: let_in(server, "SHA256:a", [0])):
-        with pytest.raises(ConfigError, match=r"nodes\.toml is damaged: it must hold devices = \[ids\] for each key"):
+    for asks in (server.owners, lambda: let_in(server, keys[0], [0])):
+        with pytest.raises(ConfigError, match=r"nodes\.toml is damaged: it must hold devices = \[ids\] and a key"):
             asks()
     assert (server.folder / "nodes.toml").read_text() == damage
 
 
+Told = list[tuple[str, EllipticCurvePublicKey]]
+
+
 @pytest.fixture
-def told(flower_home: Path, server: ServerFolder, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that Flower was given."""
+def told(flower_home: Path, server: ServerFolder, monkeypatch: pytest.MonkeyPatch) -> Told:
+    """The keys that a SuperLink was told, and where."""
     connect_flower("fedsplit", "127.0.0.1:9092", server.folder / CA)
-    commands: list[list[str]] = []
-    monkeypatch.setattr(module, "run_flower", lambda command: commands.append(list(command)) or "")
-    return commands
+    found: Told = []
+
+    def tell(address: str, authority: bytes, keys: list[EllipticCurvePublicKey]) -> bool:
+        assert authority == (server.folder / CA).read_bytes()
+        found.extend((address, key) for key in keys)
+        return True
+
+    monkeypatch.setattr(module, "tell_keys", tell)
+    return found
 
 
 def test_a_node_is_registered_with_the_devices_that_its_key_names(
-    told: list[list[str]], server: ServerFolder, tmp_path: Path
+    told: Told, server: ServerFolder, tmp_path: Path
 ) -> None:
     first, second = Home.create(tmp_path / "a", [3, 1]).key_path, Home.create(tmp_path / "b", [5]).key_path
     public = [path.with_suffix(".pub") for path in (first, second)]
     assert register_node("fedsplit", public[0], None) == [1, 3]
     assert register_node("fedsplit", public[1], [4, 6]) == [4, 6]  # the operator's word wins
-    assert told == [["supernode", "register", str(path), "fedsplit"] for path in public]
-    assert server.owners() == {
-        fingerprint(path.read_bytes()): d for path, d in zip(public, ([1, 3], [4, 6]), strict=True)
-    }
+    keys = [read_public_key(path.read_bytes()) for path in public]
+    assert told == [("127.0.0.1:9092", key) for key in keys]
+    assert server.owners() == {fingerprint(key): d for key, d in zip(keys, ([1, 3], [4, 6]), strict=True)}
     with pytest.raises(ConfigError, match=r"the key SHA256:\S+ is registered already, for devices \[1, 3\]"):
         register_node("fedsplit", public[0], [7])
     assert len(told) == 2
 
 
-@pytest.mark.parametrize(("said", "let"), [("no connection", False), ("Public key already in use.", True)])
+@pytest.mark.parametrize("status", [None, 403])
 def test_a_node_that_flower_refuses_is_not_let_in(
-    said: str, let: bool, told: list[list[str]], server: ServerFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: int | None, told: Told, server: ServerFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless Flower has it already, as after an end between the two steps, or with Flower's own command."""
+    """Neither if there is no SuperLink."""
 
-    def refuse(command: list[str]) -> str:
-        raise ConfigError(f"flwr supernode failed: {said}")
+    def refuse(*_: object) -> bool:
+        if status:
+            raise ConfigError(f"HTTP status {status}")
+        return False
 
-    monkeypatch.setattr(module, "run_flower", refuse)
+    monkeypatch.setattr(module, "tell_keys", refuse)
     key = Home.create(tmp_path / "a", [3]).key_path.with_suffix(".pub")
-    if let:
-        assert register_node("fedsplit", key, None) == [3]
-    else:
-        with pytest.raises(ConfigError, match=said):
-            register_node("fedsplit", key, None)
-    assert list(server.owners().values()) == ([[3]] if let else [])
+    with pytest.raises(ConfigError, match="HTTP status 403" if status else "does not answer at 127.0.0.1:9092: is it"):
+        register_node("fedsplit", key, None)
+    assert server.owners() == {}
 
 
 def test_a_superlink_of_flowers_own_is_none_of_ours(flower_home: Path) -> None:
@@ -220,20 +254,20 @@ def test_an_insecure_server_has_no_keys(flower_home: Path, tmp_path: Path) -> No
         register_node("trial", key, None)
 
 
-def test_a_run_needs_a_node(told: list[list[str]], tmp_path: Path) -> None:
+def test_a_run_needs_a_node(told: Told, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="SuperLink 'fedsplit' has no nodes yet: let them in with fedsplit server"):
         submit("{}", "fedsplit", tmp_path / "run", resume=False)
 
 
 @pytest.mark.parametrize("comment", ["", "me@home", "fedsplit-devices=", "fedsplit-devices=x", "fedsplit-devices=1,"])
-def test_a_key_that_names_no_devices_is_refused(comment: str, told: list[list[str]], tmp_path: Path) -> None:
+def test_a_key_that_names_no_devices_is_refused(comment: str, told: Told, tmp_path: Path) -> None:
     make_key_pair(tmp_path / "key", comment)
     with pytest.raises(ConfigError, match=r"key\.pub names no devices: give them with --device"):
         register_node("fedsplit", tmp_path / "key.pub", None)
     assert told == [] and register_node("fedsplit", tmp_path / "key.pub", [0]) == [0]
 
 
-def test_what_is_no_nodes_key_is_not_registered(told: list[list[str]], tmp_path: Path) -> None:
+def test_what_is_no_nodes_key_is_not_registered(told: Told, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"public key .*key\.pub cannot be read: No such file"):
         register_node("fedsplit", tmp_path / "key.pub", [0])
     private = Home.create(tmp_path / "a", [0]).key_path
@@ -246,10 +280,12 @@ def test_what_is_no_nodes_key_is_not_registered(told: list[list[str]], tmp_path:
     assert told == []
 
 
-def test_a_key_for_anothers_device_is_not_let_in(told: list[list[str]], server: ServerFolder, tmp_path: Path) -> None:
+def test_a_key_for_anothers_device_is_not_let_in(
+    told: Told, keys: list[EllipticCurvePublicKey], server: ServerFolder, tmp_path: Path
+) -> None:
     """Else it may connect, and registering it again with its own device fails, since Flower has it already."""
-    let_in(server, "SHA256:a", [3])
-    with pytest.raises(ConfigError, match="device 3 belongs to the key SHA256:a"):
+    let_in(server, keys[0], [3])
+    with pytest.raises(ConfigError, match=f"device 3 belongs to the key {re.escape(fingerprint(keys[0]))}"):
         register_node("fedsplit", Home.create(tmp_path / "b", [3]).key_path.with_suffix(".pub"), None)
     assert told == []
 
@@ -272,7 +308,7 @@ def test_server_start_refuses(tmp_path: Path, refused: Callable[..., str]) -> No
         assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in refused(*start)
     (tmp_path / "server" / KEY).chmod(0o644)
     assert "server.key can be read by others: chmod 600 it" in refused(*start)
-    assert not (tmp_path / "flwr").exists() and not (tmp_path / "server" / "superlink.db").exists()
+    assert not (tmp_path / "flwr").exists()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 from conftest import CONFIGS, small_settings
 from references import largest_difference, moved, trained
 
-from fedsplit import simulate, training
+from fedsplit import simulate, simulation
 from fedsplit.checkpoint import load_checkpoint
 from fedsplit.config import Settings, load_settings
 from fedsplit.errors import RunError
@@ -43,7 +43,7 @@ def wearables(*overrides: str, engine: str = "inline", config: str = "wearables"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of a small run's time, and is not looked at here."""
-    monkeypatch.setattr(training, "draw_curves", lambda folder: None)
+    monkeypatch.setattr(simulation, "draw_curves", lambda folder: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(gc, "collect", lambda *arguments: 0)  # which Flower's Bulyan does for every contribution
 

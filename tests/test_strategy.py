@@ -13,13 +13,15 @@ import pytest
 import torch
 from conftest import small_settings
 from flwr.app import Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from references import largest_difference, moved, trained
 
-from fedsplit import training, wire
+from fedsplit import strategy, wire
 from fedsplit.checkpoint import load_checkpoint
 from fedsplit.client_app import client_app
 from fedsplit.dropping import Kept
 from fedsplit.errors import RunError
+from fedsplit.following import read_nodes
 from fedsplit.grid import InProcessGrid
 from fedsplit.record import from_record, to_record
 from fedsplit.training import TrainingRun, open_run_folder
@@ -30,7 +32,6 @@ pytestmark = pytest.mark.slow  # whole runs
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of a small run's time, and is not looked at here."""
-    monkeypatch.setattr(training, "draw_curves", lambda folder: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
@@ -370,7 +371,8 @@ def test_a_node_that_always_lies_is_asked_no_more(
     assert states == {str(n): ("quarantined", offences) if n == 3 else ("connected", 0) for n in range(2, 7)}
     resumed = TrainingRun(run.settings, run.folder).strategy
     load_checkpoint(run.folder / "checkpoint", resumed)
-    assert {n: (a.offences, a.quarantined) for n, a in resumed.roster.accounts.items()} == {3: (offences, True)}
+    accounts = {node: resumed.roster.account(node) for node in (2, 3)}
+    assert {n: (a.offences, a.quarantined) for n, a in accounts.items()} == {2: (0, False), 3: (offences, True)}
 
 
 def test_offences_need_not_follow_one_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -499,3 +501,24 @@ def test_a_ledger_without_bounds_does_not_end_the_run(bad: float, tmp_path: Path
     lies = in_round_2_of_node_1(lambda r: changed(r, ledger=wire.Ledger(*[bad] * 8)))
     run = train(tmp_path, lies, dropping={"clip": 1.0, "noise": 9.0})  # so that no other node's is infinite
     assert run.result is not None and run.result["rounds"] == 4
+
+
+def test_a_run_says_for_how_many_devices_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And ``nodes.json`` has those that are there already."""
+    monkeypatch.setattr(strategy, "_PATIENCE", 0.05)
+    there: list[int] = []
+
+    class Late(InProcessGrid):
+        def get_nodes(self) -> list[NodeInfo]:
+            if "3 of 5 devices are there: waiting for the others, at most 600 s" in caplog.text:
+                there.append(len(read_nodes(tmp_path / "run")))
+                return list(super().get_nodes())
+            return list(super().get_nodes())[:3]
+
+    settings, folder = small_settings(protocol={"timeout": 600}), tmp_path / "run"
+    open_run_folder(folder, settings, resume=False)
+    run = TrainingRun(settings, folder)
+    assert run.train(Late(client_app(settings.to_json(), str(folder / "nodes")), 5))["nodes"] == 5
+    assert there[0] == 3 and len(read_nodes(folder)) == 5 and caplog.text.count("devices are there") == 1

@@ -40,7 +40,6 @@ from fedsplit.warmup import PUBLIC, PublicOnly, WarmUp, covariance_penalty, prin
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of a small run's time, and is not looked at here."""
-    monkeypatch.setattr(training, "draw_curves", lambda folder: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 

@@ -1,6 +1,7 @@
 """Keys and certificates of a deployment: a private authority, the server's certificate, a node's key pair."""
 
 import os
+import ssl
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509 import load_pem_x509_certificates
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsplit.errors import ConfigError
@@ -118,19 +120,31 @@ def _alternative(host: str) -> x509.GeneralName:
     return x509.DNSName(host)
 
 
+def read_authority(path: Path) -> bytes:
+    """Return the authority's certificate; raises ConfigError if it cannot be read or is none."""
+    try:
+        found = path.read_bytes()
+        load_pem_x509_certificates(found)  # refuses a file without any, which ssl would take for the system's
+        ssl.create_default_context(cadata=found.decode("ascii"))
+    except OSError as error:
+        raise ConfigError(f"authority {path} cannot be read: {error.strerror or 'not a certificate'}") from None
+    except ValueError:
+        raise ConfigError(f"authority {path} is not a certificate in PEM") from None
+    return found
+
+
 def make_key_pair(path: Path, comment: str) -> None:
     """Write a node's ECDSA P-384 key pair in OpenSSH's formats, the private one to ``path`` and readable by its owner.
 
     ``path`` with ``.pub`` behind it is the public key, which the server's operator registers.
     """
     key = ec.generate_private_key(ec.SECP384R1())
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     write_private(path, _private_bytes(key, serialization.PrivateFormat.OpenSSH))
-    path.with_suffix(".pub").write_bytes(public + b" " + comment.encode() + b"\n")
+    path.with_suffix(".pub").write_text(f"{openssh_line(key.public_key())} {comment}\n", encoding="utf-8")
 
 
-def fingerprint(public_key: bytes) -> str:
-    """Return the name of a public key, as ``ssh-keygen -l`` prints it.
+def read_public_key(public_key: bytes) -> ec.EllipticCurvePublicKey:
+    """Return a node's public key.
 
     Parameters
     ----------
@@ -150,8 +164,17 @@ def fingerprint(public_key: bytes) -> str:
         raise ConfigError("not a public key: it must be an OpenSSH line or PEM") from None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ConfigError("the public key must be on an elliptic curve (ECDSA P-384)")
-    line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    digest = sha256(b64decode(line.split()[1])).digest()
+    return key
+
+
+def openssh_line(key: ec.EllipticCurvePublicKey) -> str:
+    """Return a public key as OpenSSH writes it, without a comment."""
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+
+
+def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
+    """Return the name of a public key, as ``ssh-keygen -l`` prints it."""
+    digest = sha256(b64decode(openssh_line(key).split()[1])).digest()
     return "SHA256:" + b64encode(digest).decode().rstrip("=")
 
 

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from shutil import which
 
+import httpx
 import tomli_w
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from fedsplit.errors import ConfigError
 
@@ -65,6 +67,37 @@ def run_flower(arguments: Sequence[str]) -> str:
         said = [line.strip(" │╭╰─╮╯") for line in (done.stdout + done.stderr).splitlines()]
         raise ConfigError(f"flwr {arguments[0]} failed: {' '.join(line for line in said if line)[:500]}")
     return done.stdout
+
+
+def tell_keys(address: str, authority: bytes, keys: Iterable[EllipticCurvePublicKey]) -> bool:
+    """Have a SuperLink let nodes with these keys in, as ``flwr supernode register`` does for one.
+
+    Returns whether it answers.
+
+    Raises
+    ------
+    ConfigError
+        If it refuses a key that it does not know already.
+    """
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+    from flwr.supercore.control.control_http_client import ControlHttpClient
+    from flwr.supercore.error import ApiErrorCode, FlowerError
+    from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    interceptors = [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
+    with ControlHttpClient.from_server_address(address, False, authority, interceptors) as client:
+        for key in keys:
+            try:
+                client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key)))
+            except httpx.HTTPStatusError as error:
+                said = FlowerError.from_json(error.response.text)
+                if said is None or said.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
+                    why = said or f"HTTP status {error.response.status_code}"
+                    raise ConfigError(f"the SuperLink at {address} refuses a node's key: {why}") from None
+            except httpx.RequestError:
+                return False
+    return True
 
 
 def connect_flower(name: str, address: str, root: Path | None) -> Path:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cryptography.x509 import load_pem_x509_certificates
 from flwr.supernode.cli import flwr_clientapp
 
 from fedsplit.deployment.flower import CLIENT_APP, end_with_parent, environment, flower
@@ -23,19 +22,6 @@ _TIMEOUT = 5.0  # seconds to reach a server
 TAKEOVER = 75.0  # seconds in which Flower takes a killed node for online, and refuses the same key
 _CONNECTED = 15.0  # seconds after which a SuperNode that has not ended is connected
 _AGAIN = 5.0  # seconds between two tries to start one
-
-
-def read_authority(path: Path) -> bytes:
-    """Return the authority's certificate; raises ConfigError if it cannot be read or is none."""
-    try:
-        found = path.read_bytes()
-        load_pem_x509_certificates(found)  # refuses a file without any, which ssl would take for the system's
-        ssl.create_default_context(cadata=found.decode("ascii"))
-    except OSError as error:
-        raise ConfigError(f"authority {path} cannot be read: {error.strerror or 'not a certificate'}") from None
-    except ValueError:
-        raise ConfigError(f"authority {path} is not a certificate in PEM") from None
-    return found
 
 
 def check_superlink(address: str, authority: bytes | None) -> bool:
@@ -116,44 +102,44 @@ class SuperNode:
     programs : Path
         A folder of programs that win over those of the same name.
     seen : Path
-        A file that is there once the node has been connected, or has tried for a while: after that Flower may take the
-        process before, if it was killed, for online still, and refuse this one, which is then started again for a
-        while.
+        A file that is there once the node has been connected. After that a server that refuses it may take an earlier
+        process, which was killed, for online still, and a server that was restarted does not know this one: it is then
+        started again, for a while.
     """
 
     def __init__(self, command: Sequence[str], programs: Path, seen: Path) -> None:
         self._command, self._seen = list(command), seen
         self._environment = environment()
         self._environment["PATH"] = os.pathsep.join([str(programs), self._environment["PATH"]])
-        self._began = self._started = self._again = time.monotonic()
+        self._started = 0.0
+        self._again: float | None = None  # when to start it again
+        self._away: float | None = None  # since when it could not connect
         self._process = self._start()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        self._started = time.monotonic()
+        self._started, self._again = time.monotonic(), None
         return subprocess.Popen(self._command, env=self._environment, preexec_fn=end_with_parent)
 
-    def running(self) -> bool:
-        """Whether it is there; raises ConfigError if it could not connect."""
+    def look_after(self) -> None:
+        """Start it again if it has ended; raises ConfigError if it cannot connect."""
         now = time.monotonic()
         if self._process.poll() is None:
-            if now - self._started > _CONNECTED and not self._seen.exists():
+            if now - self._started > _CONNECTED and (self._away is not None or not self._seen.exists()):
                 self._seen.touch()
-            return True
-        if self._process.returncode == 0:
-            return False
-        if self._again > self._started:
+                self._away = None
+        elif self._again is not None:
             if now >= self._again:
                 self._process = self._start()
-            return True
-        if now - self._started > _CONNECTED:
-            raise ConfigError("the SuperNode has ended: see what it said above")
-        if not self._seen.exists():
+        elif not self._seen.exists():
             raise ConfigError("the server refuses this node, see above: is its key registered?")
-        if now - self._began > TAKEOVER:
-            raise ConfigError("the server refuses this node, see above: its key is not registered, or used twice")
-        log.warning("the server takes this node for online already: trying again")
-        self._again = now + _AGAIN
-        return True
+        else:
+            self._away = self._away or now
+            if now - self._away > TAKEOVER:
+                raise ConfigError("the server refuses this node, see above: its key is not registered, or used twice")
+            log.warning(
+                "the SuperNode has ended: the server was restarted, or takes this node for online: trying again"
+            )
+            self._again = now + _AGAIN
 
     def stop(self) -> None:
         """End it, and wait for it."""

@@ -8,7 +8,6 @@ from shutil import copy
 
 import tomli_w
 
-from fedsplit.config import Settings
 from fedsplit.deployment.flower import run_flower
 from fedsplit.deployment.server import server_of
 from fedsplit.errors import ConfigError
@@ -63,15 +62,6 @@ def own_modules(folder: Path, functions: Sequence[str | None]) -> list[Path]:
     """Return the files beside a settings file that hold a user's own ``module:function``, to go with the run."""
     files = (folder / f"{name.partition(':')[0]}.py" for name in functions if name)
     return sorted({file for file in files if file.exists()})
-
-
-def check_settings(settings: Settings) -> None:
-    """Refuse settings that do not fit together before a run is submitted; raises FedsplitError."""
-    from fedsplit.assemble import data_source, public_records, split_model
-
-    source = data_source(settings)
-    split_model(settings, source)
-    public_records(settings, source)
 
 
 def run_status(run: str, name: str) -> str:

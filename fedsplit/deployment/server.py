@@ -1,4 +1,8 @@
-"""The server's folder, its SuperLink, and which nodes are let in."""
+"""The server's folder, its SuperLink, and which nodes are let in.
+
+The SuperLink keeps what it knows in memory: nothing that devices sent reaches its disk, and an exchange takes two
+thirds of the time. Who is let in is written in ``nodes.toml``, and told to each SuperLink that starts.
+"""
 
 import fcntl
 import os
@@ -11,22 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
-from flwr.common.constant import PUBLIC_KEY_ALREADY_IN_USE_MESSAGE
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
-from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, fingerprint
-from fedsplit.deployment.flower import connection, flower, run_flower
+from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, fingerprint, openssh_line, read_authority, read_public_key
+from fedsplit.deployment.flower import connection, flower, tell_keys
 from fedsplit.errors import ConfigError
 from fedsplit.packing import MAX_DEVICES
 from fedsplit.state import replacing
 
-NODES, DATABASE = "nodes.toml", "superlink.db"
+NODES = "nodes.toml"
+_IN_MEMORY = ":flwr-in-memory:"
 
 
 @dataclass(frozen=True)
 class ServerFolder:
-    """The server's folder: certificates, the database of its SuperLink, and which devices belong to which key."""
+    """The server's folder: certificates, and which devices belong to which key."""
 
     folder: Path
+
+    @property
+    def authority(self) -> Path:
+        """The certificate that the server's own is signed by."""
+        return self.folder / CA
 
     @property
     def certificates(self) -> tuple[Path, Path, Path]:
@@ -47,39 +57,50 @@ class ServerFolder:
         ConfigError
             If the file is damaged.
         """
+        return {name: devices for name, (devices, _) in self._nodes().items()}
+
+    def keys(self) -> list[EllipticCurvePublicKey]:
+        """Return the registered keys; raises ConfigError if the file is damaged."""
+        return [key for _, key in self._nodes().values()]
+
+    def _nodes(self) -> dict[str, tuple[list[int], EllipticCurvePublicKey]]:
         path = self.folder / NODES
         if not path.exists():
             return {}
         try:
-            found = tomllib.loads(path.read_text(encoding="utf-8"))
-            return {str(key): [int(device) for device in entry["devices"]] for key, entry in found.items()}
+            found = tomllib.loads(path.read_text(encoding="utf-8")).items()
+            return {
+                name: ([int(device) for device in node["devices"]], read_public_key(node["key"].encode()))
+                for name, node in found
+            }
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError):
-            raise ConfigError(f"{path} is damaged: it must hold devices = [ids] for each key") from None
+        except (ValueError, TypeError, LookupError, AttributeError, ConfigError):
+            raise ConfigError(f"{path} is damaged: it must hold devices = [ids] and a key for each node") from None
 
     @contextmanager
-    def letting_in(self, key: str, devices: Sequence[int]) -> Iterator[None]:
-        """Note whose key has which devices; if what is done meanwhile fails, forget it again.
+    def letting_in(self, key: EllipticCurvePublicKey, devices: Sequence[int]) -> Iterator[None]:
+        """Note which devices a key has; if what is done meanwhile fails, forget it again.
 
         Raises
         ------
         ConfigError
             If the key is there with other devices, or a device belongs to another.
         """
+        name, chosen = fingerprint(key), sorted(devices)
         try:
             folder = os.open(self.folder, os.O_RDONLY)
         except OSError as error:
             raise ConfigError(f"server folder {self.folder} cannot be read: {error.strerror}") from None
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # nobody else lets a node in meanwhile
-            before = self.owners()
-            if key in before and before[key] != sorted(devices):
-                raise ConfigError(f"the key {key} is registered already, for devices {before[key]}")
-            for other, theirs in before.items():
-                if other != key and (shared := sorted(set(theirs) & set(devices))):
+            before = self._nodes()
+            if name in before and before[name][0] != chosen:
+                raise ConfigError(f"the key {name} is registered already, for devices {before[name][0]}")
+            for other, (theirs, _) in before.items():
+                if other != name and (shared := sorted(set(theirs) & set(chosen))):
                     raise ConfigError(f"device {shared[0]} belongs to the key {other}: each device has one node")
-            self._write({**before, key: sorted(devices)})
+            self._write({**before, name: (chosen, key)})
             try:
                 yield
             except BaseException:
@@ -88,8 +109,9 @@ class ServerFolder:
         finally:
             os.close(folder)
 
-    def _write(self, owners: dict[str, list[int]]) -> None:
-        text = tomli_w.dumps({name: {"devices": ids} for name, ids in owners.items()})
+    def _write(self, nodes: dict[str, tuple[list[int], EllipticCurvePublicKey]]) -> None:
+        found = {name: {"devices": devices, "key": openssh_line(key)} for name, (devices, key) in nodes.items()}
+        text = tomli_w.dumps(found)
         try:
             with replacing(self.folder / NODES) as new:
                 new.write_text(text, encoding="utf-8")
@@ -101,7 +123,7 @@ def superlink_command(server: ServerFolder, host: str, port: int, *, insecure: b
     """Return the command that starts a SuperLink; raises ConfigError if something is missing or the port in use."""
     check_port_free(host, port)
     command = [flower("flower-superlink"), "--host", host, "--port", str(port)]
-    command += ["--database", str(server.folder / DATABASE), "--disable-runtime-dependency-installation"]
+    command += ["--database", _IN_MEMORY, "--disable-runtime-dependency-installation"]
     if insecure:
         return [*command, "--insecure"]
     ca, certificate, key = (str(path) for path in server.certificates)
@@ -154,13 +176,13 @@ def register_node(name: str, public_key: Path, devices: Sequence[int] | None) ->
     Raises
     ------
     ConfigError
-        If the key cannot be used, is registered already, or the SuperLink refuses it.
+        If the key cannot be used, is registered for other devices, or the SuperLink refuses it.
     """
     try:
         line = public_key.read_bytes()
     except OSError as error:
         raise ConfigError(f"public key {public_key} cannot be read: {error.strerror}") from None
-    key, named = fingerprint(line), line.decode(errors="replace").partition("fedsplit-devices=")[2].split()
+    key, named = read_public_key(line), line.decode(errors="replace").partition("fedsplit-devices=")[2].split()
     try:
         chosen = list(devices or [int(device) for device in named[0].split(",")])
     except (IndexError, ValueError):
@@ -171,9 +193,6 @@ def register_node(name: str, public_key: Path, devices: Sequence[int] | None) ->
     if server is None:
         raise ConfigError(f"SuperLink {name!r} is insecure: it takes whoever comes, and knows no keys")
     with server.letting_in(key, chosen):
-        try:
-            run_flower(["supernode", "register", str(public_key), name])
-        except ConfigError as error:
-            if PUBLIC_KEY_ALREADY_IN_USE_MESSAGE not in str(error):  # else only its devices were missing here
-                raise
+        if not tell_keys(address := str(connection(name)["address"]), read_authority(server.authority), [key]):
+            raise ConfigError(f"SuperLink {name!r} does not answer at {address}: is it running?")
     return chosen

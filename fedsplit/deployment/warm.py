@@ -168,7 +168,7 @@ class WarmNode:
                 waits = _REFUSED in error.response.text and self._seen.exists() and time.monotonic() < deadline
                 if not waits:
                     raise self._refused(error) from None
-            log.warning("the server takes this node for online already: an earlier process of it, or one more")
+            log.warning("the server refuses this node: it takes an earlier process for online, or has just started")
             if stop.wait(5):
                 raise _Stopped
         self._seen.touch()
@@ -192,10 +192,9 @@ class WarmNode:
 
     def _beat(self, stop: threading.Event) -> None:
         """Tell the server now and then that the node is there."""
-        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=_HEARTBEAT)
         while not stop.wait(_HEARTBEAT / 3):
             try:
-                self._client.SendNodeHeartbeat(request)
+                self._client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=_HEARTBEAT))
             except Exception:  # whatever a server or a proxy answers: the main loop sees it, too
                 continue
 
@@ -204,7 +203,11 @@ class WarmNode:
         try:
             response = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         except httpx.HTTPStatusError as error:
-            raise self._refused(error) from None
+            if error.response.status_code != httpx.codes.UNAUTHORIZED:
+                raise self._refused(error) from None
+            log.warning("%s does not know this node any more: it was restarted, or the key was removed", self._address)
+            self._activate(self._stop)
+            return False
         if not response.messages_list:
             return False
         pauses.came()

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from fedsplit.deployment.node import read_authority
+from fedsplit.deployment.certs import read_authority
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.packing import FloatArray
 

@@ -47,6 +47,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where to listen.")] = 9443,
     rate: Annotated[float, typer.Option(help="Requests a second for each token; 0: any number.")] = 0.0,
+    demo: Annotated[
+        bool, typer.Option(help="Add a page where a prediction, and attacks on it, can be watched.")
+    ] = False,
 ) -> None:
     """Answer devices with predictions, from what dropping left of their records."""
     import logging
@@ -69,7 +72,12 @@ def serve(
         check_pair(certificate, key)
     for run in runs:
         find_functions(run)
-    app = service([Served.of_run(run) for run in runs], Tokens(tokens) if tokens else None, rate=rate)
+    models = [Served.of_run(run) for run in runs]
+    app = service(models, Tokens(tokens) if tokens else None, rate=rate)
+    if demo:
+        from fedsplit.prediction.demo import Attacker, add_demo
+
+        add_demo(app, [Attacker.of_run(run, model) for run, model in zip(runs, models, strict=True)])
     check_port_free(host, port)
     print(f"serving {', '.join(map(str, runs))} at http{'' if insecure else 's'}://{host}:{port}", flush=True)
     uvicorn.run(

@@ -104,8 +104,8 @@ class Bundle:
         """The name of the model: 16 hexadecimal digits of its first layer's parameters."""
         return model_name(self.weights)
 
-    def save(self, folder: Path) -> None:
-        """Write the folder; raises ConfigError if it holds something already, or cannot be written."""
+    def files(self) -> dict[str, bytes]:
+        """Return the contents of the folder's files by their names; raises ConfigError if they cannot hold it."""
         weights = save(self.layer.initial_weights())
         description = _Description(
             format=1,
@@ -118,13 +118,18 @@ class Bundle:
             scaling=_Scaling(**asdict(self.scaling)),
             sha256=sha256(weights).hexdigest(),
         )
+        return {WEIGHTS: weights, DESCRIPTION: (description.model_dump_json(indent=2) + "\n").encode()}
+
+    def save(self, folder: Path) -> None:
+        """Write the folder; raises ConfigError if it holds something already, or cannot be written."""
+        files = self.files()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
                 raise ConfigError(f"folder {folder} is not empty: choose another")
-            (folder / WEIGHTS).write_bytes(weights)
-            with replacing(folder / DESCRIPTION) as new:
-                new.write_text(description.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            for name, content in files.items():
+                with replacing(folder / name) as new:
+                    new.write_bytes(content)
         except OSError as error:
             raise ConfigError(f"folder {folder} cannot be written: {error.strerror}") from None
 

@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -42,6 +44,7 @@ MOST_RECORDS = 4096  # of a request; from so many on no more requests are answer
 MOST_CONNECTIONS = 1024
 _SLOW = 30.0  # seconds in which a request's body must be there
 _HEAD = 4096  # bytes of a request besides its records
+_MOST_HELD = 2**28  # bytes of all requests' bodies together
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,8 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
             for task in running:
                 task.cancel()
 
-    app = FastAPI(title="fedsplit", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # the documentation's page comes from here, not from elsewhere
+    app = FastAPIOffline(title="fedsplit", version="1", lifespan=lifespan, redoc_url=None)
 
     @app.middleware("http")
     async def _watch(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -274,6 +278,11 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
     async def _problem(request: Request, error: HTTPException) -> Response:
         return problem(request, error.status_code, str(error.detail), error.headers)
 
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        where = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())  # not what was given
+        return problem(request, 422, f"not valid: {where}")
+
     def let_in(request: Request) -> str:
         owner = tokens.owner(request.headers.get("authorization", "")) if tokens else ""
         if owner is None:
@@ -281,6 +290,8 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
         if not buckets.take(owner):
             raise HTTPException(429, f"more than {rate:g} requests a second", {"Retry-After": "1"})
         return owner
+
+    app.state.let_in, app.state.bodies = let_in, _Bodies()
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -309,16 +320,8 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
         model = by_name.get(name)
         if model is None:
             raise HTTPException(404, f"there is no model {name[:64]!r} here")
-        try:
-            async with asyncio.timeout(_SLOW):
-                payload = await _body(request, model.most_bytes)
-        except TimeoutError:
-            raise HTTPException(408, f"the body must be here within {_SLOW:g} s") from None
-        try:
-            release = model.read(payload)
-        except WireError as error:
-            raise HTTPException(422, str(error)) from None
-        outputs = await together[name].ask(release)
+        async with release_of(request, model) as release:
+            outputs = await together[name].ask(release)
         if not np.isfinite(outputs).all():
             raise HTTPException(422, "values give no finite outputs")
         metrics.records.labels(name).inc(len(outputs))
@@ -338,15 +341,47 @@ def problem(request: Request, status: int, detail: str, headers: Mapping[str, st
     )
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """Return a request's body, of which no more than what is allowed is ever held."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise HTTPException(413, f"at most {most} bytes")
-        parts.append(part)
-    return b"".join(parts)
+@asynccontextmanager
+async def release_of(request: Request, model: Served) -> AsyncIterator[Release]:
+    """Read the release in a request's body, and hold room for it as long as it is worked on; raises HTTPException."""
+    bodies: _Bodies = request.app.state.bodies
+    try:
+        async with asyncio.timeout(_SLOW):
+            payload = await bodies.read(request, model.most_bytes)
+        try:
+            release = model.read(payload)
+        except WireError as error:
+            raise HTTPException(422, str(error)) from None
+        yield release
+    except TimeoutError:
+        raise HTTPException(408, f"the body must be here within {_SLOW:g} s") from None
+    finally:
+        bodies.forget(request)
+
+
+class _Bodies:
+    """The requests' bodies that are held at a time, and no more of them than there is room for."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, int] = {}
+
+    async def read(self, request: Request, most: int) -> bytes:
+        """Return a body of at most ``most`` bytes."""
+        parts: list[bytes] = []
+        name = request.state.id
+        self._held[name] = 0
+        async for part in request.stream():
+            self._held[name] += len(part)
+            if self._held[name] > most:
+                raise HTTPException(413, f"at most {most} bytes")
+            if sum(self._held.values()) > _MOST_HELD:
+                raise HTTPException(503, "too many bodies at once", {"Retry-After": "1"})
+            parts.append(part)
+        return b"".join(parts)
+
+    def forget(self, request: Request) -> None:
+        """Give a body's room back."""
+        self._held.pop(request.state.id, None)
 
 
 class _Rates:

@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedsplit.data import Records
 from fedsplit.model import FirstLayer
 from fedsplit.packing import IntArray
 from fedsplit.privacy.attacks import decoder, lmmse, map_qp, wiener
 from fedsplit.privacy.criterion import coordinates
 from fedsplit.privacy.evidence import Evidence, GradientGroup, equations, released
 from fedsplit.privacy.gradient_attacks import conv_operator, gradient_conv, gradient_dense, negative_control
-from fedsplit.privacy.prior import Prior
+from fedsplit.privacy.prior import Labels, Prior
 from fedsplit.privacy.scores import summarise
 
 Array = NDArray[np.float64]
@@ -63,20 +64,10 @@ def audit(evidence: Evidence, *, seed: int, quick: bool = False) -> Audit:
     labels = subjects.y[:count] if subjects.y.ndim == 1 and subjects.y.dtype.kind == "i" else None
     x = subjects.x[:count].reshape(count, -1).astype(np.float64)
     public = subjects.public.x.reshape(len(subjects.public.x), -1)
-    classes = None if labels is None else subjects.public.y
-    most = 0 if labels is None else int(max(labels.max(), subjects.public.y.max())) + 1
-    prior = Prior.of(public, classes, _box(public), most)
-    guesses: dict[str, Array] = {"mean": np.broadcast_to(prior.mean, x.shape)}
-    if labels is not None:
-        guesses["class mean"] = prior.means[labels]
-    baselines = list(guesses)
-    skipped = {}
-    for name, attack in _attacks(quick).items():
-        found = attack(evidence, prior, targets, labels, seed)
-        if isinstance(found, str):
-            skipped[name] = found
-        else:
-            guesses[name] = prior.clip(found)
+    prior = known_before(subjects.public, 0 if labels is None else int(max(labels.max(), subjects.public.y.max())) + 1)
+    baselines = without_releases(prior, labels, count)
+    found, skipped = reconstructions(evidence, prior, targets, labels, seed=seed, quick=quick)
+    guesses = {**baselines, **found}
     score = _scorer(evidence, public, count)
     scores = {name: score(x, guess) for name, guess in guesses.items()}
     attacks = {name: s for name, s in scores.items() if name not in baselines}
@@ -85,7 +76,7 @@ def audit(evidence: Evidence, *, seed: int, quick: bool = False) -> Audit:
         "targets": count,
         "candidates": len(subjects.candidates),
         "public": {"records": len(public), "stand_in": subjects.stand_in},
-        "peak": _peak(public),
+        "peak": peak_of(subjects.public),
         "criterion": _criterion(evidence, targets),
         "baselines": {name: scores[name] for name in baselines},
         "attacks": attacks,
@@ -96,6 +87,38 @@ def audit(evidence: Evidence, *, seed: int, quick: bool = False) -> Audit:
         "cpu_seconds": round(time.process_time() - began, 1),
     }
     return Audit(report, guesses)
+
+
+def known_before(public: Records, classes: int) -> Prior:
+    """Return what public records tell before any release; with ``classes`` 0 their labels are not looked at."""
+    x = public.x.reshape(len(public.x), -1)
+    return Prior.of(x, public.y if classes else None, _box(x), classes)
+
+
+def without_releases(prior: Prior, labels: Labels, count: int) -> dict[str, Array]:
+    """Return the best guesses ``(count, n)`` without any release, by name."""
+    guesses = {"mean": np.broadcast_to(prior.mean, (count, len(prior.mean)))}
+    return guesses if labels is None else {**guesses, "class mean": prior.means[labels]}
+
+
+def reconstructions(
+    evidence: Evidence, prior: Prior, targets: IntArray, labels: Labels, *, seed: int, quick: bool
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """Return what every attack makes of the targets ``(targets, n)``, and why others had nothing to go by."""
+    guesses: dict[str, Array] = {}
+    skipped: dict[str, str] = {}
+    for name, attack in _attacks(quick).items():
+        found = attack(evidence, prior, targets, labels, seed)
+        if isinstance(found, str):
+            skipped[name] = found
+        else:
+            guesses[name] = prior.clip(found)
+    return guesses, skipped
+
+
+def peak_of(public: Records) -> float:
+    """Return the range of records' numbers, against which a PSNR is told."""
+    return 1.0 if _box(public.x) else float(public.x.max() - public.x.min())
 
 
 def _attacks(quick: bool) -> dict[str, Callable[..., Array | str]]:
@@ -262,10 +285,6 @@ def _box(public: NDArray[np.floating[Any]]) -> tuple[float, float] | None:
     return (0.0, 1.0) if public.min() >= 0 and public.max() <= 1 else None
 
 
-def _peak(public: NDArray[np.floating[Any]]) -> float:
-    return 1.0 if _box(public) else float(public.max() - public.min())
-
-
 def _scorer(
     evidence: Evidence, public: NDArray[np.floating[Any]], count: int
 ) -> Callable[[Array, Array], dict[str, Any]]:
@@ -278,7 +297,7 @@ def _scorer(
         return summarise(
             x,
             guess,
-            peak=_peak(public),
+            peak=peak_of(subjects.public),
             variance=public.var(axis=0),
             truth_index=subjects.place[:count],
             candidates=candidates,

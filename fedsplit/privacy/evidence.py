@@ -100,7 +100,7 @@ def recorded(folder: Path, layer: FirstLayer, dropping: Dropping, dtype: str) ->
         names = list(zip(exchange.owners.tolist(), exchange.index.tolist(), strict=True))
         rows = np.array([i for i, name in enumerate(names) if name in place], dtype=np.int64)
         if len(rows):
-            pattern, values = _dense(exchange.upload.release)
+            pattern, values = dense(exchange.upload.release)
             targets = np.array([place[names[i]] for i in rows], dtype=np.int64)
             seen.append(Seen(exchange.download.weights, targets, pattern[rows], values[rows]))
         sums.add(exchange, names)
@@ -120,7 +120,7 @@ def released(
 ) -> tuple[NDArray[np.bool_], FloatArray]:
     """Return pattern and values ``(records, width)`` that some records would release."""
     chunk = Chunk.of(0, Records(x, np.zeros(len(x), dtype=np.int64)))
-    return _dense(_release(layer, dropping, dtype, weights, chunk, simulation_secret(seed, 0)))
+    return dense(_release(layer, dropping, dtype, weights, chunk, simulation_secret(seed, 0)))
 
 
 def released_bytes(layer: FirstLayer, dropping: Dropping, dtype: str, chunk: Chunk, secret: bytes) -> tuple[bytes, int]:
@@ -136,7 +136,8 @@ def _release(
     return Release.pack(kept, chunk.devices, chunk.records, chunk.y, dtype, dropping.bits)
 
 
-def _dense(release: Release) -> tuple[NDArray[np.bool_], FloatArray]:
+def dense(release: Release) -> tuple[NDArray[np.bool_], FloatArray]:
+    """Return pattern and values ``(records, width)`` of a release."""
     pattern = unpack_bitmap(release.bitmap, release.width)
     values = np.zeros(pattern.shape, dtype=np.float32)
     values[pattern] = release.values()
@@ -169,7 +170,7 @@ class _Sums:
             self._labels.update(zip(names, exchange.upload.release.targets, strict=True))
 
     def _delta(self, release: Release, cut: FloatArray) -> FloatArray:
-        pattern, values = _dense(release)
+        pattern, values = dense(release)
         delta = np.zeros(pattern.shape, dtype=np.float32)
         delta[pattern] = cut
         if not self._layer.unit_slope and (invert := _inverse(self._layer)) is not None:

@@ -31,6 +31,12 @@ def record_exchange(folder: Path, node: int, download: Download, upload: Upload,
         np.savez_compressed(file, download=got, upload=sent, index=index, node=node)
 
 
+def tested(source: Source) -> Records:
+    """Return the records of test devices, which stand in for public ones."""
+    tests = [source.device(d).test for d in source.test_devices]
+    return Records(np.concatenate([r.x for r in tests]), np.concatenate([r.y for r in tests]))
+
+
 @dataclass(frozen=True)
 class Subjects:
     """The records that are attacked, and what the attacker knows beforehand.
@@ -80,11 +86,7 @@ class Subjects:
             raise DataError(f"audit.targets must be at most {len(x)} (the private records), got {targets}")
         order = np.random.default_rng(seed_of(seed, "audit targets")).permutation(len(x))
         chosen, candidates = order[:targets], order[: max(targets, MOST_CANDIDATES)]
-        known = public
-        if known is None:
-            tests = [source.device(d).test for d in source.test_devices]
-            known = Records(np.concatenate([r.x for r in tests]), np.concatenate([r.y for r in tests]))
-        place = np.arange(targets)
+        known, place = public or tested(source), np.arange(targets)
         return cls(x[chosen], y[chosen], owner[chosen], index[chosen], x[candidates], place, known, public is None)
 
     def save(self, folder: Path) -> None:

@@ -1,0 +1,159 @@
+"""A page on which a prediction can be watched: what stays, what leaves, and what an attacker makes of it.
+
+The page computes first layer and dropping itself (``page/layer.js``) and asks the service as any device does. What it
+asks for besides is what somebody with the server could do for himself: attack the upload with all that
+:mod:`fedsplit.privacy.audit` has, knowing public records. The page, which alone has the original, shows the closest.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.staticfiles import StaticFiles
+
+from fedsplit.assemble import data_source, public_records
+from fedsplit.data import Records
+from fedsplit.dropping import Dropping
+from fedsplit.errors import ConfigError
+from fedsplit.prediction.bundle import DESCRIPTION, WEIGHTS, run_settings
+from fedsplit.prediction.service import Served, release_of
+from fedsplit.privacy.audit import known_before, peak_of, reconstructions, without_releases
+from fedsplit.privacy.evidence import Evidence, Seen, dense
+from fedsplit.privacy.prior import Prior
+from fedsplit.privacy.transcript import Subjects, tested
+from fedsplit.wire import Release
+
+_PAGE = Path(__file__).parent / "page"
+_MOST_PUBLIC = 2000  # records that the attacker knows
+_SHOWN = 4  # decimals of a reconstruction
+_TYPES = {DESCRIPTION: "application/json", WEIGHTS: "application/octet-stream"}
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+@dataclass(frozen=True)
+class Attacker:
+    """Somebody with the server who knows public records.
+
+    Attributes
+    ----------
+    served : Served
+    public : Records
+    prior : Prior
+    classes : int
+        How many there are; 0 if the task has none.
+    """
+
+    served: Served
+    public: Records
+    prior: Prior
+    classes: int
+
+    @classmethod
+    def of_run(cls, folder: Path, served: Served) -> "Attacker":
+        """Return one who knows the run's public records, or those of its test devices.
+
+        Raises
+        ------
+        ConfigError
+            If the run has neither, or the page cannot compute its first layer.
+        """
+        settings = run_settings(folder)
+        source = data_source(settings)
+        public = public_records(settings, source)
+        if public is None and (source.absent or not source.test_devices):
+            raise ConfigError(
+                f"--demo needs public or test records for its attacks, and the run {folder} has none here"
+            )
+        public = public or tested(source)
+        rows = np.random.default_rng(0).permutation(len(public.x))[:_MOST_PUBLIC]
+        known = Records(public.x[rows], public.y[rows])
+        bundle = served.bundle
+        if bundle.dropping.noise or "GELU" in bundle.layer.description:
+            raise ConfigError("--demo is not for models with noise or GELU: the page cannot compute them")
+        classes = bundle.outputs if bundle.task == "classification" else 2 if bundle.task == "binary" else 0
+        return cls(served, known, known_before(known, classes), classes)
+
+    def attack(self, release: Release, dropping: Dropping) -> dict[str, Any]:
+        """Return what the attacks make of one record's release: numbers ``(n,)`` of the scaled record by attack."""
+        bundle, shape = self.served.bundle, self.served.bundle.layer.input_shape
+        outputs = self.served.outputs([release])
+        label = outputs.argmax(axis=1) if bundle.task == "classification" else (outputs[:, 0] > 0).astype(np.int64)
+        labels = label if self.classes else None
+        nothing, target = np.zeros((1, *shape), dtype=np.float32), np.arange(1)
+        subjects = Subjects(nothing, label, target, target, nothing, target, self.public, False)
+        seen = Seen(bundle.weights, target, *dense(release))
+        evidence = Evidence(bundle.layer, dropping, bundle.dtype, subjects, [seen], [])
+        guesses, _ = reconstructions(evidence, self.prior, target, labels, seed=0, quick=False)
+        return {
+            "guesses": _shown(guesses),
+            "without": _shown(without_releases(self.prior, labels, 1)),
+            "peak": peak_of(self.public),
+        }
+
+
+def _shown(guesses: dict[str, Any]) -> dict[str, list[float]]:
+    return {name: np.round(guess[0], _SHOWN).tolist() for name, guess in guesses.items()}
+
+
+def add_demo(app: FastAPI, attackers: Sequence[Attacker]) -> None:
+    """Add the page, the device's files and the attack to a service; all but the page itself need a token."""
+    by_name = {attacker.served.name: attacker for attacker in attackers}
+    files = {name: attacker.served.bundle.files() for name, attacker in by_name.items()}
+    busy = asyncio.Lock()
+
+    @app.middleware("http")
+    async def _careful(request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        if request.url.path.startswith("/demo"):
+            response.headers.update(_HEADERS)
+        return response
+
+    def known(request: Request, name: str) -> Attacker:
+        request.app.state.let_in(request)
+        if name not in by_name:
+            raise HTTPException(404, f"there is no model {name[:64]!r} here")
+        return by_name[name]
+
+    @app.get("/", include_in_schema=False)
+    async def _front() -> Response:
+        return RedirectResponse("/demo/")
+
+    @app.get("/demo/models/{name}/{file}", include_in_schema=False)
+    async def _file(name: str, file: str, request: Request) -> Response:
+        known(request, name)
+        if file not in _TYPES:
+            raise HTTPException(404, "a device has no such file")
+        return Response(files[name][file], media_type=_TYPES[file])
+
+    @app.post("/demo/models/{name}/attack", include_in_schema=False)
+    async def _attack(
+        name: str, request: Request, policy: str, keep: float = 1.0, k: int = 0, bits: int = 0
+    ) -> Response:
+        """Attack one record's upload, made under the policy that is named."""
+        attacker = known(request, name)
+        layer = attacker.served.bundle.layer
+        try:
+            dropping = Dropping(policy, keep=keep, k=k, bits=bits)
+            dropping.check_layer(layer.width, layer.positive_only)
+        except ConfigError as error:
+            raise HTTPException(422, str(error)) from None
+        if busy.locked():
+            raise HTTPException(503, "an attack is on its way already", {"Retry-After": "5"})
+        async with busy, release_of(request, attacker.served) as release:
+            if len(release.counts) != 1 or release.bits != bits:
+                raise HTTPException(422, "a query of one record is needed, in the policy's codes")
+            return JSONResponse(await asyncio.to_thread(attacker.attack, release, dropping))
+
+    app.mount("/demo", StaticFiles(directory=_PAGE, html=True), name="demo")

@@ -117,8 +117,13 @@ def predict(
     own.check()
     if server is not None and server.startswith("http://") and not insecure:
         raise ConfigError("--server must be https://HOST:PORT; for a trial on one machine add --insecure")
+    if bundle.scaling.looks_scaled(raw):
+        stderr.print(f"{records} looks scaled already: records are raw, up to {bundle.scaling.high:g}", markup=False)
     if server is not None:
-        ask = Remote(server, bundle.model, os.environ.get("FEDSPLIT_TOKEN"), ca)
+        token = os.environ.get("FEDSPLIT_TOKEN")
+        if server.startswith("https://") and not token:
+            raise ConfigError("a service with TLS wants a token: put it in the variable FEDSPLIT_TOKEN")
+        ask = Remote(server, bundle.model, token, ca)
         found = Predictor(bundle, own, ask).predict(raw)
     else:
         assert offline is not None

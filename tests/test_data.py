@@ -767,7 +767,7 @@ def test_a_nodes_files_are_those_of_its_devices_in_their_order(folder):
         assert np.array_equal(own.device(mine).test.x, whole.device(theirs).test.x)
     with pytest.raises(DataError, match="device 3 is not on this node"):
         own.device(3)
-    with pytest.raises(DataError, match=r"holds 3 \.npz files, the node has 2 devices"):
+    with pytest.raises(DataError, match=r"holds 3 \.npz files, the node has 2 device\(s\)"):
         open_own(str(folder), [2, 5], like)
     with pytest.raises(DataError, match="does not exist"):
         open_own(str(folder / "nowhere"), [2], like)

@@ -260,6 +260,6 @@ def test_node_start_refuses_its_own_files(made: Path, tmp_path: Path, refused: C
     assert "data path" in (said := refused(*good, "--data", "nowhere")) and "does not exist" in said
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "0.npz", x=np.zeros((1, 2)), y=np.zeros(1))
-    assert "holds 1 .npz files, the node has 2 devices" in refused(*good, "--data", "data")
+    assert "holds 1 .npz files, the node has 2 device(s)" in refused(*good, "--data", "data")
     home.key_path.chmod(0o640)
     assert f"{home.key_path} can be read by others: chmod 600 it" in refused(*good)

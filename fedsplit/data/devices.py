@@ -147,7 +147,7 @@ def own_files(path: str, devices: Sequence[int]) -> tuple[Path, ...]:
         raise DataError(f"data path {path!r} does not exist")
     files = tuple(sorted(where.glob("*.npz"), key=lambda file: file.name)) if where.is_dir() else (where,)
     if len(files) != len(devices):
-        raise DataError(f"data path {path!r} holds {len(files)} .npz files, the node has {len(devices)} devices")
+        raise DataError(f"data path {path!r} holds {len(files)} .npz files, the node has {len(devices)} device(s)")
     return files
 
 

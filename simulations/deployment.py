@@ -105,8 +105,8 @@ def compare(folder: Path, namespaces: bool) -> None:
 class Case:
     """A fault while a run is on, and what it is expected to do.
 
-    ``inject`` is called after round ``at`` of ``rounds`` and returns a word on what was seen; ``log`` must be in the run's
-    log; ``returns`` tells whether the node is there at the end.
+    ``inject`` is called after round ``at`` of ``rounds`` and returns a word on what was seen; ``log`` must be in the
+    run's log; ``returns`` tells whether the node is there at the end.
     """
 
     name: str
@@ -289,7 +289,7 @@ def faketime_library() -> str:
 
 def faults(folder: Path, namespaces: bool) -> None:
     """Inject every fault and print a table; raise RuntimeError if an outcome is not as it should be."""
-    bases = {}
+    bases: dict[tuple[str, ...], list[float]] = {}
     for case in CASES:
         if case.settings not in bases:
             bases[case.settings] = undisturbed(folder / f"undisturbed-{case.rounds}", case.settings)

@@ -4,13 +4,13 @@ A folder with ``device.json`` and ``first_layer.safetensors``, whose SHA-256 the
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
@@ -42,31 +42,15 @@ class _Layer(_Strict):
     input_shape: tuple[int, ...]
 
 
-class _Dropping(_Strict):
-    policy: str
-    keep: float
-    k: int
-    bits: int
-    clip: float
-    noise: float
-
-
-class _Scaling(_Strict):
-    subtract: tuple[float, ...]
-    divide: tuple[float, ...]
-    low: float
-    high: float
-
-
 class _Description(_Strict):
     format: Literal[1]
     model: str
     task: Literal["classification", "binary", "regression"]
     outputs: int
     layer: _Layer
-    dropping: _Dropping
+    dropping: Dropping
     dtype: Literal["float16", "float32"]
-    scaling: _Scaling
+    scaling: Scaling
     sha256: str
 
 
@@ -113,9 +97,9 @@ class Bundle:
             task=self.task,  # type: ignore[arg-type]
             outputs=self.outputs,
             layer=_described(self.layer),
-            dropping=_Dropping(**asdict(self.dropping)),
+            dropping=self.dropping,
             dtype=self.dtype,  # type: ignore[arg-type]
-            scaling=_Scaling(**asdict(self.scaling)),
+            scaling=self.scaling,
             sha256=sha256(weights).hexdigest(),
         )
         return {WEIGHTS: weights, DESCRIPTION: (description.model_dump_json(indent=2) + "\n").encode()}
@@ -147,14 +131,14 @@ class Bundle:
             content = (folder / WEIGHTS).read_bytes()
         except OSError as error:
             raise DataError(f"{folder} holds no model for devices: {error.strerror}; see fedsplit export") from None
-        except (ValueError, TypeError, ValidationError):
+        except (ValueError, TypeError, ConfigError):
             raise DataError(f"{folder / DESCRIPTION} is damaged, or of another version of fedsplit") from None
         if sha256(content).hexdigest() != found.sha256:
             raise DataError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
         try:
             layer = _built(found.layer)
             layer.load_weights(load(content))
-            scaling, dropping = Scaling(**found.scaling.model_dump()), Dropping(**found.dropping.model_dump())
+            scaling, dropping = found.scaling, found.dropping
             dropping.check_layer(layer.width, layer.positive_only)
             if 0.0 in scaling.divide or scaling.apply(np.zeros((1, *layer.input_shape))).shape[1:] != layer.input_shape:
                 raise ValueError

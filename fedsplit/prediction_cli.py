@@ -18,6 +18,7 @@ from fedsplit.errors import ConfigError, DataError
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     device: Annotated[Path, typer.Option(help="Where what a device needs goes.")],
+    onnx: Annotated[bool, typer.Option(help="Also the first layer for other runtimes; dropping is not in it.")] = False,
 ) -> None:
     """Write what a device needs to ask for predictions: the first layer, the policy, the scaling of its input."""
     from fedsplit.node_cli import find_functions
@@ -25,7 +26,12 @@ def export(
 
     find_functions(run)
     bundle = run_bundle(run)
-    bundle.save(device)
+    others: dict[str, bytes] = {}
+    if onnx:
+        from fedsplit.prediction.onnx_export import ONNX, onnx_model
+
+        others[ONNX] = onnx_model(bundle)
+    bundle.save(device, others)
     print(f"wrote {device} of model {bundle.model}: give it to the devices, the trunk is not in it")
 
 

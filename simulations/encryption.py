@@ -4,9 +4,10 @@
 
 Every scheme takes raw records of the run's test devices (their raw numbers, as bytes where they fit) to the server's
 outputs in one process and one thread; times are medians over repetitions, all schemes in turns. "Device" is all until
-the upload is there, "server" all from there to the outputs. The times at the end add what the upload takes at a rate;
-no network is in between, and both sides are the same processor: no phone was measured. The attack is `fedsplit audit`'s
-strongest on one release. Writes `simulations/results/encryption.json`.
+the upload is there, "server" all from there to the outputs, which go down as float32. The times at the end add what
+upload and answer take at a rate; no network is in between, and both sides are the same processor: no phone was
+measured. The attack is `fedsplit audit`'s strongest on one release. With `pip install 'fedsplit[he]'` a few single
+records go through homomorphic encryption as well, see `homomorphic.py`. Writes `simulations/results/encryption.json`.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from homomorphic import measured
 from numpy.typing import NDArray
 
 from fedsplit.assemble import data_source, public_records
@@ -72,12 +74,15 @@ class Whole:
 
     def __call__(self, plain: bytes) -> NDArray[np.float32]:
         """Return the outputs."""
-        raw = np.frombuffer(plain, self._dtype).reshape(-1, *self._shape)
-        x = self._scaling.apply(raw.astype(np.float64)) if self._dtype == np.uint8 else raw
+        x = self.scaled(np.frombuffer(plain, self._dtype).reshape(-1, *self._shape))
         with torch.no_grad():
             cut = self._layer.activation(self._layer.pre_activations(self._weights, x))
             found: NDArray[np.float32] = self._trunk(cut).numpy()
         return found
+
+    def scaled(self, raw: Raw) -> NDArray[np.float32]:
+        """Return what the network takes."""
+        return self._scaling.apply(raw.astype(np.float64)) if self._dtype == np.uint8 else raw
 
 
 def schemes(served: Served, raw: Raw, home: Home) -> list[Scheme]:
@@ -168,7 +173,7 @@ def raw_records(scaling: Scaling, x: NDArray[np.float32]) -> Raw:
     return whole.astype(np.uint8) if fits else x
 
 
-def measure(found: list[Scheme], raw: Raw, repeats: int) -> dict[str, dict[str, float]]:
+def measure(found: list[Scheme], raw: Raw, repeats: int) -> dict[str, dict[str, Any]]:
     """Return medians over repetitions of each scheme's times and bytes, per record."""
     expected = found[0].server(found[0].device(raw))
     times: dict[str, list[tuple[float, float, int]]] = {scheme.name: [] for scheme in found}
@@ -188,6 +193,8 @@ def measure(found: list[Scheme], raw: Raw, repeats: int) -> dict[str, dict[str, 
             "device_us": 1e6 * median(t[0] for t in rows) / len(raw),
             "server_us": 1e6 * median(t[1] for t in rows) / len(raw),
             "bytes_up": median(t[2] for t in rows) / len(raw),
+            "bytes_down": expected.nbytes / len(raw),
+            "seen": "activations" if OURS in name else "the record",
         }
         for name, rows in times.items()
     }
@@ -223,22 +230,31 @@ def main() -> None:
         home = Home.create(Path(folder) / "home", [0])
         for batch in BATCHES:
             rows = measure(schemes(served, raw[:batch], home), raw[:batch], options.repeats // (1 + batch // 16))
+            lines: list[str] = []
+            if batch == 1:  # these encrypt each record by itself
+                whole = Whole(served, raw)
+                encrypted, lines = measured(served, whole.scaled(raw), whole(raw.tobytes()))
+                rows |= encrypted
             written["batches"][batch] = rows
             show(batch, rows, attack)
+            for line in lines:
+                print(line)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(written, indent=2) + "\n")
 
 
-def show(batch: int, rows: dict[str, dict[str, float]], attack: dict[str, float]) -> None:
+def show(batch: int, rows: dict[str, dict[str, Any]], attack: dict[str, float]) -> None:
     """Print one table."""
-    rates = " ".join(f"{f'{rate:g} Mbit/s':>11}" for rate in RATES)
+    rates = " ".join(f"{f'{rate:g} Mbit/s':>12}" for rate in RATES)
+    wide = max(map(len, rows))
     print(f"\n{batch} record(s) a request, per record:")
-    print(f"{'':37} device us server us  bytes {rates}  the server sees")
+    print(f"{'':{wide}}   device us   server us bytes up    down {rates}  the server sees")
     for name, row in rows.items():
-        took = row["device_us"] + row["server_us"]
-        ends = " ".join(f"{(took + 8 * row['bytes_up'] / rate) / 1000:8.2f} ms" for rate in RATES)
-        seen = "the record" if OURS not in name else f"activations ({attack['strongest']:.1f} dB)"
-        print(f"{name:37} {row['device_us']:9.1f} {row['server_us']:9.1f} {row['bytes_up']:6.0f} {ends}  {seen}")
+        took, travels = row["device_us"] + row["server_us"], row["bytes_up"] + row["bytes_down"]
+        ends = " ".join(f"{(took + 8 * travels / rate) / 1000:9.2f} ms" for rate in RATES)
+        seen = row["seen"] + (f" ({attack['strongest']:.1f} dB)" if OURS in name else "")
+        sizes = f"{row['bytes_up']:8.0f} {row['bytes_down']:7.0f}"
+        print(f"{name:{wide}} {row['device_us']:11.1f} {row['server_us']:11.1f} {sizes} {ends}  {seen}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """What a device needs to ask for predictions, and nothing more: the first layer, the policy, the scaling of its input.
 
 A folder with ``device.json`` and ``first_layer.safetensors``, whose SHA-256 the former holds. The trunk is not in it.
+Other files in it, such as ``first_layer.onnx``, are not read.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +37,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
-class _Layer(_Strict):
+class Layer(_Strict):
+    """What a first layer is, besides its weights."""
+
     kind: Literal["Linear", "Conv1d", "Conv2d"]
     arguments: dict[str, int | tuple[int, ...]]
     bias: bool
@@ -47,7 +52,7 @@ class _Description(_Strict):
     model: str
     task: Literal["classification", "binary", "regression"]
     outputs: int
-    layer: _Layer
+    layer: Layer
     dropping: Dropping
     dtype: Literal["float16", "float32"]
     scaling: Scaling
@@ -96,7 +101,7 @@ class Bundle:
             model=self.model,
             task=self.task,  # type: ignore[arg-type]
             outputs=self.outputs,
-            layer=_described(self.layer),
+            layer=described(self.layer),
             dropping=self.dropping,
             dtype=self.dtype,  # type: ignore[arg-type]
             scaling=self.scaling,
@@ -104,9 +109,9 @@ class Bundle:
         )
         return {WEIGHTS: weights, DESCRIPTION: (description.model_dump_json(indent=2) + "\n").encode()}
 
-    def save(self, folder: Path) -> None:
-        """Write the folder; raises ConfigError if it holds something already, or cannot be written."""
-        files = self.files()
+    def save(self, folder: Path, others: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        """Write the folder, with other files by name; raises ConfigError if it is not empty, or cannot be written."""
+        files = {**others, **self.files()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
@@ -194,13 +199,14 @@ def bundle_of(settings: Settings, source: Source, layer: FirstLayer, folder: Pat
     return Bundle(layer, chosen, settings.protocol.dtype, source.scaling, source.task, source.outputs)
 
 
-def _described(layer: FirstLayer) -> _Layer:
+def described(layer: FirstLayer) -> Layer:
+    """Return what a layer is, besides its weights; raises ConfigError if its activation has unusual numbers."""
     module: Any = layer.layer
     names = _OF_LINEAR if isinstance(module, nn.Linear) else _OF_CONVOLUTION
     (activation,) = (name for name, kind in ACTIVATIONS.items() if type(layer.activation) is kind)
     if repr(layer.activation) != repr(ACTIVATIONS[activation]()):
         raise ConfigError(f"{layer.activation} cannot be exported: only activations with their usual numbers can")
-    return _Layer(
+    return Layer(
         kind=type(module).__name__,  # type: ignore[arg-type]
         arguments={name: getattr(module, name) for name in names},
         bias=module.bias is not None,
@@ -209,7 +215,7 @@ def _described(layer: FirstLayer) -> _Layer:
     )
 
 
-def _built(found: _Layer) -> FirstLayer:
+def _built(found: Layer) -> FirstLayer:
     arguments: dict[str, Any] = {**found.arguments}
     module = _LAYERS[found.kind](**arguments, bias=found.bias)
     return FirstLayer(module, ACTIVATIONS[found.activation](), found.input_shape)

@@ -82,7 +82,7 @@ class Whole:
 
     def scaled(self, raw: Raw) -> NDArray[np.float32]:
         """Return what the network takes."""
-        return self._scaling.apply(raw.astype(np.float64)) if self._dtype == np.uint8 else raw
+        return self._scaling.apply(raw.astype(np.float64))
 
 
 def schemes(served: Served, raw: Raw, home: Home) -> list[Scheme]:
@@ -170,7 +170,7 @@ def raw_records(scaling: Scaling, x: NDArray[np.float32]) -> Raw:
     raw = scaling.undo(x)
     whole = np.rint(raw)
     fits = np.abs(whole - raw).max() < 1e-3 and whole.min() >= 0 and whole.max() <= 255
-    return whole.astype(np.uint8) if fits else x
+    return whole.astype(np.uint8) if fits else raw.astype(np.float32)
 
 
 def measure(found: list[Scheme], raw: Raw, repeats: int) -> dict[str, dict[str, Any]]:

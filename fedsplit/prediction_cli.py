@@ -81,8 +81,13 @@ def serve(
     models = [Served.of_run(run) for run in runs]
     app = service(models, Tokens(tokens) if tokens else None, rate=rate)
     if demo:
+        import torch
+
         from fedsplit.prediction.demo import Attacker, add_demo
 
+        torch.set_num_threads(
+            1
+        )  # attacks train small networks: threads that wait for each other take ten times as long
         add_demo(app, [Attacker.of_run(run, model) for run, model in zip(runs, models, strict=True)])
     check_port_free(host, port)
     print(f"serving {', '.join(map(str, runs))} at http{'' if insecure else 's'}://{host}:{port}", flush=True)

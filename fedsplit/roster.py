@@ -178,7 +178,7 @@ class Roster:
     def account(self, node: int) -> Account:
         """Return a node's account."""
         if node not in self.accounts:
-            before = self._earlier.get(self._identity(node), 0)
+            before = self.offences.get(self._identity(node), 0)
             self.accounts[node] = Account(offences=before, quarantined=before >= self._max_offences)
         return self.accounts[node]
 

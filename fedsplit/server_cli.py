@@ -48,13 +48,15 @@ def start(
     """Start Flower's SuperLink: with TLS, and for nodes whose keys were registered."""
     from fedsplit.deployment import flower
     from fedsplit.deployment.certs import read_authority
+    from fedsplit.deployment.node import check_superlink
     from fedsplit.deployment.server import ServerFolder, superlink_command
 
     where = ServerFolder(folder.resolve())
     command = superlink_command(where, host, port, insecure=insecure)
-    reached = f"{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    reached = f"[{reached}]:{port}" if ":" in reached else f"{reached}:{port}"
     config = flower.connect_flower(name, reached, None if insecure else where.authority)
-    known = [] if insecure else where.keys()
+    known, authority = ([], b"") if insecure else (where.keys(), read_authority(where.authority))
     print(f"known as {name!r} in {config}")
     print(shlex.join(command), flush=True)
     process = subprocess.Popen(command, env=flower.environment(), preexec_fn=flower.end_with_parent)
@@ -66,8 +68,14 @@ def start(
         process.terminate()
 
     signal.signal(signal.SIGTERM, stop)
-    while known and process.poll() is None and not flower.tell_keys(reached, read_authority(where.authority), known):
-        time.sleep(0.05)
+    try:
+        while known and process.poll() is None:
+            if check_superlink(reached, authority) and flower.tell_keys(reached, authority, known):
+                break
+            time.sleep(0.05)
+    except ConfigError:
+        process.terminate()
+        raise
     code = process.wait()
     if code and not stopped.is_set():
         raise ConfigError(f"flower-superlink ended with code {code}: see what it said above")

@@ -314,7 +314,7 @@ class SplitStrategy(Strategy):
     def register(self, grid: Grid, note: Callable[[], None] = lambda: None) -> None:
         """List the nodes anew; before the first round wait for all devices, later as long as there is no node at all.
 
-        ``note`` is called whenever another number of devices is there.
+        ``note`` is called whenever another number of devices is there, or of nodes refused.
 
         Raises
         ------
@@ -322,15 +322,15 @@ class SplitStrategy(Strategy):
             If there are more nodes than devices, or no device has come within the timeout.
         """
         timeout, expected, roster = self.options.timeout, self.options.devices, self.roster
-        began, pauses, told, before = time.monotonic(), Pauses(0.02, 0.5), False, -1
+        began, pauses, told, before = time.monotonic(), Pauses(0.02, 0.5), False, (-1, 0)
         while True:
             self._look(grid)
             if not self._started and len(roster.present) > expected:
                 raise RunError(f"{len(roster.present)} nodes for {expected} devices: lower the number of nodes")
             known = sum(len(r.devices) for r in roster.nodes.values())
-            if known != before:
+            if (heard := (known, len(roster.refusals))) != before:
                 note()
-                before, told = known, False
+                before, told = heard, False
             if known >= expected or (self._started and roster.nodes):
                 break
             if roster.hopeless:

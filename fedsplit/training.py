@@ -213,10 +213,8 @@ class TrainingRun:
         try:
             yield
         except OSError as error:
-            done = self.rounds_done
-            raise RunError(
-                f"{self.folder} cannot be written ({error.strerror}): the checkpoint of round {done} is the last"
-            ) from None
+            left = f"the checkpoint of round {self.rounds_done} is the last" if self.rounds_done else "no round is done"
+            raise RunError(f"{self.folder} cannot be written ({error.strerror}): {left}") from None
 
     def _keep_metrics(self, rounds: int) -> None:
         """Cut off metrics of rounds after the checkpoint: they will be written again."""

@@ -1,14 +1,16 @@
 import copy
+import logging
 import os
-import subprocess
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedsplit.cli import main
 from fedsplit.config import Settings, check_settings
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -45,20 +47,33 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(tmp_path: Path) -> Callable[..., str]:
-    """Return a function that runs the command line, expects exit code 2, and returns the one line on stderr."""
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Return a function that runs the command line, expects exit code 2, and returns the one line on stderr.
+
+    In this process: a new one imports torch for seconds. ``test_cli.py`` has real ones.
+    """
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    loggers = {name: logging.getLogger(name) for name in ("fedsplit", "flwr")}
+    before = {name: (logger.level, logger.handlers) for name, logger in loggers.items()}
 
     def run(*arguments: object) -> str:
-        command = [sys.executable, "-m", "fedsplit.cli", *map(str, arguments)]
-        # a narrow terminal: no line is wrapped
-        environment = {**os.environ, "FLWR_HOME": str(tmp_path / "flwr"), "COLUMNS": "40"}
-        done = subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
-        )
-        assert done.returncode == 2 and done.stdout == "", (done.stdout, done.stderr)
-        lines = done.stderr.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("fedsplit: "), done.stderr
-        assert "Traceback" not in done.stderr
+        monkeypatch.setattr(sys, "argv", ["fedsplit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert ended.value.code == 2 and said.out == "", said
+        lines = said.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("fedsplit: "), said.err
         return lines[0]
 
-    return run
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name, (level, kept) in before.items():
+        loggers[name].setLevel(level)
+        loggers[name].handlers = kept

@@ -111,7 +111,7 @@ def test_a_model_that_the_page_cannot_compute_is_refused(why: str, tmp_path: Pat
         raw = load_settings(CONFIGS / "digits.toml", ["run.engine=inline", "run.rounds=1", "model.activation=gelu"])
         said = "not for models with noise or GELU"
     else:
-        raw, said = small_settings(run={"rounds": 1}, devices={"test": []}), "needs public or test records"
+        raw, said = small_settings(run={"rounds": 1}), "needs public records"
     simulate(raw, out=tmp_path / "run")
     with pytest.raises(ConfigError, match=said):
         Attacker.of_run(tmp_path / "run", Served.of_run(tmp_path / "run"))

@@ -90,7 +90,7 @@ def test_hostile_nodes_change_nothing(trial: Deployment) -> None:
         command = [sys.executable, str(Path(__file__).parent / "hostile.py"), trial.address, str(trial.authority)]
         processes.append(subprocess.Popen([*command, str(home), f"{home}-data", what]))
     try:
-        trial.run(config, "run", "--set", "protocol.timeout=10")
+        trial.run(config, "run", "--set", "protocol.timeout=6")
         trial.result("run", timeout=200)
     finally:
         for process in processes:

@@ -199,13 +199,14 @@ def test_a_supernode_that_has_ended_is_started_again(
     """A server that was restarted knows nobody's number, and Flower's SuperNode ends, as if all were well."""
     monkeypatch.setattr(module, "_CONNECTED", 0.2)
     monkeypatch.setattr(module, "_AGAIN", 0.1)
+    monkeypatch.setattr(module, "TAKEOVER", 0.3)
     starts, go = tmp_path / "starts", tmp_path / "go"
     script = f"echo >> {starts}; while [ ! -e {go} ]; do sleep 0.01; done; rm {go}; exit {code}"
     node = SuperNode(["sh", "-c", script], tmp_path, seen := tmp_path / "seen")
     try:
         for times in (1, 2):
             look_until(node, lambda: starts.exists() and starts.read_text().count("\n") == times)  # noqa: B023
-            look_until(node, lambda: seen.exists() and node._away is None)
+            look_until(node, seen.exists)
             go.touch()
             look_until(node, lambda: not go.exists() and node._process.poll() is not None)
         look_until(node, lambda: starts.read_text().count("\n") == 3)

@@ -95,7 +95,7 @@ def tell_keys(address: str, authority: bytes, keys: Iterable[EllipticCurvePublic
                 if said is None or said.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
                     why = said or f"HTTP status {error.response.status_code}"
                     raise ConfigError(f"the SuperLink at {address} refuses a node's key: {why}") from None
-            except httpx.RequestError:
+            except (httpx.RequestError, ValueError):  # also if what answers is no SuperLink
                 return False
     return True
 

@@ -124,8 +124,9 @@ class SuperNode:
         """Start it again if it has ended; raises ConfigError if it cannot connect."""
         now = time.monotonic()
         if self._process.poll() is None:
-            if now - self._started > _CONNECTED and (self._away is not None or not self._seen.exists()):
+            if now - self._started > _CONNECTED and not self._seen.exists():
                 self._seen.touch()
+            if now - self._started > TAKEOVER:
                 self._away = None
         elif self._again is not None:
             if now >= self._again:

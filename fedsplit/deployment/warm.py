@@ -157,7 +157,8 @@ class WarmNode:
 
     def _activate(self, stop: threading.Event) -> None:
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=_HEARTBEAT)
-        deadline = time.monotonic() + TAKEOVER
+        self._node = FleetNode()  # nothing is said in the old one's name meanwhile
+        refused: float | None = None
         while True:
             try:
                 if self._registers:
@@ -165,8 +166,10 @@ class WarmNode:
                 self._node = FleetNode(node_id=self._call(self._client.ActivateNode, request).node_id)
                 break
             except httpx.HTTPStatusError as error:
-                waits = _REFUSED in error.response.text and self._seen.exists() and time.monotonic() < deadline
-                if not waits:
+                refused = refused or time.monotonic()
+                if not (_REFUSED in error.response.text and self._seen.exists()) or (
+                    time.monotonic() - refused > TAKEOVER
+                ):
                     raise self._refused(error) from None
             log.warning("the server refuses this node: it takes an earlier process for online, or has just started")
             if stop.wait(5):
@@ -193,6 +196,8 @@ class WarmNode:
     def _beat(self, stop: threading.Event) -> None:
         """Tell the server now and then that the node is there."""
         while not stop.wait(_HEARTBEAT / 3):
+            if not self._node.node_id:
+                continue
             try:
                 self._client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=_HEARTBEAT))
             except Exception:  # whatever a server or a proxy answers: the main loop sees it, too

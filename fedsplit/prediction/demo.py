@@ -62,7 +62,9 @@ class Attacker:
 
     @classmethod
     def of_run(cls, folder: Path, served: Served) -> "Attacker":
-        """Return one who knows the run's public records, or those of its test devices.
+        """Return one who knows the run's public records, or the test records of a packaged data set.
+
+        Whoever uses the page sees means of them: of others' data only what is public may be shown.
 
         Raises
         ------
@@ -72,11 +74,9 @@ class Attacker:
         settings = run_settings(folder)
         source = data_source(settings)
         public = public_records(settings, source)
-        if public is None and (source.absent or not source.test_devices):
-            raise ConfigError(
-                f"--demo needs public or test records for its attacks, and the run {folder} has none here"
-            )
-        public = public or tested(source)
+        if public is None and (settings.data.name is None or not source.test_devices):
+            raise ConfigError(f"--demo needs public records ([public]) for its attacks, and the run {folder} has none")
+        public = tested(source) if public is None else public
         rows = np.random.default_rng(0).permutation(len(public.x))[:_MOST_PUBLIC]
         known = Records(public.x[rows], public.y[rows])
         bundle = served.bundle
@@ -149,11 +149,12 @@ def add_demo(app: FastAPI, attackers: Sequence[Attacker]) -> None:
             dropping.check_layer(layer.width, layer.positive_only)
         except ConfigError as error:
             raise HTTPException(422, str(error)) from None
-        if busy.locked():
-            raise HTTPException(503, "an attack is on its way already", {"Retry-After": "5"})
-        async with busy, release_of(request, attacker.served) as release:
+        async with release_of(request, attacker.served) as release:
             if len(release.counts) != 1 or release.bits != bits:
                 raise HTTPException(422, "a query of one record is needed, in the policy's codes")
-            return JSONResponse(await asyncio.to_thread(attacker.attack, release, dropping))
+            if busy.locked():  # looked at when the body is there: a slow one holds nobody up
+                raise HTTPException(503, "an attack is on its way already", {"Retry-After": "5"})
+            async with busy:
+                return JSONResponse(await asyncio.to_thread(attacker.attack, release, dropping))
 
     app.mount("/demo", StaticFiles(directory=_PAGE, html=True), name="demo")

@@ -44,7 +44,7 @@ MOST_RECORDS = 4096  # of a request; from so many on no more requests are answer
 MOST_CONNECTIONS = 1024
 _SLOW = 30.0  # seconds in which a request's body must be there
 _HEAD = 4096  # bytes of a request besides its records
-_MOST_HELD = 2**28  # bytes of all requests' bodies together
+_MOST_HELD = 2**25  # bytes of all requests' bodies together, which take up to eight times as much when they are read
 
 
 @dataclass(frozen=True)
@@ -346,15 +346,15 @@ async def release_of(request: Request, model: Served) -> AsyncIterator[Release]:
     """Read the release in a request's body, and hold room for it as long as it is worked on; raises HTTPException."""
     bodies: _Bodies = request.app.state.bodies
     try:
-        async with asyncio.timeout(_SLOW):
-            payload = await bodies.read(request, model.most_bytes)
         try:
+            async with asyncio.timeout(_SLOW):
+                payload = await bodies.read(request, model.most_bytes)
             release = model.read(payload)
+        except TimeoutError:
+            raise HTTPException(408, f"the body must be here within {_SLOW:g} s") from None
         except WireError as error:
             raise HTTPException(422, str(error)) from None
         yield release
-    except TimeoutError:
-        raise HTTPException(408, f"the body must be here within {_SLOW:g} s") from None
     finally:
         bodies.forget(request)
 
@@ -374,7 +374,7 @@ class _Bodies:
             self._held[name] += len(part)
             if self._held[name] > most:
                 raise HTTPException(413, f"at most {most} bytes")
-            if sum(self._held.values()) > _MOST_HELD:
+            if sum(self._held.values()) > max(_MOST_HELD, most):
                 raise HTTPException(503, "too many bodies at once", {"Retry-After": "1"})
             parts.append(part)
         return b"".join(parts)

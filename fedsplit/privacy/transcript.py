@@ -86,7 +86,7 @@ class Subjects:
             raise DataError(f"audit.targets must be at most {len(x)} (the private records), got {targets}")
         order = np.random.default_rng(seed_of(seed, "audit targets")).permutation(len(x))
         chosen, candidates = order[:targets], order[: max(targets, MOST_CANDIDATES)]
-        known, place = public or tested(source), np.arange(targets)
+        known, place = tested(source) if public is None else public, np.arange(targets)
         return cls(x[chosen], y[chosen], owner[chosen], index[chosen], x[candidates], place, known, public is None)
 
     def save(self, folder: Path) -> None:

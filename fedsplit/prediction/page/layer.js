@@ -49,17 +49,25 @@ export class Device {
   /** Return the record that the network takes, from raw numbers. */
   scaled(raw) {
     const { subtract, divide } = this.description.scaling;
-    const inner = this.size / this.shape[0];
-    const at = (numbers, i) => numbers[numbers.length === 1 ? 0 : Math.floor(i / inner)];
-    return Float32Array.from(raw, (v, i) => (v - at(subtract, i)) / at(divide, i));
+    return Float32Array.from(raw, (v, i) => (v - this.#at(subtract, i)) / this.#at(divide, i));
   }
 
   /** Return raw numbers from a record. */
   unscaled(record) {
     const { subtract, divide } = this.description.scaling;
-    const inner = this.size / this.shape[0];
-    const at = (numbers, i) => numbers[numbers.length === 1 ? 0 : Math.floor(i / inner)];
-    return Float64Array.from(record, (v, i) => v * at(divide, i) + at(subtract, i));
+    return Float64Array.from(record, (v, i) => v * this.#at(divide, i) + this.#at(subtract, i));
+  }
+
+  /** Return the scaling's number for a record's i-th number: one for all, or one for each of its first axis. */
+  #at(numbers, i) {
+    return numbers[numbers.length === 1 ? 0 : Math.floor(i / (this.size / this.shape[0]))];
+  }
+
+  #check(raw) {
+    const { low, high } = this.description.scaling;
+    if (raw.length !== this.size) throw new Error(`a record must have ${this.size} numbers, it has ${raw.length}`);
+    if (!raw.every((v) => Number.isFinite(Math.fround(v)))) throw new Error("a record's numbers must be finite");
+    if (raw.some((v) => v < Number(low) || v > Number(high))) throw new Error(`numbers must be ${low} to ${high}`);
   }
 
   /** Return all outputs of the first layer as float32, which only dropping may see. */
@@ -119,6 +127,7 @@ export class Device {
 
   /** Return {payload, sent, width}: the packed query of one raw record, under a policy (default: the model's own). */
   async release(raw, dropping = this.description.dropping) {
+    this.#check(raw);
     const outputs = coded(this.outputs(raw), dropping), width = outputs.length;
     const mask = await this.#mask(raw, outputs, dropping);
     const sent = [...mask.keys()].filter((i) => mask[i] && (!this.relu || outputs[i] !== 0));
@@ -141,7 +150,8 @@ export class Device {
     switch (dropping.policy) {
       case "random": {
         const words = new Uint16Array((await this.#stream(raw, 2 * width)).buffer, 0, width);
-        const threshold = Math.max(1, Math.round(dropping.keep * 65536));
+        const exact = dropping.keep * 65536, low = Math.floor(exact), rest = exact - low;
+        const threshold = Math.max(1, low + (rest > 0.5 || (rest === 0.5 && low % 2 === 1) ? 1 : 0));
         return Array.from(words, (word) => word < threshold);
       }
       case "at-most":

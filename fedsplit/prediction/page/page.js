@@ -5,7 +5,8 @@ const $ = (id) => document.getElementById(id);
 const PEN = 18, STEP = 7; // pixels of the drawing area
 const COLOURS = ["#8ab4f8", "#f28b82", "#81c995", "#fdd663", "#c58af9", "#78d9ec"];
 
-export const state = { device: null, raw: null, release: null, trace: null, policies: [], asked: 0 };
+// `release` is what Send would send, with all that belongs to it: what comes back is shown only if it still is
+export const state = { device: null, raw: null, release: null, policies: [], asked: 0 };
 
 /** The secret that masks are drawn from: made here, kept by this browser, never sent. */
 function ownSecret() {
@@ -39,6 +40,7 @@ function tell(error) {
 async function begin() {
   tell(null);
   try {
+    if (!crypto.subtle) throw new Error("browsers compute this over HTTPS or on 127.0.0.1 only");
     const { models } = await (await ask("/v1/models")).json();
     $("entry").hidden = true;
     $("models").replaceChildren(...models.map(({ name }) => new Option(name, name)));
@@ -83,6 +85,7 @@ function policies(own, width) {
 /** The side of a square image; 0 if records are none. */
 function side() {
   const { shape, size } = state.device, square = Math.round(Math.sqrt(size));
+  if (size < 64) return 0; // a row of a table
   const flat = shape.length === 1 || (shape.length === 2 ? shape[0] === shape[1] : shape[0] === 1);
   return flat && square * square === size ? square : 0;
 }
@@ -95,7 +98,7 @@ function clear() {
   const area = $("draw"), context = area.getContext("2d");
   context.clearRect(0, 0, area.width, area.height);
   Object.assign(pen, { down: false, x: 140, y: 140 });
-  Object.assign(state, { raw: null, release: null, trace: null });
+  state.raw = null;
   $("file").value = "";
   drawTrace($("lines"), null);
   forgetAnswer();
@@ -127,14 +130,16 @@ $("draw").addEventListener("pointerdown", (event) => {
   pen.down = true;
   move(pen.x + 0.1, pen.y);
 });
-$("draw").addEventListener("pointermove", (event) => pen.down && move(...place(event)));
+$("draw").addEventListener("pointermove", (event) => event.buttons && pen.down && move(...place(event)));
 for (const end of ["pointerup", "pointercancel"]) {
   $("draw").addEventListener(end, () => {
+    if (!pen.down) return;
     pen.down = false;
     drawn();
   });
 }
 $("draw").addEventListener("keydown", (event) => {
+  const before = pen.down;
   const to = { ArrowLeft: [-STEP, 0], ArrowRight: [STEP, 0], ArrowUp: [0, -STEP], ArrowDown: [0, STEP] }[event.key];
   if (to) {
     move(Math.min(280, Math.max(0, pen.x + to[0])), Math.min(280, Math.max(0, pen.y + to[1])));
@@ -148,8 +153,8 @@ $("draw").addEventListener("keydown", (event) => {
     return;
   }
   event.preventDefault();
-  $("draw").setAttribute("aria-label", `Drawing area, pen ${pen.down ? "down" : "up"} at ${pen.x}, ${Math.round(pen.y)}`);
-  drawn();
+  $("pen").textContent = `Pen ${pen.down ? "down" : "up"} at ${pen.x}, ${Math.round(pen.y)}.`;
+  if (before || pen.down) drawn();
 });
 
 /** Take what was drawn as a record, centred and sized as MNIST's digits are. */
@@ -194,7 +199,7 @@ $("file").addEventListener("change", async () => {
     const [file] = $("file").files;
     if (file.size > 1e6) throw new Error("a trace may have 1 MB at most");
     const lines = (await file.text()).split(/\r?\n/).filter((line) => line.trim());
-    taken(lines.map((line) => line.split(",").map(Number)));
+    taken(lines.map((line) => line.split(",").map((cell) => (cell.trim() ? Number(cell) : NaN))));
   } catch (error) {
     tell(error);
   }
@@ -228,20 +233,27 @@ function drawTrace(canvas, raw, low, high) {
 // ------------------------------------------------------------------------------------------------ what leaves
 
 async function show() {
-  const [says, dropping] = state.policies[$("policy").value];
+  const [says, dropping] = state.policies[$("policy").value], { raw, device } = state, number = ++state.asked;
+  state.release = null; // until there is another one nothing can be sent
   $("policy-says").textContent = says;
   $("policy").setAttribute("aria-valuetext", says);
   $("send").disabled = true;
-  if (!state.raw) {
+  if (!raw) {
     $("leaves").textContent = "Nothing yet.";
     $("bytes").textContent = "";
     return;
   }
-  const number = ++state.asked, release = await state.device.release(state.raw, dropping);
+  let release;
+  try {
+    release = await device.release(raw, dropping);
+  } catch (error) {
+    tell(error);
+    return;
+  }
   if (number !== state.asked) return; // something newer is being looked at
-  state.release = { ...release, dropping };
+  state.release = { ...release, dropping, raw, device };
   $("leaves").textContent = `${release.payload.length} bytes: ${release.sent} of ${release.width} outputs, none of the ` +
-    `record's ${state.device.size} numbers.`;
+    `record's ${device.size} numbers.`;
   $("bytes").textContent = hex(release.payload).match(/.{1,4}/g).join(" ");
   $("send").disabled = false;
 }
@@ -261,17 +273,19 @@ $("policy").addEventListener("input", () => {
 $("send").addEventListener("click", async () => {
   tell(null);
   $("send").disabled = true;
-  const { payload, dropping } = state.release, raw = state.raw, { description } = state.device;
+  const mine = state.release, { payload, dropping, device: { description } } = mine;
   const options = { method: "POST", body: payload, headers: { "Content-Type": "application/octet-stream" } };
   try {
     const { outputs: [outputs] } = await (await ask(`/v1/models/${description.model}/predict`, options)).json();
-    answered(outputs);
+    if (mine !== state.release) return; // the record, the policy or the model is another by now
+    answered(outputs, description.task);
     $("attack").textContent = "Attacking what was sent (some seconds) ...";
     const { policy, keep, k, bits } = dropping;
     const query = new URLSearchParams({ policy, keep, k, bits });
     const found = await (await ask(`/demo/models/${description.model}/attack?${query}`, options)).json();
-    if (raw === state.raw && dropping === state.release.dropping) attacked(raw, found);
+    if (mine === state.release) attacked(mine, found);
   } catch (error) {
+    if (mine !== state.release) return;
     tell(error);
     $("attack").textContent = "-";
   } finally {
@@ -279,8 +293,7 @@ $("send").addEventListener("click", async () => {
   }
 });
 
-function answered(outputs) {
-  const { task } = state.device.description;
+function answered(outputs, task) {
   if (task === "classification") {
     const most = Math.max(...outputs), weights = outputs.map((v) => Math.exp(v - most));
     const sum = weights.reduce((a, b) => a + b, 0), order = [...outputs.keys()].sort((a, b) => outputs[b] - outputs[a]);
@@ -297,8 +310,8 @@ function answered(outputs) {
   $("answer").className = "large";
 }
 
-function attacked(raw, { guesses, without, peak }) {
-  const record = state.device.scaled(raw);
+function attacked({ raw, device }, { guesses, without, peak }) {
+  const record = device.scaled(raw);
   const psnr = (guess) => 10 * Math.log10(peak ** 2 / Math.max(1e-12, guess.reduce((sum, v, i) => sum + (v - record[i]) ** 2, 0) / guess.length));
   const closest = (all) => Object.entries(all).map(([name, guess]) => [psnr(guess), name, guess]).sort((a, b) => b[0] - a[0])[0];
   const [before, nothing, guess] = closest(without), [after, name, reconstruction] = closest({ ...without, ...guesses });

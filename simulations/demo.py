@@ -7,6 +7,7 @@ Needs selenium (extra `dev`), Chromium and ChromeDriver (Debian: chromium, chrom
 
 import argparse
 import base64
+import json
 import shutil
 import subprocess
 import sys
@@ -29,17 +30,6 @@ OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", 
            "--disable-background-networking", "--disable-component-update")  # fmt: skip
 DESKTOP, PHONE = (1000, 900, False), (390, 844, True)
 SEVEN = [(80, 70), (205, 70), (180, 120), (150, 180), (130, 235)]
-# what the page's scripts send, as hex; looked at from outside, since fetch is theirs
-WATCH = """
-window.sent = [];
-const before = window.fetch;
-window.fetch = (url, options = {}) => {
-  const bytes = new Uint8Array(options.body ?? []);
-  const body = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-  window.sent.push([String(url), body]);
-  return before(url, options);
-};
-"""
 
 
 def installed() -> bool:
@@ -72,9 +62,9 @@ def browser() -> Iterator[webdriver.Chrome]:
     with tempfile.TemporaryDirectory() as profile:
         for option in (*OPTIONS, f"--user-data-dir={profile}"):
             options.add_argument(option)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
         try:
-            driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": WATCH})
             yield driver
         finally:
             driver.quit()
@@ -129,6 +119,16 @@ def resize(driver: webdriver.Chrome, width: int, height: int, mobile: bool) -> N
     """Have the page believe in a screen of this size."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def requests(driver: webdriver.Chrome) -> list[tuple[str, bytes]]:
+    """Return the address and body of every request that the browser has sent since it was last asked."""
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [
+        (request["url"], b"".join(base64.b64decode(part["bytes"]) for part in request.get("postDataEntries", [])))
+        for request in sent
+    ]
 
 
 def screenshot(driver: webdriver.Chrome, path: Path) -> None:

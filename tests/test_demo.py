@@ -1,7 +1,9 @@
 """The demo page: what the service adds for it, and the page itself in a real browser."""
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import demo as driving
@@ -105,6 +107,24 @@ def test_what_cannot_be_attacked_is_refused(client: TestClient, run: Path, home:
     assert attack(client, run, home, Dropping("none"), drawing(), k="many")["detail"] == "not valid: query.k"
 
 
+@pytest.mark.slow
+def test_one_attack_at_a_time(client: TestClient, run: Path, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> dict:
+        began.set()
+        assert go.wait(20)
+        return {}
+
+    monkeypatch.setattr(Attacker, "attack", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(attack, client, run, home, Dropping("none"), drawing())
+        assert began.wait(20)
+        second = attack(client, run, home, Dropping("none"), drawing())
+        go.set()
+        assert first.result()["status"] == 200 and second["status"] == 503
+
+
 @pytest.mark.parametrize("why", ["gelu", "no records"])
 def test_a_model_that_the_page_cannot_compute_is_refused(why: str, tmp_path: Path) -> None:
     if why == "gelu":
@@ -137,8 +157,12 @@ def test_the_page_in_a_browser(run: Path, home: Home, tmp_path: Path) -> None:
         assert raw.max() > 8 and np.array_equal(raw, raw.round())
         predictor = Predictor(run_bundle(run), home, lambda payload: np.zeros((1, 10)))
         expected = predictor.release(raw)[0].to_bytes().hex()
-        sent = [(path, body) for path, body in driver.execute_script("return window.sent") if body]
-        assert [body for _, body in sent] == [expected, expected]  # for the prediction, and for the attack
+        sent = driving.requests(driver)
+        assert {path[: len(url)] for path, _ in sent if not path.startswith(("data:", "chrome:"))} == {url}
+        assert [body.hex() for _, body in sent if body] == [
+            expected,
+            expected,
+        ]  # for the prediction, and for the attack
         assert driving.element(driver, "bytes").get_property("textContent").replace(" ", "") == expected
 
         # another policy, and all of it by keyboard

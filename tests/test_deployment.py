@@ -139,6 +139,7 @@ def test_a_killed_training_process_is_told_and_the_run_resumes(trial: Deployment
     trial.kill("server")
     trial.start_server()
     trial.run(config, "run", "--resume", *more)
+    trial.fedsplit("server", "register", "n0/key.pub", "--superlink", "trial")  # whom it was told already
     result = trial.result("run")
     simulate(
         load_settings(trial.folder / "simulated.toml", ["run.rounds=12", "run.engine=inline"]),

@@ -24,7 +24,7 @@ from fedsplit.deployment.certs import (
     make_key_pair,
     read_public_key,
 )
-from fedsplit.deployment.flower import connect_flower, flower_config, run_flower
+from fedsplit.deployment.flower import connect_flower, flower_config, run_flower, tell_keys
 from fedsplit.deployment.runs import submit
 from fedsplit.deployment.server import ServerFolder, check_port_free, register_node, server_of, superlink_command
 from fedsplit.errors import ConfigError
@@ -238,6 +238,13 @@ def test_a_node_that_flower_refuses_is_not_let_in(
     with pytest.raises(ConfigError, match="HTTP status 403" if status else "does not answer at 127.0.0.1:9092: is it"):
         register_node("fedsplit", key, None)
     assert server.owners() == {}
+
+
+def test_a_superlink_that_does_not_answer_is_told_nothing(
+    keys: list[EllipticCurvePublicKey], server: ServerFolder
+) -> None:
+    authority = (server.folder / CA).read_bytes()
+    assert tell_keys(f"127.0.0.1:{free_port()}", authority, keys) is False
 
 
 def test_a_superlink_of_flowers_own_is_none_of_ours(flower_home: Path) -> None:

@@ -1,15 +1,23 @@
 import copy
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from fedsplit.config import Settings, check_settings
+from fedsplit.deployment import certs
+from fedsplit.deployment.certs import make_certificates
+
+if TYPE_CHECKING:
+    from fedsplit.home import Home
+    from fedsplit.prediction.service import Served
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -45,6 +53,51 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Return a function that runs the command line in this process; its logging and path are put back afterwards."""
+    from fedsplit import cli
+
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("fedsplit", "flwr")}
+    handlers = list(logging.getLogger("fedsplit").handlers)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["fedsplit", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stopped:  # with 0 after a run, as any program
+            if stopped.code:
+                raise
+
+    yield run
+    logging.getLogger("fedsplit").handlers[:] = handlers
+    for logger, level in loggers.items():
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def told(main: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that does as :func:`refused` in this process."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(*arguments)
+        said = capsys.readouterr()
+        assert stopped.value.code == 2
+        return one_line(said.out, said.err)
+
+    return run
+
+
+def one_line(out: str, err: str) -> str:
+    """Return the one line in which a command tells a mistake."""
+    lines = err.splitlines()
+    assert out == "" and len(lines) == 1 and lines[0].startswith("fedsplit: "), (out, err)
+    return lines[0]
+
+
+@pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
     """Return a function that runs the command line, expects exit code 2, and returns the one line on stderr."""
 
@@ -55,10 +108,58 @@ def refused(tmp_path: Path) -> Callable[..., str]:
         done = subprocess.run(
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
         )
-        assert done.returncode == 2 and done.stdout == "", (done.stdout, done.stderr)
-        lines = done.stderr.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("fedsplit: "), done.stderr
-        assert "Traceback" not in done.stderr
-        return lines[0]
+        assert done.returncode == 2, (done.stdout, done.stderr)
+        return one_line(done.stdout, done.stderr)
 
     return run
+
+
+class Before(datetime):
+    """Ten days ago."""
+
+    @classmethod
+    def now(cls, tz=None) -> datetime:
+        return datetime.now(tz) - timedelta(days=10)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of folders: good certificates, another authority's, another host's, and expired ones."""
+    folder = tmp_path_factory.mktemp("certificates")
+    make_certificates(folder / "good", ["localhost", "127.0.0.1"])
+    make_certificates(folder / "other", ["localhost", "127.0.0.1"])
+    make_certificates(folder / "elsewhere", ["server.example.org", "10.0.0.1"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certs, "datetime", Before)
+        make_certificates(folder / "expired", ["localhost", "127.0.0.1"], days=1)
+    return folder
+
+
+# What follows is imported late: Flower reads its environment as soon as it is imported.
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a small run, whose model predictions are of."""
+    from fedsplit.simulation import simulate
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    simulate(small_settings(dropping={"policy": "top-k", "k": 4}), out=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(trained: Path) -> "Served":
+    from fedsplit.prediction.service import Served
+
+    return Served.of_run(trained)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> "Home":
+    """Return a device's own folder, whose limits only observe."""
+    from fedsplit.home import Home
+
+    built = Home.create(tmp_path / "home", [3])
+    (built.folder / "limits.toml").write_text("enforce = false\n")
+    return Home(built.folder)

@@ -43,6 +43,24 @@ def test_a_repeated_record_releases_nothing_new(trained: Path, served: Served, h
     assert home.ledger_path("test").read_bytes() == ledger
 
 
+def test_a_record_asked_about_a_thousand_times_is_counted_once(trained: Path, served: Served, home: Home) -> None:
+    """Although the limits allow it to leave only once: what has left already can leave again."""
+    (home.folder / "limits.toml").write_text("releases = 1\nequations = 0.9\nleverage = 1.0\n")
+    sent: list[bytes] = []
+
+    def note(payload: bytes) -> np.ndarray:
+        sent.append(payload)
+        return np.ones((1, served.bundle.outputs))
+
+    predictor = Predictor(run_bundle(trained), Home(home.folder), note)
+    predictor.predict(RECORDS[:1])
+    once = list(home.accountant("test").rows())
+    for _ in range(999):
+        predictor.predict(RECORDS[:1])
+    assert len(sent) == 1000 and len(set(sent)) == 1
+    assert len(once) == 1 and once[0][1].releases == 1 and list(home.accountant("test").rows()) == once
+
+
 def test_a_record_is_sent_alike_whatever_it_is_sent_with(trained: Path, home: Home) -> None:
     whole, _ = released(run_bundle(trained), home)
     for i in (0, 7, 29):

@@ -2,22 +2,30 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from predictions import RECORDS
+from predictions import RECORDS, listening
 from processes import free_port, wait_for_port
 
 from fedsplit.deployment.certs import CA
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.home import Home
+from fedsplit.packing import VERSION
 from fedsplit.prediction import remote
+from fedsplit.prediction.bundle import run_bundle
 from fedsplit.prediction.remote import Remote
+from fedsplit.prediction.service import Served, Tokens, add_token, service
+from fedsplit.wire import Query
+
+Serving = Callable[..., AbstractContextManager[str]]
 
 
 def answered(handle: Callable[[httpx.Request], httpx.Response]) -> Remote:
@@ -79,6 +87,105 @@ def test_an_endless_answer_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_LARGEST", 100_000)
     with pytest.raises(RunError, match="the answer is too large"):
         asks(b"")
+
+
+@pytest.fixture
+def asks(trained: Path, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Return the command of a device that asks a service which is to come; with its token."""
+    run_bundle(trained).save(tmp_path / "device")
+    np.save(tmp_path / "x.npy", RECORDS)
+    (home.folder / "limits.toml").write_text("equations = 0.9\nleverage = 1.0\n")
+    monkeypatch.setattr(remote, "_PAUSE", 0.0)
+    monkeypatch.setenv("FEDSPLIT_TOKEN", add_token(tmp_path / "tokens", "me"))
+    own = ["--device", tmp_path / "device", "--home", home.folder, "--input", tmp_path / "x.npy"]
+    return ["predict", *own, "--ca", tmp_path / "ca.crt", "--server"]
+
+
+@pytest.fixture
+def serving(served: Served, asks: list[object], certificates: Path, tmp_path: Path) -> Serving:
+    """Return what serves the model to that device, with some certificates and another authority if it is given."""
+
+    def serve(name: str = "good", authority: str = "") -> AbstractContextManager[str]:
+        shutil.copy(certificates / (authority or name) / CA, tmp_path)
+        return listening(service([served], Tokens(tmp_path / "tokens")), certificates / name)
+
+    return serve
+
+
+def test_a_device_gets_its_predictions_over_tls(
+    serving: Serving, asks: list[object], served: Served, main: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving() as url:
+        main(*asks, url)
+    assert len(capsys.readouterr().out.splitlines()) == len(RECORDS)
+
+
+@pytest.mark.parametrize(("name", "authority"), [("expired", "expired"), ("good", "other"), ("elsewhere", "elsewhere")])
+def test_a_certificate_that_is_not_good_is_told(
+    name: str, authority: str, serving: Serving, asks: list[object], told: Callable[..., str]
+) -> None:
+    with serving(name, authority) as url:
+        assert told(*asks, url) == f"fedsplit: {url}: its certificate is refused"
+
+
+def test_a_service_that_is_away_is_told(serving: Serving, asks: list[object], told: Callable[..., str]) -> None:
+    with serving() as url:
+        pass
+    assert told(*asks, url) == f"fedsplit: {url} does not answer"
+
+
+@pytest.mark.parametrize("token", ["wrong", ""])
+def test_a_wrong_token_is_told(
+    token: str, serving: Serving, asks: list[object], told: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSPLIT_TOKEN", token)
+    with serving() as url:
+        assert told(*asks, url) == f"fedsplit: {url} refuses: a bearer token is needed, and this is none"
+
+
+def test_another_version_of_the_wire_is_told(
+    serving: Serving, asks: list[object], told: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = Query.to_bytes
+    monkeypatch.setattr(Query, "to_bytes", lambda self: packed(self)[:2] + b"\x09" + packed(self)[3:])
+    with serving() as url:
+        assert told(*asks, url) == f"fedsplit: {url} refuses: version must be {VERSION}, got 9"
+
+
+def test_another_layer_is_told(
+    serving: Serving, asks: list[object], told: Callable[..., str], trained: Path, tmp_path: Path
+) -> None:
+    other = run_bundle(trained)
+    other.layer.load_weights({name: w + 1 for name, w in other.layer.initial_weights().items()})
+    other.save(tmp_path / "other")
+    asks[asks.index(tmp_path / "device")] = tmp_path / "other"
+    with serving() as url:
+        assert told(*asks, url) == f"fedsplit: {url} refuses: there is no model {other.model!r} here"
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.csv"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_input_that_is_not_finite_is_told_and_nothing_leaves(
+    bad: float, name: str, asks: list[object], told: Callable[..., str], certificates: Path, home: Home, tmp_path: Path
+) -> None:
+    shutil.copy(certificates / "good" / CA, tmp_path)
+    records = RECORDS.copy()
+    records[7, 3] = bad
+    np.save(tmp_path / "x.npy", records)
+    np.savez(tmp_path / "x.npz", x=records)
+    np.savetxt(tmp_path / "x.csv", records, delimiter=",")
+    asks[asks.index(tmp_path / "x.npy")] = tmp_path / name
+    assert told(*asks, "https://localhost:1") == "fedsplit: records must be finite, got NaN or infinity"
+    assert not list(home.accountant("test").rows())
+
+
+@pytest.mark.parametrize("size", [1, 10_000_000])
+def test_a_body_that_is_too_large_is_told(size: int, serving: Serving, served: Served, asks: list[object]) -> None:
+    """Also one of which the service does not read most."""
+    with serving() as url:
+        ask = Remote(url, served.name, os.environ["FEDSPLIT_TOKEN"], Path(str(asks[asks.index("--ca") + 1])))
+        with pytest.raises(RunError, match=f"refuses: at most {served.most_bytes} bytes"):
+            ask(bytes(served.most_bytes + size))
 
 
 @pytest.mark.slow

@@ -131,6 +131,13 @@ def other_number(rng: Random, arrays: Arrays) -> None:
         arrays[i] = changed.reshape(arrays[i].shape)
 
 
+def other_numbers(rng: Random, arrays: Arrays) -> None:
+    """All values alike, also so large that the trunk's sums overflow."""
+    value = rng.choice(REAL)
+    with np.errstate(over="ignore"):
+        arrays[:] = [np.full_like(a, np.array(value).astype(a.dtype)) if a.dtype.kind == "f" else a for a in arrays]
+
+
 def other_dtype(rng: Random, arrays: Arrays) -> None:
     i = rng.randrange(len(arrays))
     arrays[i] = np.zeros(arrays[i].shape, rng.choice(DTYPES))
@@ -191,7 +198,7 @@ def noise(rng: Random, body: bytearray) -> None:
     body[:] = rng.randbytes(rng.randint(0, 200))
 
 
-CHANGES = [other_number, other_number, other_dtype, other_shape, other_rows, other_arrays]
+CHANGES = [other_number, other_number, other_numbers, other_dtype, other_shape, other_rows, other_arrays]
 DAMAGES = [flip, flip, flip_early, cut, extend, overwrite, noise]
 
 
@@ -254,6 +261,7 @@ def test_no_body_is_too_strange(client: Client, models: list[Model], caplog: pyt
         else:
             assert response.status_code == 200
             assert response.json() == {"model": model.served.name, "outputs": outputs}
+            assert f"{Query.from_bytes(body).layer:016x}" == model.served.name
 
     ask()
     assert seen.total() >= BODIES and all(seen[status] > 50 for status in (200, 413, 422)), seen

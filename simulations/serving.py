@@ -23,7 +23,6 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 import uvicorn
@@ -41,6 +40,7 @@ from fedsplit.prediction.service import Served, Tokens, add_token, service
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 TURNS = 3
 _NONCE = 12
+_PATIENCE = 60.0  # seconds for an answer
 KINDS = ("fedsplit", "AES-256-GCM, whole network")
 
 
@@ -90,26 +90,40 @@ def serve(run: Path, folder: Path, kind: str, port: int) -> None:
     uvicorn.run(app, port=port, log_level="warning", access_log=False, ws="none", **files)  # type: ignore[arg-type]
 
 
-async def load(url: str, authority: Path, token: str, payloads: list[bytes], clients: int, seconds: float) -> list[Any]:
-    """Keep ``clients`` requests going; return (latency, status) of each."""
+async def load(port: int, path: str, files: Path, payloads: list[bytes], clients: int, seconds: float) -> list[Any]:
+    """Keep ``clients`` requests going, each on a connection of its own; return (latency, status) of each.
+
+    Bare streams, so that as little as possible of a latency is the client's own: from before a request is written until
+    all of its answer is read. Connections are made before.
+    """
+    context = ssl.create_default_context(cafile=str(files / CA))
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {(files / 'token').read_text()}\r\n"
+    requests = [f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload for payload in payloads]
     done: list[Any] = []
+
+    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", port, ssl=context)
+
+    connections = [await connect() for _ in range(clients)]
     deadline = time.monotonic() + seconds
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    context = ssl.create_default_context(cafile=str(authority))
-    headers = {"Authorization": f"Bearer {token}"}
-    async with httpx.AsyncClient(verify=context, headers=headers, limits=limits, timeout=60) as client:
 
-        async def ask(number: int) -> None:
-            while time.monotonic() < deadline:
-                began = time.monotonic()
-                try:
-                    status = (await client.post(url, content=payloads[number % len(payloads)])).status_code
-                except httpx.HTTPError:
-                    status = 0
-                done.append((time.monotonic() - began, status))
-                number += clients
+    async def ask(number: int) -> None:
+        reader, writer = connections[number]
+        while (began := time.monotonic()) < deadline:
+            writer.write(requests[number % len(requests)])
+            number += clients
+            try:
+                answer = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _PATIENCE)).lower()
+                length = int(answer.partition(b"content-length:")[2].split(b"\r\n", 1)[0])
+                await asyncio.wait_for(reader.readexactly(length), _PATIENCE)
+                done.append((time.monotonic() - began, int(answer.split(b" ", 2)[1])))
+            except (OSError, EOFError, ValueError, asyncio.LimitOverrunError):  # an error, and the clock goes on
+                done.append((time.monotonic() - began, 0))
+                writer.close()
+                reader, writer = await connect()
+        writer.close()
 
-        await asyncio.gather(*(ask(number) for number in range(clients)))
+    await asyncio.gather(*(ask(number) for number in range(clients)))
     return done
 
 
@@ -157,7 +171,8 @@ def measure(run: Path, folder: Path, seconds: float, clients: int) -> dict[str, 
     make_certificates(folder / "certs", ["127.0.0.1"])
     for name in (CA, CERTIFICATE, KEY):
         (folder / "certs" / name).rename(folder / name)
-    token, key = add_token(folder / "tokens", "load"), AESGCM.generate_key(256)
+    (folder / "token").write_text(add_token(folder / "tokens", "load"))
+    key = AESGCM.generate_key(256)
     (folder / "key").write_bytes(key)
     served = Served.of_run(run)
     raw = records_of(run, served)[:256]
@@ -171,17 +186,16 @@ def measure(run: Path, folder: Path, seconds: float, clients: int) -> dict[str, 
     command = [sys.executable, __file__, str(run), "--serve", str(folder)]
     processes = {kind: subprocess.Popen([*command, kind, str(port)]) for kind, port in ports.items()}
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    path = f"/v1/models/{served.name}/predict"
     try:
         for kind, port in ports.items():
             wait_for_port("127.0.0.1", port)
-            url = f"https://127.0.0.1:{port}/v1/models/{served.name}/predict"
-            asyncio.run(load(url, folder / CA, token, uploads[kind], clients, 2.0))  # connections, caches
+            asyncio.run(load(port, path, folder, uploads[kind], clients, 2.0))  # caches
         for _ in range(TURNS):
             for kind, port in ports.items():
-                url = f"https://127.0.0.1:{port}/v1/models/{served.name}/predict"
                 before, _ = usage(processes[kind].pid)
                 began = time.monotonic()
-                done = asyncio.run(load(url, folder / CA, token, uploads[kind], clients, seconds))
+                done = asyncio.run(load(port, path, folder, uploads[kind], clients, seconds))
                 took = time.monotonic() - began
                 after, memory = usage(processes[kind].pid)
                 good = np.array([latency for latency, status in done if status == 200])

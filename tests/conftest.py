@@ -4,14 +4,20 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from fedsplit.cli import main
 from fedsplit.config import Settings, check_settings
+from fedsplit.deployment import certs
+from fedsplit.deployment.certs import make_certificates
+
+if TYPE_CHECKING:
+    from fedsplit.home import Home
+    from fedsplit.prediction.service import Served
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -47,33 +53,101 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Return a function that runs the command line in this process; what it sets is put back afterwards."""
+    from fedsplit import cli
+
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("fedsplit", "flwr")}
+    handlers = list(logging.getLogger("fedsplit").handlers)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["fedsplit", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stopped:  # with 0 after a run, as any program
+            if stopped.code:
+                raise
+
+    yield run
+    logging.getLogger("fedsplit").handlers[:] = handlers
+    for logger, level in loggers.items():
+        logger.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., str]]:
+    main: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """Return a function that runs the command line, expects exit code 2, and returns the one line on stderr.
 
-    In this process: a new one imports torch for seconds. ``test_cli.py`` has real ones.
+    In this process, since a new one imports torch for seconds: ``test_cli.py`` has real ones.
     """
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    loggers = {name: logging.getLogger(name) for name in ("fedsplit", "flwr")}
-    before = {name: (logger.level, logger.handlers) for name, logger in loggers.items()}
 
     def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["fedsplit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(*arguments)
         said = capsys.readouterr()
-        assert ended.value.code == 2 and said.out == "", said
         lines = said.err.splitlines()
+        assert stopped.value.code == 2 and said.out == "", said
         assert len(lines) == 1 and lines[0].startswith("fedsplit: "), said.err
         return lines[0]
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name, (level, kept) in before.items():
-        loggers[name].setLevel(level)
-        loggers[name].handlers = kept
+    return run
+
+
+class Before(datetime):
+    """Ten days ago."""
+
+    @classmethod
+    def now(cls, tz=None) -> datetime:
+        return datetime.now(tz) - timedelta(days=10)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of folders: good certificates, another authority's, another host's, and expired ones."""
+    folder = tmp_path_factory.mktemp("certificates")
+    make_certificates(folder / "good", ["localhost", "127.0.0.1"])
+    make_certificates(folder / "other", ["localhost", "127.0.0.1"])
+    make_certificates(folder / "elsewhere", ["server.example.org", "10.0.0.1"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certs, "datetime", Before)
+        make_certificates(folder / "expired", ["localhost", "127.0.0.1"], days=1)
+    return folder
+
+
+# What follows is imported late: Flower reads its environment as soon as it is imported.
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a small run, whose model predictions are of."""
+    from fedsplit.simulation import simulate
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    simulate(small_settings(dropping={"policy": "top-k", "k": 4}), out=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(trained: Path) -> "Served":
+    from fedsplit.prediction.service import Served
+
+    return Served.of_run(trained)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> "Home":
+    """Return a device's own folder, whose limits only observe."""
+    from fedsplit.home import Home
+
+    built = Home.create(tmp_path / "home", [3])
+    (built.folder / "limits.toml").write_text("enforce = false\n")
+    return Home(built.folder)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from fedsplit import cli, simulate
+from fedsplit import simulate
 from fedsplit.assemble import data_source, dropping, split_model
 from fedsplit.auditing import audit_policy, audit_run, preview_record
 from fedsplit.checkpoint import forget_device
@@ -251,18 +250,3 @@ def kill_after(settings: Settings, folder: Path, rounds: int) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         simulate(settings, out=folder, report=stop)
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def call(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["fedsplit", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stopped:
-            if stopped.code:
-                raise
-
-    return call

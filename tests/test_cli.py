@@ -1,10 +1,10 @@
 """The command line: a mistake is one line and exit code 2, a run leaves its folder behind, records stay out of logs."""
 
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from conftest import CONFIGS, small_settings
 from safetensors.numpy import load_file
 
-from fedsplit import cli, simulate
+from fedsplit import simulate
 from fedsplit.client_app import client_app
 from fedsplit.config import load_settings
 from fedsplit.data import Records
@@ -42,41 +42,8 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that runs the command line in this process; its logging and path are put back afterwards."""
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("fedsplit", "flwr")}
-    handlers = list(logging.getLogger("fedsplit").handlers)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def run(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["fedsplit", "simulate", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stopped:  # with 0 after a run, as any program
-            if stopped.code:
-                raise
-
-    yield run
-    logging.getLogger("fedsplit").handlers[:] = handlers
-    for logger, level in loggers.items():
-        logger.setLevel(level)
-
-
-@pytest.fixture
-def refused(main: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Main:
-    """Return a function that runs the command line, expects exit code 2, and returns the one line on stderr."""
-
-    def run(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as stopped:
-            main(*arguments)
-        said = capsys.readouterr()
-        assert stopped.value.code == 2
-        assert said.out == "" and "Traceback" not in said.err
-        lines = said.err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("fedsplit: "), said.err
-        return lines[0]
-
-    return run
+def main(main: Callable[..., None]) -> Callable[..., None]:
+    return partial(main, "simulate")
 
 
 def sets(*overrides: str) -> list[str]:

@@ -6,16 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from processes import free_port
 
-from fedsplit.deployment import certs
 from fedsplit.deployment import node as module
-from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, make_certificates, read_authority
+from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, read_authority
 from fedsplit.deployment.node import SuperNode, check_superlink, wait_for_superlink
 from fedsplit.errors import ConfigError
 from fedsplit.home import Home
@@ -66,31 +64,10 @@ def speaking_plainly(connection: socket.socket) -> None:
     connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n")
 
 
-class Before(datetime):
-    """Ten days ago."""
-
-    @classmethod
-    def now(cls, tz=None) -> datetime:
-        return datetime.now(tz) - timedelta(days=10)
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders with certificates: good ones, another authority's, expired ones, another host's."""
-    folder = tmp_path_factory.mktemp("certificates")
-    make_certificates(folder / "good", ["localhost", "127.0.0.1"])
-    make_certificates(folder / "other", ["localhost", "127.0.0.1"])
-    make_certificates(folder / "elsewhere", ["server.example.org", "10.0.0.1"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certs, "datetime", Before)
-        make_certificates(folder / "expired", ["localhost", "127.0.0.1"], days=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tls(made: Path) -> Iterator[dict[str, str]]:
+def tls(certificates: Path) -> Iterator[dict[str, str]]:
     """Addresses of servers, each with another certificate, and of one that speaks no TLS."""
-    good, expired, elsewhere = (speaking_tls(made / name) for name in ("good", "expired", "elsewhere"))
+    good, expired, elsewhere = (speaking_tls(certificates / name) for name in ("good", "expired", "elsewhere"))
     with listening(good) as a, listening(expired) as b, listening(elsewhere) as c, listening(speaking_plainly) as d:
         yield {"good": a, "expired": b, "elsewhere": c, "plain": d}
 
@@ -106,25 +83,25 @@ REFUSED = {  # by the server and the authority that the node has: what it says
 
 @pytest.mark.parametrize(("server", "authority"), REFUSED)
 def test_a_server_that_is_not_the_right_one_is_refused(
-    server: str, authority: str | None, made: Path, tls: dict[str, str]
+    server: str, authority: str | None, certificates: Path, tls: dict[str, str]
 ) -> None:
-    known = read_authority(made / authority / CA) if authority else None
+    known = read_authority(certificates / authority / CA) if authority else None
     with pytest.raises(ConfigError) as refused:
         check_superlink(tls[server], known)
     assert str(refused.value).startswith(tls[server]) and REFUSED[server, authority] in str(refused.value)
 
 
-def test_the_right_server_is_found(made: Path, tls: dict[str, str]) -> None:
-    assert check_superlink(tls["good"], read_authority(made / "good" / CA))
-    assert check_superlink(tls["good"].replace("127.0.0.1", "localhost"), read_authority(made / "good" / CA))
+def test_the_right_server_is_found(certificates: Path, tls: dict[str, str]) -> None:
+    assert check_superlink(tls["good"], read_authority(certificates / "good" / CA))
+    assert check_superlink(tls["good"].replace("127.0.0.1", "localhost"), read_authority(certificates / "good" / CA))
     assert check_superlink(tls["plain"], None)
 
 
 def test_a_node_waits_for_a_server_that_is_not_there_yet(
-    made: Path, tls: dict[str, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    certificates: Path, tls: dict[str, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
-    authority = read_authority(made / "good" / CA)
+    authority = read_authority(certificates / "good" / CA)
     assert not check_superlink(address, authority) and not check_superlink(address, None)
     looks: list[float] = []
 
@@ -175,9 +152,9 @@ def test_what_is_no_authority_is_refused(content: bytes | str | None, tmp_path: 
     assert "\n" not in str(refused.value)
 
 
-def test_a_private_key_is_no_authority(made: Path) -> None:
+def test_a_private_key_is_no_authority(certificates: Path) -> None:
     with pytest.raises(ConfigError, match="is not a certificate in PEM"):
-        read_authority(made / "good" / KEY)
+        read_authority(certificates / "good" / KEY)
 
 
 def test_an_empty_authority_is_refused(tmp_path: Path) -> None:
@@ -235,10 +212,15 @@ def test_a_supernode_that_is_refused_tries_for_a_while(tmp_path: Path, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize(("server", "authority"), [case for case in REFUSED if "elsewhere" not in case])  # as above
 def test_node_start_refuses_a_server(
-    server: str, authority: str | None, made: Path, tls: dict[str, str], tmp_path: Path, refused: Callable[..., str]
+    server: str,
+    authority: str | None,
+    certificates: Path,
+    tls: dict[str, str],
+    tmp_path: Path,
+    refused: Callable[..., str],
 ) -> None:
     Home.create(tmp_path / "home", [0])
-    trust = ["--ca", made / authority / CA] if authority else ["--insecure"]
+    trust = ["--ca", certificates / authority / CA] if authority else ["--insecure"]
     said = refused("node", "start", "--superlink", tls[server], "--home", "home", *trust)
     assert f"{tls[server]}" in said and REFUSED[server, authority] in said
 
@@ -252,12 +234,12 @@ def test_node_start_refuses_what_cannot_be_reached(tmp_path: Path, refused: Call
 
 
 @pytest.mark.slow
-def test_node_start_refuses_its_own_files(made: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_node_start_refuses_its_own_files(certificates: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     """Before anything is sent or waited for: nobody listens there."""
     home = Home.create(tmp_path / "home", [0, 1])
     start = ("node", "start", "--home", "home", "--superlink", f"127.0.0.1:{free_port()}")
     assert "either --ca, the authority of the server's certificate, or --insecure" in refused(*start)
-    good = (*start, "--ca", made / "good" / CA)
+    good = (*start, "--ca", certificates / "good" / CA)
     assert "data path" in (said := refused(*good, "--data", "nowhere")) and "does not exist" in said
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "0.npz", x=np.zeros((1, 2)), y=np.zeros(1))

@@ -1,0 +1,88 @@
+"""What a device is given for predictions: it comes back as it was, is refused if changed, and holds no trunk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+from fedsplit.data import Scaling
+from fedsplit.dropping import Dropping
+from fedsplit.errors import ConfigError, DataError
+from fedsplit.model import ACTIVATIONS, FirstLayer
+from fedsplit.prediction.bundle import DESCRIPTION, WEIGHTS, Bundle, run_bundle
+
+SCALED = Scaling((1.0,), (2.0,), -50.0, 50.0)
+LAYERS = {
+    "linear": (nn.Linear(6, 5), (2, 3)),
+    "per step": (nn.Linear(3, 5, bias=False), (2, 3)),
+    "conv1d": (nn.Conv1d(2, 4, 3, stride=2, padding=1, dilation=2), (2, 9)),
+    "conv2d": (nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=(1, 0), groups=2, bias=False), (2, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_bundle_comes_back_as_it_was(name: str, activation: str, tmp_path: Path) -> None:
+    module, shape = LAYERS[name]
+    layer = FirstLayer(module, ACTIVATIONS[activation](), shape)
+    bundle = Bundle(layer, Dropping("random", keep=0.25), "float16", SCALED, "classification", 3)
+    bundle.save(tmp_path / "device")
+    assert sorted(path.name for path in (tmp_path / "device").iterdir()) == [DESCRIPTION, WEIGHTS]
+    again = Bundle.load(tmp_path / "device")
+    assert np.array_equal(again.weights, bundle.weights) and again.model == bundle.model
+    assert (again.dropping, again.dtype, again.scaling, again.task, again.outputs) == (
+        bundle.dropping, "float16", SCALED, "classification", 3
+    )  # fmt: skip
+    x = np.random.default_rng(1).normal(size=(4, *shape)).astype(np.float32)
+    before, after = (b.layer.activation(b.layer.pre_activations(b.layer.initial_weights(), x)) for b in (bundle, again))
+    assert np.array_equal(before, after)
+    with pytest.raises(ConfigError, match="is not empty"):
+        bundle.save(tmp_path / "device")
+
+
+def test_an_activation_with_other_numbers_is_not_exported(tmp_path: Path) -> None:
+    layer = FirstLayer(nn.Linear(3, 4), nn.LeakyReLU(0.3), (3,))
+    with pytest.raises(ConfigError, match=r"LeakyReLU\(negative_slope=0.3\) cannot be exported"):
+        Bundle(layer, Dropping("none"), "float32", Scaling(), "binary", 1).save(tmp_path / "device")
+
+
+def test_the_trunk_is_not_in_it(trained: Path, tmp_path: Path) -> None:
+    run_bundle(trained).save(tmp_path / "device")
+    size = sum(path.stat().st_size for path in (tmp_path / "device").iterdir())
+    assert size < 4 * (12 * 10 + 10) + 2000
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda d: d.update(format=2), "is damaged, or of another version"),
+        (lambda d: d.update(more=1), "is damaged, or of another version"),
+        (lambda d: d.update(sha256="0" * 64), "its SHA-256 is not the one"),
+        (lambda d: d.update(model="0" * 16), "is not of the model"),
+        (lambda d: d["layer"].update(kind="Embedding"), "is damaged, or of another version"),
+        (lambda d: d["layer"]["arguments"].update(in_features=13), "does not describe a model that can be built"),
+        (lambda d: d["layer"]["arguments"].update(device="meta"), "is damaged, or of another version"),
+        (lambda d: d["layer"].update(input_shape=[0]), "does not describe a model that can be built"),
+        (lambda d: d["dropping"].update(k=11), "does not describe a model that can be built"),
+        (lambda d: d["scaling"].update(subtract=[1, 2]), "does not describe a model that can be built"),
+        (lambda d: d["scaling"].update(divide=[0.0]), "does not describe a model that can be built"),
+        (lambda d: d["scaling"].update(low=None), "is damaged, or of another version"),
+    ],
+)
+def test_a_bundle_that_was_changed_is_refused(change: Callable, told: str, trained: Path, tmp_path: Path) -> None:
+    run_bundle(trained).save(tmp_path / "device")
+    description = json.loads((tmp_path / "device" / DESCRIPTION).read_text())
+    change(description)
+    (tmp_path / "device" / DESCRIPTION).write_text(json.dumps(description))
+    with pytest.raises(DataError, match=told):
+        Bundle.load(tmp_path / "device")
+
+
+def test_what_is_no_bundle_or_no_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no model for devices"):
+        Bundle.load(tmp_path / "device")
+    with pytest.raises(DataError, match="is not a run folder"):
+        run_bundle(tmp_path)

@@ -1,0 +1,143 @@
+"""The server's side of a prediction: what it answers, to whom, what it refuses, and that it logs nothing of a query."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from predictions import RECORDS, asking, listening, problem, released
+
+from fedsplit.errors import ConfigError, WireError
+from fedsplit.home import Home
+from fedsplit.prediction.bundle import run_bundle
+from fedsplit.prediction.service import Served, Tokens, add_token, service
+from fedsplit.wire import Query
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> str:
+    return add_token(tmp_path / "tokens", "me")
+
+
+@pytest.fixture
+def tokens(token: str, tmp_path: Path) -> Tokens:
+    return Tokens(tmp_path / "tokens")
+
+
+@contextmanager
+def opened(app: FastAPI, token: str) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {token}"}
+    with listening(app) as url, httpx.Client(base_url=url, headers=headers, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def client(served: Served, tokens: Tokens, token: str) -> Iterator[httpx.Client]:
+    with opened(service([served], tokens), token) as client:
+        yield client
+
+
+@pytest.fixture
+def query(trained: Path, home: Home) -> bytes:
+    return released(run_bundle(trained), home)[0].to_bytes()
+
+
+def test_a_service_answers_as_the_trunk_does(client: httpx.Client, served: Served, query: bytes) -> None:
+    response = client.post(f"/v1/models/{served.name}/predict", content=query)
+    assert response.status_code == 200
+    assert np.allclose(response.json()["outputs"], asking(served)(query), atol=1e-6)
+    assert client.get("/v1/models").json()["models"][0]["name"] == served.name
+    counted = client.get("/metrics").text
+    assert f'fedsplit_records_total{{model="{served.name}"}} 30.0' in counted
+    assert client.get("/healthz", headers={"Authorization": ""}).json() == {"status": "ok"}
+
+
+def test_who_has_no_token_is_refused(client: httpx.Client, served: Served) -> None:
+    right = client.headers["Authorization"]
+    for header in ("", right[:-1], right + "x", right.replace("Bearer", "Basic"), "Bearer x y", "Bearer \xff"):
+        for ask_for in ("/v1/models", "/metrics", f"/v1/models/{served.name}/predict"):
+            call = client.post if ask_for.endswith("predict") else client.get
+            assert "bearer token" in problem(call(ask_for, headers={"Authorization": header.encode("latin-1")}), 401)
+
+
+def test_what_is_no_query_is_told(
+    client: httpx.Client, served: Served, query: bytes, trained: Path, home: Home
+) -> None:
+    path = f"/v1/models/{served.name}/predict"
+
+    def post(content: bytes, to: str = path) -> httpx.Response:
+        return client.post(to, content=content)
+
+    assert "there is no model 'other' here" in problem(post(query, "/v1/models/other/predict"), 404)
+    assert problem(post(query, "/v2"), 404)
+    assert "too short" in problem(post(b""), 422)
+    assert "length is" in problem(post(query[:-1]), 422)
+    assert "version must be" in problem(post(query[:2] + b"\x09" + query[3:]), 422)
+    assert "bytes" in problem(post(bytes(served.most_bytes + 1)), 413)
+    assert "method" in problem(client.get(path), 405).lower()
+    other = run_bundle(trained)
+    other.layer.load_weights({name: w + 1 for name, w in other.layer.initial_weights().items()})
+    foreign = released(other, home, RECORDS[:1] + 1)[0].to_bytes()
+    assert "export the model for the device anew" in problem(post(foreign), 422)
+    assert post(query).status_code == 200  # it is still there
+
+
+def test_nothing_of_a_query_is_logged(
+    client: httpx.Client,
+    served: Served,
+    query: bytes,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+
+    def fails(releases: object) -> None:
+        raise ValueError(f"cannot use {7654.25}")
+
+    monkeypatch.setattr(Served, "outputs", lambda self, releases: fails(releases))
+    response = client.post(f"/v1/models/{served.name}/predict", content=query)
+    assert problem(response, 500) == "a mistake of this service's"
+    assert "7654" not in caplog.text and "7654" not in response.text
+    monkeypatch.undo()
+    assert client.post(f"/v1/models/{served.name}/predict", content=query).status_code == 200
+
+
+def test_a_token_has_its_rate(served: Served, tokens: Tokens, token: str) -> None:
+    with opened(service([served], tokens, rate=1.0), token) as client:
+        statuses = [client.get("/v1/models").status_code for _ in range(4)]
+        assert statuses == [200, 200, 429, 429]
+        assert client.get("/healthz").status_code == 200
+
+
+def test_two_trunks_need_two_names(served: Served) -> None:
+    with pytest.raises(ConfigError, match="have the same first layer"):
+        service([served, served], None)
+
+
+def test_token_files_are_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Tokens(path)
+    for damage in ("me", "me xx", "\n", "a b c"):
+        path.write_text(damage)
+        with pytest.raises(ConfigError):
+            Tokens(path)
+    path.write_text("")
+    mine, yours = add_token(path, "me"), add_token(path, "you")
+    assert mine not in path.read_text() and path.stat().st_mode & 0o777 == 0o600
+    assert [Tokens(path).owner(f"Bearer {t}") for t in (mine, yours, "x")] == ["me", "you", None]
+    with pytest.raises(ConfigError, match="has a token of me already"):
+        add_token(path, "me")
+    with pytest.raises(ConfigError, match="must be one word"):
+        add_token(path, "me too")
+
+
+def test_queries_come_back_as_they_were(query: bytes) -> None:
+    assert Query.from_bytes(query).to_bytes() == query
+    for stop in range(0, len(query), 7):
+        with pytest.raises(WireError):
+            Query.from_bytes(query[:stop])

@@ -1,6 +1,7 @@
 """Predictions: ``fedsplit export | serve | token | predict``."""
 
 import csv
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -90,6 +91,8 @@ def serve(
         )  # attacks train small networks: threads that wait for each other take ten times as long
         add_demo(app, [Attacker.of_run(run, model) for run, model in zip(runs, models, strict=True)])
     check_port_free(host, port)
+    gc.collect()
+    gc.freeze()  # what is there stays: looking through all of it again and again held requests up for 0.2 s each time
     print(f"serving {', '.join(map(str, runs))} at http{'' if insecure else 's'}://{host}:{port}", flush=True)
     uvicorn.run(
         app,

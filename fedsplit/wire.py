@@ -29,6 +29,7 @@ from fedsplit.packing import (
     unpack_codes,
 )
 
+MOST_RECORDS = 4096  # of a query
 _UPLOAD, _DOWNLOAD, _REGISTRATION, _QUERY = 1, 2, 3, 4
 
 
@@ -441,7 +442,7 @@ class Query:
     layer : int
         :func:`weights_digest` of the first layer.
     release : Release
-        Of one device; its id and the targets, which nobody knows, do not travel.
+        Of one device, at most :data:`MOST_RECORDS` records; its id and the targets, which nobody knows, do not travel.
     """
 
     layer: int

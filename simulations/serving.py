@@ -10,6 +10,7 @@ time of the service per record and its memory; writes `simulations/results/servi
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import ssl
@@ -86,6 +87,8 @@ def serve(run: Path, folder: Path, kind: str, port: int) -> None:
         raw, key = records_of(run, served), (folder / "key").read_bytes()
         model = Sealed(served.bundle, served.trunk, served.name, key, Whole(served, raw), raw[0].nbytes)
     app = service([model], Tokens(folder / "tokens"))
+    gc.collect()
+    gc.freeze()  # as fedsplit serve does
     files = {"ssl_certfile": str(folder / CERTIFICATE), "ssl_keyfile": str(folder / KEY)}
     uvicorn.run(app, port=port, log_level="warning", access_log=False, ws="none", **files)  # type: ignore[arg-type]
 

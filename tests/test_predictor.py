@@ -14,10 +14,11 @@ from fedsplit.dropping import Dropping
 from fedsplit.errors import DataError, RunError
 from fedsplit.home import Home
 from fedsplit.model import FirstLayer
+from fedsplit.prediction import predictor
 from fedsplit.prediction.bundle import Bundle, run_bundle
 from fedsplit.prediction.predictor import Predictor
 from fedsplit.prediction.service import Served
-from fedsplit.wire import Reason
+from fedsplit.wire import Query, Reason
 
 SCALED = Scaling((1.0,), (2.0,), -50.0, 50.0)
 OTHERS = {"activation": nn.Identity(), "stride": nn.Conv1d(2, 3, 3, stride=2), "padding": nn.Conv1d(2, 3, 3, padding=1)}
@@ -43,6 +44,22 @@ def test_a_repeated_record_releases_nothing_new(trained: Path, served: Served, h
     assert home.ledger_path("test").read_bytes() == ledger
 
 
+def test_many_records_are_asked_about_in_parts(
+    trained: Path, served: Served, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Predictor(run_bundle(trained), home, asking(served)).predict(RECORDS)
+    monkeypatch.setattr(predictor, "MOST_RECORDS", 13)
+    sizes: list[int] = []
+
+    def note(payload: bytes) -> np.ndarray:
+        sizes.append(len(Query.from_bytes(payload).release.counts))
+        return asking(served)(payload)
+
+    parts = Predictor(run_bundle(trained), home, note).predict(RECORDS)
+    assert sizes == [13, 13, 4] and parts.values() == whole.values()
+    assert np.allclose(parts.outputs, whole.outputs, atol=1e-6)
+
+
 def test_a_record_asked_about_a_thousand_times_is_counted_once(trained: Path, served: Served, home: Home) -> None:
     """Although the limits allow it to leave only once: what has left already can leave again."""
     (home.folder / "limits.toml").write_text("releases = 1\nequations = 0.9\nleverage = 1.0\n")
@@ -52,11 +69,11 @@ def test_a_record_asked_about_a_thousand_times_is_counted_once(trained: Path, se
         sent.append(payload)
         return np.ones((1, served.bundle.outputs))
 
-    predictor = Predictor(run_bundle(trained), Home(home.folder), note)
-    predictor.predict(RECORDS[:1])
+    asks = Predictor(run_bundle(trained), Home(home.folder), note)
+    asks.predict(RECORDS[:1])
     once = list(home.accountant("test").rows())
     for _ in range(999):
-        predictor.predict(RECORDS[:1])
+        asks.predict(RECORDS[:1])
     assert len(sent) == 1000 and len(set(sent)) == 1
     assert len(once) == 1 and once[0][1].releases == 1 and list(home.accountant("test").rows()) == once
 

@@ -56,6 +56,16 @@ def test_a_service_answers_as_the_trunk_does(client: httpx.Client, served: Serve
     assert client.get("/healthz", headers={"Authorization": ""}).json() == {"status": "ok"}
 
 
+def test_bodies_have_no_more_room_than_there_is(served: Served, tokens: Tokens, token: str, query: bytes) -> None:
+    app, path = service([served], tokens), f"/v1/models/{served.name}/predict"
+    with opened(app, token) as client:
+        app.state.bodies._held["of others"] = 2**25
+        assert problem(client.post(path, content=query), 503) == "too many bodies at once"
+        del app.state.bodies._held["of others"]
+        assert client.post(path, content=query).status_code == 200
+        assert app.state.bodies._held == {}
+
+
 def test_who_has_no_token_is_refused(client: httpx.Client, served: Served) -> None:
     right = client.headers["Authorization"]
     for header in ("", right[:-1], right + "x", right.replace("Bearer", "Basic"), "Bearer x y", "Bearer \xff"):

@@ -19,7 +19,7 @@ from fedsplit.guard import Proposal, release_cost, release_name
 from fedsplit.home import ASKED, Home
 from fedsplit.packing import FloatArray, IntArray
 from fedsplit.prediction.bundle import Bundle
-from fedsplit.wire import Query, Reason, Release, weights_digest
+from fedsplit.wire import MOST_RECORDS, Query, Reason, Release, weights_digest
 
 Ask = Callable[[bytes], FloatArray]
 _LARGEST = 1e30
@@ -80,6 +80,8 @@ class Predictor:
     def predict(self, raw: NDArray[Any]) -> Predictions:
         """Return predictions for raw records ``(records, *input_shape)``, in their units of before the scaling.
 
+        Many records are asked about in several queries.
+
         Raises
         ------
         DataError
@@ -89,6 +91,13 @@ class Predictor:
         RunError
             If no answer comes, or one that fits nothing.
         """
+        numbers = self._checked(raw)
+        starts = range(0, len(numbers), MOST_RECORDS)
+        parts = [self._predict(numbers[start : start + MOST_RECORDS]) for start in starts]
+        outputs, refused = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return Predictions(outputs, refused, self._bundle.task)
+
+    def _predict(self, raw: NDArray[np.float64]) -> tuple[FloatArray, IntArray]:
         query, refused = self.release(raw)
         outputs = np.full((len(refused), self._bundle.outputs), np.nan, dtype=np.float32)
         left = refused == 0
@@ -97,7 +106,7 @@ class Predictor:
             if found.shape != outputs[left].shape or not np.isfinite(found).all():
                 raise RunError(f"the answer must be finite numbers of shape {outputs[left].shape}, got {found.shape}")
             outputs[left] = found
-        return Predictions(outputs, refused, self._bundle.task)
+        return outputs, refused
 
     def release(self, raw: NDArray[Any]) -> tuple[Query, IntArray]:
         """Return what may leave of some records, written down already, and why others may not; see :meth:`predict`."""

@@ -17,6 +17,7 @@ from fedsplit.packing import FloatArray
 _TIMEOUT = 30.0  # seconds
 _LARGEST = 2**26  # bytes of an answer
 _TRIES = 5
+_REFUSED = "certificate verify failed: "  # how Python's ssl begins to say why
 _PAUSE = 0.2  # seconds before the second try; twice as long before each other
 
 
@@ -75,8 +76,9 @@ class Remote:
             try:
                 status, answer = self._post(payload)
             except httpx.RequestError as error:
-                if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                    raise RunError(f"{self._url}: its certificate is refused") from None
+                if _REFUSED in str(error):
+                    why = str(error).partition(_REFUSED)[2].partition(" (_ssl")[0]
+                    raise RunError(f"{self._url}: its certificate is refused: {why}") from None
                 said = "does not answer"
                 continue
             if status == httpx.codes.OK:

@@ -37,10 +37,9 @@ from fedsplit.packing import FloatArray
 from fedsplit.prediction.bundle import Bundle, bundle_of, run_settings
 from fedsplit.state import replacing
 from fedsplit.trunk import Batches, trunk_outputs
-from fedsplit.wire import Query, Release
+from fedsplit.wire import MOST_RECORDS, Query, Release
 
 log = logging.getLogger(__name__)
-MOST_RECORDS = 4096  # of a request; from so many on no more requests are answered together
 MOST_CONNECTIONS = 1024
 _SLOW = 30.0  # seconds in which a request's body must be there
 _HEAD = 4096  # bytes of a request besides its records
@@ -293,18 +292,20 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
 
     app.state.let_in, app.state.bodies = let_in, _Bodies()
 
+    asked = _problems(401, 429)
+
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether the service is there."""
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=asked)
     async def prometheus(request: Request) -> str:
         """Counts for Prometheus."""
         let_in(request)
         return generate_latest(metrics.registry).decode()
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=asked)
     async def names(request: Request) -> dict[str, list[dict[str, Any]]]:
         """The models that are served."""
         let_in(request)
@@ -313,7 +314,11 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
 
     body = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
-    @app.post("/v1/models/{name}/predict", openapi_extra={"requestBody": {"required": True, **body}})
+    @app.post(
+        "/v1/models/{name}/predict",
+        openapi_extra={"requestBody": {"required": True, **body}},
+        responses=_problems(400, 401, 404, 408, 413, 422, 429, 503),
+    )
     async def predict(name: str, request: Request) -> Response:
         """Return the trunk's outputs for a packed query."""
         let_in(request)
@@ -328,6 +333,15 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
         return JSONResponse({"model": name, "outputs": outputs.tolist()})
 
     return app
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return how the documentation describes errors."""
+    text = {"type": "string"}
+    fields = {"type": text, "title": text, "status": {"type": "integer"}, "detail": text, "request": text}
+    schema = {"type": "object", "required": list(fields), "properties": fields}
+    content = {"application/problem+json": {"schema": schema}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
 def problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -6,14 +6,16 @@ if TYPE_CHECKING:
     from fedsplit.data import DeviceData as DeviceData
     from fedsplit.model import FirstLayer as FirstLayer
     from fedsplit.model import SplitModel as SplitModel
+    from fedsplit.prediction.predictor import Predictor as Predictor
     from fedsplit.simulation import simulate as simulate
     from fedsplit.strategy import SplitStrategy as SplitStrategy
 
 __version__ = "0.1.0"
-__all__ = ["DeviceData", "FirstLayer", "SplitModel", "SplitStrategy", "simulate"]
+__all__ = ["DeviceData", "FirstLayer", "Predictor", "SplitModel", "SplitStrategy", "simulate"]
 _HOMES = {
     "DeviceData": "fedsplit.data",
     "FirstLayer": "fedsplit.model",
+    "Predictor": "fedsplit.prediction.predictor",
     "SplitModel": "fedsplit.model",
     "SplitStrategy": "fedsplit.strategy",
     "simulate": "fedsplit.simulation",

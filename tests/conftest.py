@@ -25,6 +25,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 torch.set_num_threads(1)  # tests share the machine, and threads that wait for each other make them many times slower
 
+_RAY = ("test_engine", "test_simulation", "test_readme")  # each looks for what it has left running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, with ``-n``, and all that start Ray in the same one."""
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("ray" if name in _RAY else name))
+
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 _SMALL: dict[str, Any] = {

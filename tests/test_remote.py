@@ -21,6 +21,7 @@ from fedsplit.home import Home
 from fedsplit.packing import VERSION
 from fedsplit.prediction import remote
 from fedsplit.prediction.bundle import run_bundle
+from fedsplit.prediction.predictor import Predictor
 from fedsplit.prediction.remote import Remote
 from fedsplit.prediction.service import Served, Tokens, add_token, service
 from fedsplit.wire import Query
@@ -115,9 +116,14 @@ def serving(served: Served, asks: list[object], certificates: Path, tmp_path: Pa
 def test_a_device_gets_its_predictions_over_tls(
     serving: Serving, asks: list[object], served: Served, main: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    _, _, device, _, home, _, _, _, authority, _ = asks
     with serving() as url:
         main(*asks, url)
-    assert len(capsys.readouterr().out.splitlines()) == len(RECORDS)
+        connected = Predictor.connect(
+            url, device=device, home=home, token=os.environ["FEDSPLIT_TOKEN"], authority=authority
+        )
+        values = connected.predict(RECORDS).values()
+    assert capsys.readouterr().out.split() == [str(value) for value in values] and len(values) == len(RECORDS)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ that differs in a single bit is another record.
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,41 @@ class Predictor:
         self._bundle, self._home, self._ask = bundle, home, ask
         self._weights = bundle.weights
         self._device = home.devices[0]
+
+    @classmethod
+    def connect(
+        cls,
+        server: str,
+        *,
+        device: Path | str,
+        home: Path | str,
+        token: str | None = None,
+        authority: Path | str | None = None,
+    ) -> "Predictor":
+        """Return one that asks a service.
+
+        Parameters
+        ----------
+        server : str
+            ``https://HOST:PORT``.
+        device : Path or str
+            The folder that ``fedsplit export`` wrote.
+        home : Path or str
+            The device's own folder.
+        token : str, optional
+        authority : Path or str, optional
+            The certificate that the server's must be signed by; default: the system's.
+
+        Raises
+        ------
+        FedsplitError
+            If a folder is missing or damaged, or the address or the token cannot be used.
+        """
+        from fedsplit.prediction.remote import Remote
+
+        bundle, own = Bundle.load(Path(device)), Home(Path(home))
+        own.check()
+        return cls(bundle, own, Remote(server, bundle.model, token, Path(authority) if authority else None))
 
     def predict(self, raw: NDArray[Any]) -> Predictions:
         """Return predictions for raw records ``(records, *input_shape)``, in their units of before the scaling.

@@ -22,6 +22,9 @@ MAX_DEVICES = 10_000_000
 VALUE_DTYPES = ("float16", "float32")
 _MAGIC = b"fs"
 _DTYPES = [np.dtype(f"<{c}") for c in ("f4", "f2", "i4", "i8", "u1", "u2", "u4", "f8", "i2")]
+_NAMES, _SIZES = [d.str[1:] for d in _DTYPES], [d.itemsize for d in _DTYPES]
+_HEAD, _ENTRY = struct.Struct("<2sBBH"), struct.Struct("<BB")  # of a payload, and of an array in the table
+_SHAPES = {1: struct.Struct("<I"), 2: struct.Struct("<2I")}
 _TOP = 15  # the largest value of a chunk is scaled into [2^14, 2^15): float16 ends below 2^16
 
 IntArray = NDArray[np.int64]
@@ -84,7 +87,7 @@ def sum_groups(counts: IntArray, lengths: IntArray) -> IntArray:
 
 def pack_arrays(kind: int, arrays: Sequence[NDArray[Any]]) -> bytes:
     """Put some arrays of one or two axes into a payload of the given kind."""
-    table = [struct.pack("<2sBBH", _MAGIC, VERSION, kind, len(arrays))]
+    table = [_HEAD.pack(_MAGIC, VERSION, kind, len(arrays))]
     for array in arrays:
         code = _DTYPES.index(array.dtype.newbyteorder("<"))
         table.append(struct.pack(f"<BB{array.ndim}I", code, array.ndim, *array.shape))
@@ -118,28 +121,28 @@ class Reader:
         self.total = len(payload)
         self._payload = payload
         try:
-            magic, version, found, count = struct.unpack_from("<2sBBH", payload, 0)
+            magic, version, found, count = _HEAD.unpack_from(payload, 0)
             check("magic", magic == _MAGIC, "must be b'fs': not a fedsplit message")
             check("version", version == VERSION, f"must be {VERSION}, got {version}")
             check("kind", found == kind, f"must be {kind}, got {found}")
             self._table = self._read_table(payload, count)
         except struct.error:
             raise WireError(f"length {len(payload)} is too short for the table of arrays") from None
-        used = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._table)
-        check(
-            "length",
-            self._offset + used == len(payload),
-            f"is {len(payload)}, the table says {self._offset + used}",
-        )
+        used = self._offset
+        for code, shape in self._table:
+            used += _SIZES[code] * math.prod(shape)
+        if used != len(payload):
+            raise WireError(f"length is {len(payload)}, the table says {used}")
         self._next = 0
 
-    def _read_table(self, payload: bytes, count: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
-        offset, table = struct.calcsize("<2sBBH"), []
+    def _read_table(self, payload: bytes, count: int) -> list[tuple[int, tuple[int, ...]]]:
+        offset, table = _HEAD.size, []
         for _ in range(count):
-            code, ndim = struct.unpack_from("<BB", payload, offset)
-            check("table", code < len(_DTYPES) and 1 <= ndim <= 2, "has an unknown dtype or number of axes")
-            table.append((_DTYPES[code], struct.unpack_from(f"<{ndim}I", payload, offset + 2)))
-            offset += 2 + 4 * ndim
+            code, ndim = _ENTRY.unpack_from(payload, offset)
+            if code >= len(_DTYPES) or not 1 <= ndim <= 2:
+                raise WireError("table has an unknown dtype or number of axes")
+            table.append((code, _SHAPES[ndim].unpack_from(payload, offset + _ENTRY.size)))
+            offset += _ENTRY.size + _SHAPES[ndim].size
         self._offset = offset
         return table
 
@@ -147,18 +150,24 @@ class Reader:
         self, field: str, dtypes: str | tuple[str, ...], ndim: int | tuple[int, ...], size: int | None = None
     ) -> NDArray[Any]:
         """Return the next array (a read-only view), which must have one of the dtypes and ``size`` rows."""
-        check(field, self._next < len(self._table), "is missing")
-        dtype, shape = self._table[self._next]
-        allowed = (dtypes,) if isinstance(dtypes, str) else dtypes
-        check(field, dtype.str[1:] in allowed, f"must be of dtype {' or '.join(allowed)}, got {dtype.str[1:]}")
-        axes = (ndim,) if isinstance(ndim, int) else ndim
-        check(field, len(shape) in axes, f"must have {' or '.join(map(str, axes))} axes, got {len(shape)}")
-        check(field, size is None or shape[0] == size, f"must have {size} rows, got {shape[0]}")
-        items = math.prod(shape)
-        found = np.frombuffer(self._payload, dtype=dtype, count=items, offset=self._offset).reshape(shape)
-        self._offset += items * dtype.itemsize
+        if self._next == len(self._table):
+            raise WireError(f"{field} is missing")
+        code, shape = self._table[self._next]
+        name, width = _NAMES[code], len(shape)
+        # messages are put together only if they are needed: a service reads thousands of queries a second
+        if name != dtypes and (isinstance(dtypes, str) or name not in dtypes):
+            allowed = (dtypes,) if isinstance(dtypes, str) else dtypes
+            raise WireError(f"{field} must be of dtype {' or '.join(allowed)}, got {name}")
+        if width != ndim and (isinstance(ndim, int) or width not in ndim):
+            axes = (ndim,) if isinstance(ndim, int) else ndim
+            raise WireError(f"{field} must have {' or '.join(map(str, axes))} axes, got {width}")
+        if size is not None and shape[0] != size:
+            raise WireError(f"{field} must have {size} rows, got {shape[0]}")
+        items = shape[0] if width == 1 else shape[0] * shape[1]
+        found = np.frombuffer(self._payload, _DTYPES[code], items, self._offset)
+        self._offset += items * _SIZES[code]
         self._next += 1
-        return found
+        return found if width == 1 else found.reshape(shape)
 
     @property
     def rows(self) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.dropping import Kept
+from fedsplit.errors import WireError
 from fedsplit.packing import (
     FloatArray,
     IntArray,
@@ -126,17 +127,19 @@ class Release:
         n = int(records.sum())
         counts = take.array("counts", ("u2", "u4"), 1, size=n).astype(np.int64)
         bitmap = take.array("bitmap", "u1", 2, size=n)
-        check("bitmap", bitmap.shape[1] == -(-width // 8), f"must have {-(-width // 8)} bytes per record")
-        if width % 8:
-            check("bitmap", not (bitmap[:, -1] >> (width % 8)).any(), f"has bits beyond width {width}")
-        same = np.array_equal(np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64), counts)
+        if bitmap.shape[1] != -(-width // 8):
+            raise WireError(f"bitmap must have {-(-width // 8)} bytes per record")
+        if width % 8 and (bitmap[:, -1] >> (width % 8)).any():
+            raise WireError(f"bitmap has bits beyond width {width}")
+        same = np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64).tobytes() == counts.tobytes()
         check("counts", same, "must equal the bitmap's set bits")
+        total = sum(counts.tolist())
         if bits:
-            codes: NDArray[Any] = unpack_codes(take.array("codes", "u1", 1), int(counts.sum()), bits)
+            codes: NDArray[Any] = unpack_codes(take.array("codes", "u1", 1), total, bits)
             take.array("exponents", "i2", 1, size=0)
             exponents = np.full(n, 1 - bits, dtype=np.int32)
         else:
-            codes = take.array("values", ("f2", "f4"), 1, size=int(counts.sum()))
+            codes = take.array("values", ("f2", "f4"), 1, size=total)
             exponents = take.array("exponents", "i2", 1, size=n).astype(np.int32)
         release = cls(devices, records, targets, counts, bitmap, codes, exponents, width, bits)
         if not bits:
@@ -457,8 +460,8 @@ class Query:
     def from_bytes(cls, payload: bytes) -> "Query":
         """Check and read a query. Raises WireError."""
         take = Reader(payload, _QUERY)
-        (layer,) = (int(v) for v in take.array("layer", "i8", 1, size=1))
-        width, bits = (int(v) for v in take.array("width", "u4", 1, size=2))
+        (layer,) = take.array("layer", "i8", 1, size=1).tolist()
+        width, bits = take.array("width", "u4", 1, size=2).tolist()
         check("bits", bits <= 8, "must be in 0..8")
         n = take.rows
         check("records", n <= take.total, "must be a count of the records sent")

@@ -33,7 +33,7 @@ from torch import nn
 from fedsplit.assemble import data_source, split_model
 from fedsplit.deployment.certs import write_private
 from fedsplit.errors import ConfigError, DataError, WireError
-from fedsplit.packing import FloatArray
+from fedsplit.packing import FloatArray, dequantise
 from fedsplit.prediction.bundle import Bundle, bundle_of, run_settings
 from fedsplit.state import replacing
 from fedsplit.trunk import Batches, trunk_outputs
@@ -103,7 +103,11 @@ class Served:
             targets=nobody,
             starts=np.concatenate([[0], np.cumsum(counts)]),
             bitmap=np.concatenate([release.bitmap for release in releases]),
-            values=np.concatenate([release.values() for release in releases]),
+            values=dequantise(
+                np.concatenate([release.codes for release in releases]),  # of one kind that holds all of them exactly
+                counts,
+                np.concatenate([release.exponents for release in releases]),
+            ),
             width=releases[0].width,
         )
         return trunk_outputs(self.trunk, self.bundle.layer.cut_shape, batches)

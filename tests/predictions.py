@@ -41,8 +41,9 @@ def released(bundle: Bundle, home: Home, records: Any = RECORDS) -> tuple[Query,
 def listening(app: FastAPI, certs: Path | None = None) -> Iterator[str]:
     """Serve an application over a socket, in a thread; yield its address."""
     files = {"ssl_certfile": certs / CERTIFICATE, "ssl_keyfile": certs / KEY} if certs else {}
-    # clients in this process keep their connections, and closing these would be waited for
-    options = {"log_level": "critical", "ws": "none", "timeout_graceful_shutdown": 0, **files}
+    # clients in this process keep their connections, and closing these would be waited for; uvicorn's own logging shuts
+    # all handlers down, absl's among them, which then closes what pytest captures with
+    options = {"log_config": None, "ws": "none", "timeout_graceful_shutdown": 0, **files}
     server = uvicorn.Server(uvicorn.Config(app, port=free_port(), **options))
     thread = threading.Thread(target=server.run)
     thread.start()

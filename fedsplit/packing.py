@@ -94,6 +94,30 @@ def pack_arrays(kind: int, arrays: Sequence[NDArray[Any]]) -> bytes:
     return b"".join(table + [np.ascontiguousarray(a).data.cast("B") if a.size else b"" for a in arrays])
 
 
+def stack_rows(payloads: Sequence[bytes], kind: int, same: int) -> bytes:
+    """Return one payload with the rows of several, whose tables and first ``same`` arrays must be equal.
+
+    Raises WireError if they are not.
+    """
+    first = Reader(payloads[0], kind)
+    start = first.offset
+    rest = start + sum(_SIZES[code] * math.prod(shape) for code, shape in first.table[:same])
+    size, head = len(payloads[0]), payloads[0][:rest]
+    if any(len(payload) != size or payload[:rest] != head for payload in payloads):
+        raise WireError("payloads are not alike")
+    count, arrays = (
+        len(payloads),
+        [first.array("array", _NAMES[code], len(shape)) for code, shape in first.table[:same]],
+    )
+    rows = np.frombuffer(b"".join(payloads), dtype=np.uint8).reshape(count, size)
+    for code, shape in first.table[same:]:
+        stop = rest + _SIZES[code] * math.prod(shape)
+        part = np.frombuffer(rows[:, rest:stop].tobytes(), _DTYPES[code])
+        arrays.append(part.reshape(count * shape[0], *shape[1:]))
+        rest = stop
+    return pack_arrays(kind, arrays)
+
+
 def check(field: str, holds: bool, rule: str) -> None:
     """Raise WireError with the field and the rule it breaks."""
     if not holds:
@@ -115,7 +139,10 @@ def check_scaled(codes: NDArray[Any], exponents: NDArray[np.int32]) -> None:
 
 
 class Reader:
-    """Walks over a payload's arrays, checking each against what must come next."""
+    """Walks over a payload's arrays, checking each against what must come next.
+
+    ``table`` holds the code and the sizes of each array, ``offset`` is where the next one begins.
+    """
 
     def __init__(self, payload: bytes, kind: int) -> None:
         self.total = len(payload)
@@ -125,11 +152,11 @@ class Reader:
             check("magic", magic == _MAGIC, "must be b'fs': not a fedsplit message")
             check("version", version == VERSION, f"must be {VERSION}, got {version}")
             check("kind", found == kind, f"must be {kind}, got {found}")
-            self._table = self._read_table(payload, count)
+            self.table = self._read_table(payload, count)
         except struct.error:
             raise WireError(f"length {len(payload)} is too short for the table of arrays") from None
-        used = self._offset
-        for code, shape in self._table:
+        used = self.offset
+        for code, shape in self.table:
             used += _SIZES[code] * math.prod(shape)
         if used != len(payload):
             raise WireError(f"length is {len(payload)}, the table says {used}")
@@ -143,16 +170,16 @@ class Reader:
                 raise WireError("table has an unknown dtype or number of axes")
             table.append((code, _SHAPES[ndim].unpack_from(payload, offset + _ENTRY.size)))
             offset += _ENTRY.size + _SHAPES[ndim].size
-        self._offset = offset
+        self.offset = offset
         return table
 
     def array(
         self, field: str, dtypes: str | tuple[str, ...], ndim: int | tuple[int, ...], size: int | None = None
     ) -> NDArray[Any]:
         """Return the next array (a read-only view), which must have one of the dtypes and ``size`` rows."""
-        if self._next == len(self._table):
+        if self._next == len(self.table):
             raise WireError(f"{field} is missing")
-        code, shape = self._table[self._next]
+        code, shape = self.table[self._next]
         name, width = _NAMES[code], len(shape)
         # messages are put together only if they are needed: a service reads thousands of queries a second
         if name != dtypes and (isinstance(dtypes, str) or name not in dtypes):
@@ -164,16 +191,16 @@ class Reader:
         if size is not None and shape[0] != size:
             raise WireError(f"{field} must have {size} rows, got {shape[0]}")
         items = shape[0] if width == 1 else shape[0] * shape[1]
-        found = np.frombuffer(self._payload, _DTYPES[code], items, self._offset)
-        self._offset += items * _SIZES[code]
+        found = np.frombuffer(self._payload, _DTYPES[code], items, self.offset)
+        self.offset += items * _SIZES[code]
         self._next += 1
         return found if width == 1 else found.reshape(shape)
 
     @property
     def rows(self) -> int:
         """Rows of the next array; 0 if there is none."""
-        return self._table[self._next][1][0] if self._next < len(self._table) else 0
+        return self.table[self._next][1][0] if self._next < len(self.table) else 0
 
     def finish(self) -> None:
         """Refuse arrays that nothing asked for."""
-        check("arrays", self._next == len(self._table), f"must be {self._next}, got {len(self._table)}")
+        check("arrays", self._next == len(self.table), f"must be {self._next}, got {len(self.table)}")

@@ -27,6 +27,7 @@ from fedsplit.packing import (
     pack_arrays,
     pack_codes,
     quantise,
+    stack_rows,
     unpack_codes,
 )
 
@@ -455,6 +456,25 @@ class Query:
         """Pack for the wire."""
         head, _, _, _, *outputs = self.release.arrays()
         return pack_arrays(_QUERY, [np.array([self.layer], dtype=np.int64), head, *outputs])
+
+    @staticmethod
+    def join(payloads: Sequence[bytes]) -> bytes:
+        """Return one query of the records of several, which must be alike but for the numbers in them.
+
+        It is read, and refused, as a whole: in a fraction of the time that each would take.
+
+        Raises
+        ------
+        WireError
+            If they are not of the same layer and the same sizes, or have codes that do not end with a byte.
+        """
+        if len(payloads) == 1:
+            return payloads[0]
+        take = Reader(payloads[0], _QUERY)
+        take.array("layer", "i8", 1, size=1)
+        _, bits = take.array("width", "u4", 1, size=2).tolist()
+        check("bits", bits < 2, "must be 0 or 1 to be joined")
+        return stack_rows(payloads, _QUERY, same=2)
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> "Query":

@@ -33,6 +33,7 @@ from processes import free_port, wait_for_port
 
 from fedsplit.assemble import data_source
 from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, make_certificates
+from fedsplit.errors import WireError
 from fedsplit.home import Home
 from fedsplit.packing import FloatArray
 from fedsplit.prediction.bundle import run_settings
@@ -46,14 +47,6 @@ KINDS = ("fedsplit", "AES-256-GCM, whole network")
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A message's raw records, in place of a release."""
-
-    plain: bytes
-    counts: range
-
-
-@dataclass(frozen=True)
 class Sealed(Served):
     """The whole network behind AES-256-GCM."""
 
@@ -61,15 +54,11 @@ class Sealed(Served):
     whole: Any = None
     size: int = 0
 
-    def read(self, payload: bytes) -> Any:
-        """Open a message."""
-        plain = AESGCM(self.key).decrypt(payload[:_NONCE], payload[_NONCE:], None)
-        return _Opened(plain, range(len(plain) // self.size))
-
-    def outputs(self, releases: Sequence[Any]) -> FloatArray:
-        """Return the network's outputs for messages behind one another."""
-        found: FloatArray = self.whole(b"".join(release.plain for release in releases))
-        return found
+    def answers(self, payloads: Sequence[bytes]) -> Sequence[FloatArray | WireError]:
+        """Return the network's outputs for each of some messages."""
+        cipher = AESGCM(self.key)
+        plain = [cipher.decrypt(payload[:_NONCE], payload[_NONCE:], None) for payload in payloads]
+        return np.split(self.whole(b"".join(plain)), np.cumsum([len(p) // self.size for p in plain])[:-1])
 
 
 def records_of(run: Path, served: Served) -> Any:

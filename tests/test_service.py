@@ -56,6 +56,21 @@ def test_a_service_answers_as_the_trunk_does(client: httpx.Client, served: Serve
     assert client.get("/healthz", headers={"Authorization": ""}).json() == {"status": "ok"}
 
 
+def test_each_of_many_gets_its_own_answer(served: Served, trained: Path, home: Home) -> None:
+    """Those that are alike at once, and among others those that are none, which hold nobody up."""
+    queries = [released(run_bundle(trained), home, RECORDS[i : i + 1])[0].to_bytes() for i in range(6)]
+    several = released(run_bundle(trained), home, RECORDS[10:13])[0].to_bytes()
+    alone = [asking(served)(query) for query in queries]
+    alike = served.answers(queries)
+    assert all(np.allclose(found, expected, atol=1e-6) for found, expected in zip(alike, alone, strict=True))
+    broken = queries[1][:-2] + b"\xff\x7f"  # an exponent that nothing fits
+    mixed = served.answers([queries[0], broken, several, b"", queries[2]])
+    assert isinstance(mixed[1], WireError) and isinstance(mixed[3], WireError)
+    assert np.allclose(mixed[0], alone[0], atol=1e-6) and np.allclose(mixed[4], alone[2], atol=1e-6)
+    assert np.allclose(mixed[2], asking(served)(several), atol=1e-6)
+    assert all(isinstance(why, WireError) for why in served.answers([b"", broken]))
+
+
 def test_bodies_have_no_more_room_than_there_is(served: Served, tokens: Tokens, token: str, query: bytes) -> None:
     app, path = service([served], tokens), f"/v1/models/{served.name}/predict"
     with opened(app, token) as client:

@@ -19,9 +19,9 @@ from fastapi.staticfiles import StaticFiles
 from fedsplit.assemble import data_source, public_records
 from fedsplit.data import Records
 from fedsplit.dropping import Dropping
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, WireError
 from fedsplit.prediction.bundle import DESCRIPTION, WEIGHTS, run_settings
-from fedsplit.prediction.service import Served, release_of
+from fedsplit.prediction.service import Served, body_of
 from fedsplit.privacy.audit import known_before, peak_of, reconstructions, without_releases
 from fedsplit.privacy.evidence import Evidence, Seen, dense
 from fedsplit.privacy.prior import Prior
@@ -149,7 +149,11 @@ def add_demo(app: FastAPI, attackers: Sequence[Attacker]) -> None:
             dropping.check_layer(layer.width, layer.positive_only)
         except ConfigError as error:
             raise HTTPException(422, str(error)) from None
-        async with release_of(request, attacker.served) as release:
+        async with body_of(request, attacker.served) as payload:
+            try:
+                release = attacker.served.read(payload)
+            except WireError as error:
+                raise HTTPException(422, str(error)) from None
             if len(release.counts) != 1 or release.bits != bits:
                 raise HTTPException(422, "a query of one record is needed, in the policy's codes")
             if busy.locked():  # looked at when the body is there: a slow one holds nobody up

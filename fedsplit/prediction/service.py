@@ -94,6 +94,23 @@ class Served:
             raise WireError(f"records must be 1..{MOST_RECORDS}, got {len(release.counts)}")
         return release
 
+    def answers(self, payloads: Sequence[bytes]) -> Sequence[FloatArray | WireError]:
+        """Return the trunk's outputs ``(records, outputs)`` for each of some queries, or why it is none."""
+        try:
+            return np.split(self.outputs([self.read(Query.join(payloads))]), len(payloads))
+        except WireError:  # of one, or they are not alike: each by itself
+            found = [self._read_or_why(payload) for payload in payloads]
+        good = [release for release in found if isinstance(release, Release)]
+        ends = np.cumsum([len(release.counts) for release in good])[:-1]
+        parts = iter(np.split(self.outputs(good), ends) if good else [])
+        return [why if isinstance(why, WireError) else next(parts) for why in found]
+
+    def _read_or_why(self, payload: bytes) -> Release | WireError:
+        try:
+            return self.read(payload)
+        except WireError as error:
+            return error
+
     def outputs(self, releases: Sequence[Release]) -> FloatArray:
         """Return the trunk's outputs ``(records, outputs)`` for releases behind one another."""
         counts = np.concatenate([release.counts for release in releases])
@@ -169,34 +186,35 @@ class _Together:
 
     def __init__(self, model: Served, pool: ThreadPoolExecutor, size: Histogram) -> None:
         self._model, self._pool, self._size = model, pool, size
-        self._waiting: asyncio.Queue[tuple[Release, asyncio.Future[FloatArray]]] = asyncio.Queue()
+        self._waiting: asyncio.Queue[tuple[bytes, asyncio.Future[FloatArray]]] = asyncio.Queue()
 
-    async def ask(self, release: Release) -> FloatArray:
-        """Return the outputs of one request."""
+    async def ask(self, payload: bytes) -> FloatArray:
+        """Return the outputs for one query; raises WireError if it is none."""
         future: asyncio.Future[FloatArray] = asyncio.get_running_loop().create_future()
-        await self._waiting.put((release, future))
+        await self._waiting.put((payload, future))
         return await future
 
     async def run(self) -> None:
         """Answer until cancelled."""
         while True:
             taken = [await self._waiting.get()]
-            count = len(taken[0][0].counts)
-            while not self._waiting.empty() and count < MOST_RECORDS:  # the last one may go beyond it
+            size = len(taken[0][0])
+            while not self._waiting.empty() and size < self._model.most_bytes:  # the last one may go beyond it
                 taken.append(self._waiting.get_nowait())
-                count += len(taken[-1][0].counts)
-            self._size.observe(count)
-            releases = [release for release, _ in taken]
+                size += len(taken[-1][0])
+            payloads = [payload for payload, _ in taken]
+            found: Sequence[FloatArray | Exception]
             try:
-                outputs = await asyncio.get_running_loop().run_in_executor(self._pool, self._model.outputs, releases)
-                parts = np.split(outputs, np.cumsum([len(r.counts) for r in releases])[:-1])
+                found = await asyncio.get_running_loop().run_in_executor(self._pool, self._model.answers, payloads)
             except Exception as error:
-                for _, future in taken:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), part in zip(taken, parts, strict=True):
-                if not future.done():  # who asked may be gone
+                found = [error] * len(taken)
+            self._size.observe(sum(len(part) for part in found if not isinstance(part, Exception)))
+            for (_, future), part in zip(taken, found, strict=True):
+                if future.done():  # who asked is gone
+                    continue
+                if isinstance(part, Exception):
+                    future.set_exception(part)
+                else:
                     future.set_result(part)
 
 
@@ -329,8 +347,11 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
         model = by_name.get(name)
         if model is None:
             raise HTTPException(404, f"there is no model {name[:64]!r} here")
-        async with release_of(request, model) as release:
-            outputs = await together[name].ask(release)
+        async with body_of(request, model) as payload:
+            try:
+                outputs = await together[name].ask(payload)
+            except WireError as error:
+                raise HTTPException(422, str(error)) from None
         if not np.isfinite(outputs).all():
             raise HTTPException(422, "values give no finite outputs")
         metrics.records.labels(name).inc(len(outputs))
@@ -360,19 +381,16 @@ def problem(request: Request, status: int, detail: str, headers: Mapping[str, st
 
 
 @asynccontextmanager
-async def release_of(request: Request, model: Served) -> AsyncIterator[Release]:
-    """Read the release in a request's body, and hold room for it as long as it is worked on; raises HTTPException."""
+async def body_of(request: Request, model: Served) -> AsyncIterator[bytes]:
+    """Read a request's body, and hold room for it as long as it is worked on; raises HTTPException."""
     bodies: _Bodies = request.app.state.bodies
     try:
         try:
             async with asyncio.timeout(_SLOW):
                 payload = await bodies.read(request, model.most_bytes)
-            release = model.read(payload)
         except TimeoutError:
             raise HTTPException(408, f"the body must be here within {_SLOW:g} s") from None
-        except WireError as error:
-            raise HTTPException(422, str(error)) from None
-        yield release
+        yield payload
     finally:
         bodies.forget(request)
 

@@ -41,7 +41,7 @@ def token(
     name: Annotated[str, typer.Argument(help="Whose token it is, one word.")],
 ) -> None:
     """Make a token for somebody; it is shown once, the file holds its hash."""
-    from fedsplit.prediction.service import add_token
+    from fedsplit.prediction.tokens import add_token
 
     print(add_token(path, name))
 
@@ -65,7 +65,9 @@ def serve(
 
     from fedsplit.deployment.server import ServerFolder, check_pair, check_port_free
     from fedsplit.node_cli import find_functions
-    from fedsplit.prediction.service import MOST_CONNECTIONS, Served, Tokens, service
+    from fedsplit.prediction.served import Served
+    from fedsplit.prediction.service import MOST_CONNECTIONS, service
+    from fedsplit.prediction.tokens import Tokens
 
     logging.getLogger("fedsplit").setLevel(logging.INFO)
     if insecure != (certs is None) or insecure != (tokens is None):
@@ -154,7 +156,7 @@ def predict(
 
 def _offline(run: Path) -> Any:
     from fedsplit.node_cli import find_functions
-    from fedsplit.prediction.service import Served
+    from fedsplit.prediction.served import Served
 
     find_functions(run)
     model = Served.of_run(run)

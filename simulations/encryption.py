@@ -39,7 +39,7 @@ from fedsplit.home import Home
 from fedsplit.model import FirstLayer
 from fedsplit.prediction.bundle import Bundle, run_settings
 from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.service import Served
+from fedsplit.prediction.served import Served
 from fedsplit.privacy.audit import audit
 from fedsplit.privacy.evidence import rehearsed
 from fedsplit.privacy.transcript import Subjects

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedsplit.model import FirstLayer
-from fedsplit.prediction.service import Served
+from fedsplit.prediction.served import Served
 
 CKKS_RECORDS = 3
 PAILLIER_BITS = 2048

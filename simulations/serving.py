@@ -37,7 +37,9 @@ from fedsplit.errors import WireError
 from fedsplit.home import Home
 from fedsplit.packing import FloatArray
 from fedsplit.prediction.bundle import run_settings
-from fedsplit.prediction.service import Served, Tokens, add_token, service
+from fedsplit.prediction.served import Served
+from fedsplit.prediction.service import service
+from fedsplit.prediction.tokens import Tokens, add_token
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 TURNS = 3

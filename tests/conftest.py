@@ -17,7 +17,7 @@ from fedsplit.deployment.certs import make_certificates
 
 if TYPE_CHECKING:
     from fedsplit.home import Home
-    from fedsplit.prediction.service import Served
+    from fedsplit.prediction.served import Served
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -148,7 +148,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(trained: Path) -> "Served":
-    from fedsplit.prediction.service import Served
+    from fedsplit.prediction.served import Served
 
     return Served.of_run(trained)
 

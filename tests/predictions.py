@@ -16,7 +16,7 @@ from fedsplit.deployment.certs import CERTIFICATE, KEY
 from fedsplit.home import Home
 from fedsplit.prediction.bundle import Bundle
 from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.service import Served
+from fedsplit.prediction.served import Served
 from fedsplit.wire import Query
 
 RECORDS = np.random.default_rng(5).normal(size=(30, 12))

@@ -19,7 +19,9 @@ from fedsplit.home import Home
 from fedsplit.prediction.bundle import DESCRIPTION, WEIGHTS, run_bundle
 from fedsplit.prediction.demo import Attacker, add_demo
 from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.service import Served, Tokens, add_token, service
+from fedsplit.prediction.served import Served
+from fedsplit.prediction.service import service
+from fedsplit.prediction.tokens import Tokens, add_token
 from fedsplit.simulation import simulate
 
 

@@ -17,7 +17,7 @@ from fedsplit.model import FirstLayer
 from fedsplit.prediction import predictor
 from fedsplit.prediction.bundle import Bundle, run_bundle
 from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.service import Served
+from fedsplit.prediction.served import Served
 from fedsplit.wire import Query, Reason
 
 SCALED = Scaling((1.0,), (2.0,), -50.0, 50.0)

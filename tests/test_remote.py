@@ -23,7 +23,9 @@ from fedsplit.prediction import remote
 from fedsplit.prediction.bundle import run_bundle
 from fedsplit.prediction.predictor import Predictor
 from fedsplit.prediction.remote import Remote
-from fedsplit.prediction.service import Served, Tokens, add_token, service
+from fedsplit.prediction.served import Served
+from fedsplit.prediction.service import service
+from fedsplit.prediction.tokens import Tokens, add_token
 from fedsplit.wire import Query
 
 Serving = Callable[..., AbstractContextManager[str]]

@@ -14,7 +14,9 @@ from predictions import RECORDS, asking, listening, problem, released
 from fedsplit.errors import ConfigError, WireError
 from fedsplit.home import Home
 from fedsplit.prediction.bundle import run_bundle
-from fedsplit.prediction.service import Served, Tokens, add_token, service
+from fedsplit.prediction.served import Served
+from fedsplit.prediction.service import service
+from fedsplit.prediction.tokens import Tokens, add_token
 from fedsplit.wire import Query
 
 

@@ -33,7 +33,9 @@ from fedsplit.home import Home
 from fedsplit.model import FirstLayer
 from fedsplit.packing import pack_arrays
 from fedsplit.prediction.bundle import Bundle
-from fedsplit.prediction.service import Served, Tokens, add_token, service
+from fedsplit.prediction.served import Served
+from fedsplit.prediction.service import service
+from fedsplit.prediction.tokens import Tokens, add_token
 from fedsplit.wire import MOST_RECORDS, Query
 
 BODIES = 10_000

@@ -21,7 +21,8 @@ from fedsplit.data import Records
 from fedsplit.dropping import Dropping
 from fedsplit.errors import ConfigError, WireError
 from fedsplit.prediction.bundle import DESCRIPTION, WEIGHTS, run_settings
-from fedsplit.prediction.service import Served, body_of
+from fedsplit.prediction.served import Served
+from fedsplit.prediction.service import body_of
 from fedsplit.privacy.audit import known_before, peak_of, reconstructions, without_releases
 from fedsplit.privacy.evidence import Evidence, Seen, dense
 from fedsplit.privacy.prior import Prior

@@ -5,7 +5,6 @@ trunk is busy are answered together. Errors are problem+json (RFC 9457).
 """
 
 import asyncio
-import hmac
 import logging
 import secrets
 import time
@@ -13,9 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,161 +21,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from safetensors import SafetensorError
-from safetensors.torch import load
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from torch import nn
 
-from fedsplit.assemble import data_source, split_model
-from fedsplit.deployment.certs import write_private
-from fedsplit.errors import ConfigError, DataError, WireError
-from fedsplit.packing import FloatArray, dequantise
-from fedsplit.prediction.bundle import Bundle, bundle_of, run_settings
-from fedsplit.state import replacing
-from fedsplit.trunk import Batches, trunk_outputs
-from fedsplit.wire import MOST_RECORDS, Query, Release
+from fedsplit.errors import ConfigError, WireError
+from fedsplit.packing import FloatArray
+from fedsplit.prediction.served import Served
+from fedsplit.prediction.tokens import Tokens
 
 log = logging.getLogger(__name__)
 MOST_CONNECTIONS = 1024
 _SLOW = 30.0  # seconds in which a request's body must be there
-_HEAD = 4096  # bytes of a request besides its records
 _MOST_HELD = 2**25  # bytes of all requests' bodies together, which take up to eight times as much when they are read
-
-
-@dataclass(frozen=True)
-class Served:
-    """A model whose trunk is here.
-
-    Attributes
-    ----------
-    bundle : Bundle
-        The device's half; of its weights only the name is needed.
-    trunk : nn.Module
-    name : str
-    """
-
-    bundle: Bundle
-    trunk: nn.Module
-    name: str
-
-    @classmethod
-    def of_run(cls, folder: Path) -> "Served":
-        """Return the model of a run's last checkpoint; raises FedsplitError."""
-        settings = run_settings(folder)
-        source = data_source(settings)
-        model = split_model(settings, source)
-        bundle = bundle_of(settings, source, model.first_layer, folder)
-        path = folder / "checkpoint" / "trunk.safetensors"
-        try:
-            model.trunk.load_state_dict(load(path.read_bytes()))
-        except (OSError, SafetensorError, RuntimeError):
-            raise DataError(f"{path} is missing or damaged, or of another model") from None
-        return cls(bundle, model.trunk.eval(), bundle.model)
-
-    @property
-    def most_bytes(self) -> int:
-        """How large a request can be."""
-        width = self.bundle.layer.width
-        return _HEAD + MOST_RECORDS * (4 * width + -(-width // 8) + 8)
-
-    def read(self, payload: bytes) -> Release:
-        """Return the release of a query that is for this model; raises WireError."""
-        query = Query.from_bytes(payload)
-        release, width = query.release, self.bundle.layer.width
-        if f"{query.layer:016x}" != self.name:
-            raise WireError(f"layer must be {self.name}, got {query.layer:016x}: export the model for the device anew")
-        if release.width != width:
-            raise WireError(f"width must be {width}, got {release.width}")
-        if not 0 < len(release.counts) <= MOST_RECORDS:
-            raise WireError(f"records must be 1..{MOST_RECORDS}, got {len(release.counts)}")
-        return release
-
-    def answers(self, payloads: Sequence[bytes]) -> Sequence[FloatArray | WireError]:
-        """Return the trunk's outputs ``(records, outputs)`` for each of some queries, or why it is none."""
-        try:
-            return np.split(self.outputs([self.read(Query.join(payloads))]), len(payloads))
-        except WireError:  # of one, or they are not alike: each by itself
-            found = [self._read_or_why(payload) for payload in payloads]
-        good = [release for release in found if isinstance(release, Release)]
-        ends = np.cumsum([len(release.counts) for release in good])[:-1]
-        parts = iter(np.split(self.outputs(good), ends) if good else [])
-        return [why if isinstance(why, WireError) else next(parts) for why in found]
-
-    def _read_or_why(self, payload: bytes) -> Release | WireError:
-        try:
-            return self.read(payload)
-        except WireError as error:
-            return error
-
-    def outputs(self, releases: Sequence[Release]) -> FloatArray:
-        """Return the trunk's outputs ``(records, outputs)`` for releases behind one another."""
-        counts = np.concatenate([release.counts for release in releases])
-        nobody = np.zeros(len(counts), dtype=np.int64)
-        batches = Batches(
-            devices=nobody,
-            targets=nobody,
-            starts=np.concatenate([[0], np.cumsum(counts)]),
-            bitmap=np.concatenate([release.bitmap for release in releases]),
-            values=dequantise(
-                np.concatenate([release.codes for release in releases]),  # of one kind that holds all of them exactly
-                counts,
-                np.concatenate([release.exponents for release in releases]),
-            ),
-            width=releases[0].width,
-        )
-        return trunk_outputs(self.trunk, self.bundle.layer.cut_shape, batches)
-
-
-class Tokens:
-    """Bearer tokens, of which a file holds a name and the SHA-256 each.
-
-    Parameters
-    ----------
-    path : Path
-
-    Raises
-    ------
-    ConfigError
-        If the file is missing or damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            self._hashes = {name: bytes.fromhex(digest) for name, digest in lines}
-        except OSError as error:
-            raise ConfigError(f"tokens {path} cannot be read: {error.strerror}; fedsplit token makes one") from None
-        except ValueError:
-            raise ConfigError(f"tokens {path} is damaged: each line must be a name and a SHA-256") from None
-        if not self._hashes:
-            raise ConfigError(f"tokens {path} holds none: fedsplit token makes one")
-
-    def owner(self, header: str) -> str | None:
-        """Return whose token an Authorization header has; None if it is nobody's."""
-        kind, _, token = header.partition(" ")
-        given = sha256(token.encode("utf-8", "surrogateescape")).digest()
-        found = [name for name, known in self._hashes.items() if hmac.compare_digest(known, given)]  # all, always
-        return found[0] if found and kind.lower() == "bearer" else None
-
-
-def add_token(path: Path, name: str) -> str:
-    """Make a token, add its hash to a file, and return it; raises ConfigError."""
-    if not name or name.split() != [name]:
-        raise ConfigError(f"a token's name must be one word, got {name!r}")
-    token = secrets.token_urlsafe(32)
-    try:
-        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        if name in [line.split()[0] for line in before if line.strip()]:
-            raise ConfigError(f"{path} has a token of {name} already: remove its line to make another")
-        lines = [*before, f"{name} {sha256(token.encode()).hexdigest()}", ""]
-        with replacing(path) as new:
-            write_private(new, "\n".join(lines).encode())
-    except OSError as error:
-        raise ConfigError(f"tokens {path} cannot be written: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"tokens {path} is damaged") from None
-    return token
 
 
 class _Together:

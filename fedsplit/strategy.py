@@ -432,9 +432,10 @@ class SplitStrategy(Strategy):
                 self.roster.offend(node, str(error))
                 continue
             except FedsplitError as error:
-                reasons[node] = str(error)
-                self.roster.miss(node, gone=unanswered(reply))
-                log.warning("round %d: %s is left out: %s", self.progress.round_number, self.roster.name(node), error)
+                reasons[node], gone = str(error), unanswered(reply)
+                self.roster.miss(node, gone=gone)
+                what = "has not answered" if gone else f"is left out: {error}"
+                log.warning("round %d: %s %s", self.progress.round_number, self.roster.name(node), what)
                 continue
             uploads[node] = upload
             self.roster.seen(node, len(payload), int(upload.refused[:, 2].sum()))

@@ -3,6 +3,7 @@
 import csv
 import gc
 import json
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -74,6 +75,8 @@ def serve(
         raise ConfigError("a service needs --certs and --tokens, or else --insecure")
     if rate < 0:
         raise ConfigError(f"--rate must be at least 0, got {rate:g}")
+    if insecure and host not in ("127.0.0.1", "::1", "localhost"):
+        raise ConfigError(f"--insecure is for this machine alone: --host must be 127.0.0.1, got {host}")
     files: dict[str, Any] = {}
     if certs:
         _, certificate, key = ServerFolder(certs).certificates
@@ -95,7 +98,11 @@ def serve(
     check_port_free(host, port)
     gc.collect()
     gc.freeze()  # what is there stays: looking through all of it again and again held requests up for 0.2 s each time
-    print(f"serving {', '.join(map(str, runs))} at http{'' if insecure else 's'}://{host}:{port}", flush=True)
+    url = f"http{'' if insecure else 's'}://{host}:{port}"
+    for run, model in zip(runs, models, strict=True):
+        print(f"serving {run} as model {model.name} at {url}", flush=True)
+    if demo:
+        print(f"the page is at {url}/demo/", flush=True)
     uvicorn.run(
         app,
         host=host,
@@ -133,8 +140,6 @@ def predict(
     own.check()
     if server is not None and server.startswith("http://") and not insecure:
         raise ConfigError("--server must be https://HOST:PORT; for a trial on one machine add --insecure")
-    if bundle.scaling.looks_scaled(raw):
-        stderr.print(f"{records} looks scaled already: records are raw, up to {bundle.scaling.high:g}", markup=False)
     if server is not None:
         token = os.environ.get("FEDSPLIT_TOKEN")
         if server.startswith("https://") and not token:
@@ -151,7 +156,8 @@ def predict(
         for value in found.values():
             print("-" if value is None else value)
     for reason, count in found.why().items():
-        stderr.print(f"{count} records did not leave: {reason} (limits of {own.folder})", markup=False, highlight=False)
+        said = f"{count} records did not leave, for the limit on {reason} in {own.folder / 'limits.toml'}"
+        stderr.print(said, markup=False, highlight=False)
 
 
 def _offline(run: Path) -> Any:
@@ -174,7 +180,8 @@ def _read(path: Path, shape: tuple[int, ...]) -> Any:
     except OSError as error:
         raise DataError(f"input {path} cannot be read: {error.strerror or 'it is damaged'}") from None
     except (ValueError, KeyError, EOFError, TypeError, AttributeError, csv.Error, BadZipFile):
-        said = f"it must hold records of shape {shape}, in an .npz file under x"
+        form = {".csv": f"a line of {math.prod(shape)} numbers for each record, and no header", ".npz": "x"}
+        said = f"it must hold records of shape {shape}{': ' if path.suffix in form else ''}{form.get(path.suffix, '')}"
         raise DataError(f"input {path} cannot be read: {said}") from None
 
 

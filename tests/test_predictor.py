@@ -44,6 +44,16 @@ def test_a_repeated_record_releases_nothing_new(trained: Path, served: Served, h
     assert home.ledger_path("test").read_bytes() == ledger
 
 
+def test_records_that_are_scaled_already_are_refused(trained: Path, home: Home) -> None:
+    """Where raw numbers have a range: 0..255 become 0..1. One that is dark all over is none of them."""
+    bundle = replace(run_bundle(trained), scaling=Scaling(divide=(255.0,), low=0.0, high=255.0))
+    asks, raw = Predictor(bundle, home, nobody), np.abs(RECORDS[:2]) * 50
+    with pytest.raises(DataError, match="records must be raw, up to 255: these look scaled already"):
+        asks.predict(raw / 255)
+    assert list(home.accountant("test").rows()) == []
+    assert not asks.release(raw)[1].any() and not asks.release(np.zeros_like(raw))[1].any()
+
+
 def test_many_records_are_asked_about_in_parts(
     trained: Path, served: Served, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,7 +155,7 @@ def test_a_wrong_token_is_told(
 ) -> None:
     monkeypatch.setenv("FEDSPLIT_TOKEN", "wrong")
     with serving() as url:
-        assert refused(*asks, url) == f"fedsplit: {url} refuses: a bearer token is needed, and this is none"
+        assert refused(*asks, url) == f"fedsplit: {url} refuses: this bearer token is not known here"
 
 
 def test_a_missing_token_is_told_before_anything_leaves(
@@ -253,7 +253,7 @@ def test_predict_and_serve_are_processes(trained: Path, certificates: Path, tmp_
         assert online.returncode == 0, online.stderr
         found = [json.loads(done.stdout) for done in (offline, online)]
         assert found[0]["predictions"] == found[1]["predictions"] and len(found[0]["predictions"]) == 30
-        for ca, secret, told in (("good", "x", "a bearer token is needed"), ("other", token, "is refused")):
+        for ca, secret, told in (("good", "x", "this bearer token is not known here"), ("other", token, "is refused")):
             refused = fedsplit(*asks, "x.npz", *there, certificates / ca / CA, FEDSPLIT_TOKEN=secret)
             assert refused.returncode == 2 and told in refused.stderr and len(refused.stderr.splitlines()) == 2
         busy = fedsplit(*command)
@@ -263,3 +263,8 @@ def test_predict_and_serve_are_processes(trained: Path, certificates: Path, tmp_
         assert process.wait(20) in (0, -15)
     text = (tmp_path / "log").read_text()
     assert "serving" in text and "Traceback" not in text
+
+
+def test_a_service_without_tls_is_for_this_machine(refused: Callable[..., str], trained: Path) -> None:
+    said = refused("serve", trained, "--insecure", "--host", "0.0.0.0")
+    assert "--insecure is for this machine alone: --host must be 127.0.0.1, got 0.0.0.0" in said

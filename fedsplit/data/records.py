@@ -105,11 +105,9 @@ class Scaling:
         x = records.astype(np.float64)
         return np.asarray(x * self._wide(self.divide, x) + self._wide(self.subtract, x))
 
-    def looks_scaled(self, raw: NDArray[Any]) -> bool:
+    def looks_scaled(self, raw: NDArray[np.float64]) -> bool:
         """Whether numbers that should be raw use so little of their range that they may be records already."""
-        if raw.dtype.kind not in "fiu" or math.isinf(self.high):
-            return False
-        return bool(0 < np.abs(raw).max(initial=0.0) <= self.high / max(2.0, *self.divide))
+        return math.isfinite(self.high) and bool(0 < np.abs(raw).max(initial=0.0) <= self.high / max(2.0, *self.divide))
 
     @staticmethod
     def _wide(numbers: tuple[float, ...], like: NDArray[np.float64]) -> NDArray[np.float64]:

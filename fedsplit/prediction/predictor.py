@@ -196,6 +196,8 @@ class Predictor:
             raise DataError("records must be in the model's units: these are too large")
         if numbers.min() < scaling.low or numbers.max() > scaling.high:
             raise DataError(f"records must be in the model's units, {scaling.low:g} to {scaling.high:g}")
+        if scaling.looks_scaled(numbers):
+            raise DataError(f"records must be raw, up to {scaling.high:g}: these look scaled already")
         return numbers
 
     def _admit(self, chunk: Chunk, names: IntArray, outputs: Outputs, name: bytes) -> IntArray:

@@ -44,7 +44,7 @@ class Remote:
         if not url.startswith(("https://", "http://")):
             raise ConfigError(f"--server must be https://HOST:PORT, got {url!r}")
         if token and url.startswith("http://"):
-            raise ConfigError("a token is not sent without TLS: --server must be https://HOST:PORT")
+            raise ConfigError("a token is not sent without TLS: unset FEDSPLIT_TOKEN, or ask https://HOST:PORT")
         known = read_authority(authority).decode("ascii") if authority else None
         if token and not (token.isascii() and token.isprintable() and " " not in token):
             raise ConfigError("the token in FEDSPLIT_TOKEN is none: it must be what fedsplit token printed")

@@ -31,6 +31,7 @@ from fedsplit.prediction.tokens import Tokens
 
 log = logging.getLogger(__name__)
 MOST_CONNECTIONS = 1024
+_TOKEN: dict[str, Any] = {"security": [{"token": []}]}  # how the documentation says that one is needed
 _SLOW = 30.0  # seconds in which a request's body must be there
 _MOST_HELD = 2**25  # bytes of all requests' bodies together, which take up to eight times as much when they are read
 
@@ -159,9 +160,11 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
         return problem(request, 422, f"not valid: {where}")
 
     def let_in(request: Request) -> str:
-        owner = tokens.owner(request.headers.get("authorization", "")) if tokens else ""
+        given = request.headers.get("authorization", "")
+        owner = tokens.owner(given) if tokens else ""
         if owner is None:
-            raise HTTPException(401, "a bearer token is needed, and this is none", {"WWW-Authenticate": "Bearer"})
+            said = "this bearer token is not known here" if given else "a bearer token is needed"
+            raise HTTPException(401, said, {"WWW-Authenticate": "Bearer"})
         if not buckets.take(owner):
             raise HTTPException(429, f"more than {rate:g} requests a second", {"Retry-After": "1"})
         return owner
@@ -175,24 +178,32 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
         """Whether the service is there."""
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=asked)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=asked, openapi_extra=_TOKEN)
     async def prometheus(request: Request) -> str:
         """Counts for Prometheus."""
         let_in(request)
         return generate_latest(metrics.registry).decode()
 
-    @app.get("/v1/models", responses=asked)
+    @app.get("/v1/models", responses=asked, openapi_extra=_TOKEN)
     async def names(request: Request) -> dict[str, list[dict[str, Any]]]:
         """The models that are served."""
         let_in(request)
         of = [{"name": m.name, "task": m.bundle.task, "outputs": m.bundle.outputs} for m in models]
         return {"models": of}
 
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        found = plain()
+        found.setdefault("components", {})["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        return found
+
+    app.openapi = described  # type: ignore[method-assign]
     body = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
     @app.post(
         "/v1/models/{name}/predict",
-        openapi_extra={"requestBody": {"required": True, **body}},
+        openapi_extra={"requestBody": {"required": True, **body}, **_TOKEN},
         responses=_problems(400, 401, 404, 408, 413, 422, 429, 503),
     )
     async def predict(name: str, request: Request) -> Response:

@@ -64,7 +64,7 @@ def working(folder: Path, run: str = "") -> Iterator[None]:
         except FedsplitError as error:
             say("failed", str(error))
             raise
-        except SystemExit:  # how Flower ends a process
+        except (SystemExit, KeyboardInterrupt):  # how Flower ends a process
             say("failed", "the SuperLink is gone, or has stopped the run")
             raise
         except BaseException as error:

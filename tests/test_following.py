@@ -121,7 +121,7 @@ def test_the_text_of_another_error_is_not_told(error: BaseException, out: Path) 
     with pytest.raises(RunError) as told:
         Watched()(out)
     expected = f"{type(error).__name__}; see the server's log"
-    if isinstance(error, SystemExit):  # how Flower ends a process
+    if isinstance(error, SystemExit | KeyboardInterrupt):  # how Flower ends a process
         expected = "the SuperLink is gone, or has stopped the run"
     assert str(told.value) == expected
     assert not any(str(SECRET) in path.read_text() for path in out.iterdir())

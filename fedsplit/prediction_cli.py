@@ -91,13 +91,11 @@ def serve(
 
         from fedsplit.prediction.demo import Attacker, add_demo
 
-        torch.set_num_threads(
-            1
-        )  # attacks train small networks: threads that wait for each other take ten times as long
+        torch.set_num_threads(1)  # attacks train small networks: threads would mostly wait for each other
         add_demo(app, [Attacker.of_run(run, model) for run, model in zip(runs, models, strict=True)])
     check_port_free(host, port)
     gc.collect()
-    gc.freeze()  # what is there stays: looking through all of it again and again held requests up for 0.2 s each time
+    gc.freeze()  # what is there stays: looking through all of it again and again would hold requests up
     url = f"http{'' if insecure else 's'}://{host}:{port}"
     for run, model in zip(runs, models, strict=True):
         print(f"serving {run} as model {model.name} at {url}", flush=True)

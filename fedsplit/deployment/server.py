@@ -1,7 +1,7 @@
 """The server's folder, its SuperLink, and which nodes are let in.
 
-The SuperLink keeps what it knows in memory: nothing that devices sent reaches its disk, and an exchange takes two
-thirds of the time. Who is let in is written in ``nodes.toml``, and told to each SuperLink that starts.
+The SuperLink keeps what it knows in memory: nothing that devices sent reaches its disk, and a database would take most
+of its time. Who is let in is written in ``nodes.toml``, and told to each SuperLink that starts.
 """
 
 import fcntl

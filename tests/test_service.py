@@ -1,9 +1,12 @@
 """The server's side of a prediction: what it answers, to whom, what it refuses, and that it logs nothing of a query."""
 
 import logging
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -71,6 +74,27 @@ def test_each_of_many_gets_its_own_answer(served: Served, trained: Path, home: H
     assert np.allclose(mixed[0], alone[0], atol=1e-6) and np.allclose(mixed[4], alone[2], atol=1e-6)
     assert np.allclose(mixed[2], asking(served)(several), atol=1e-6)
     assert all(isinstance(why, WireError) for why in served.answers([b"", broken]))
+
+
+def test_work_that_is_not_brief_holds_nothing_else_up(
+    served: Served, tokens: Tokens, token: str, query: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on in a thread; brief work is done where the requests are, after a first time."""
+    answers, took, where = Served.answers, [0.0], []
+
+    def slow(self: Served, payloads: Sequence[bytes]) -> Any:
+        where.append(threading.current_thread())
+        until = time.thread_time() + took[0]
+        while time.thread_time() < until:
+            pass
+        return answers(self, payloads)
+
+    monkeypatch.setattr(Served, "answers", slow)
+    with opened(service([served], tokens), token) as client:
+        for took[0] in (0.0, 0.0, 0.1, 0.1):
+            assert client.post(f"/v1/models/{served.name}/predict", content=query).status_code == 200
+    beside, here, unexpected, again = where
+    assert here is unexpected is not beside and again is beside
 
 
 def test_bodies_have_no_more_room_than_there_is(served: Served, tokens: Tokens, token: str, query: bytes) -> None:

@@ -16,13 +16,14 @@ from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.node_cli import find_functions, node
 from fedsplit.prediction_cli import export, predict, serve, token
 from fedsplit.server_cli import certs, run, server, status
+from fedsplit.tuning_cli import tune
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 cli.add_typer(node, name="node")
 cli.add_typer(server, name="server")
-for command in (certs, run, status, export, token, serve, predict):
+for command in (tune, certs, run, status, export, token, serve, predict):
     cli.command()(command)
 
 

@@ -199,6 +199,56 @@ class AuditSettings(Section):
     targets: Annotated[int, Field(ge=0)] = 0
 
 
+Objective = Literal[
+    "test_accuracy",
+    "test_loss",
+    "strongest_psnr",
+    "identification",
+    "bytes_up",
+    "exchanges",
+    "seconds",
+    "exposures_max",
+]
+MAXIMISED = ("test_accuracy",)
+"""Objectives of which more is better; of all others less is."""
+
+
+class TuneSettings(Section):
+    """``[tune]``, for ``fedsplit tune``: what to look for, in which ``space`` of settings, in how many ``trials``.
+
+    Each trial is run with so many ``seeds``, from ``run.seed`` on, and objectives are averaged over them.
+    ``constraints``: by objective, how much it may be at most (``test_accuracy``: at least). ``space``: see
+    :class:`fedsplit.tuning.space.Space`; without it, budgets of dropping and learning rates around those that are set.
+    """
+
+    trials: Positive = 40
+    seeds: Positive = 1
+    objectives: Annotated[list[Objective], Field(min_length=1, max_length=3)] = ["test_accuracy", "strongest_psnr"]
+    constraints: dict[Objective, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    space: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _feasible(self) -> "TuneSettings":
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError("objectives: none may come twice")
+        for name, bound in self.constraints.items():
+            low, high = _POSSIBLE.get(name, (0.0, float("inf")))
+            if not low <= bound <= high:
+                side = "least" if name in MAXIMISED else "most"
+                raise ValueError(f"constraints.{name}: no run can have at {side} {bound:g}, it is in {low:g}..{high:g}")
+        return self
+
+
+_POSSIBLE = {
+    "test_accuracy": (0.0, 1.0),
+    "identification": (0.0, 1.0),
+    "bytes_up": (1.0, float("inf")),
+    "exchanges": (1.0, float("inf")),
+    "exposures_max": (1.0, float("inf")),
+    "strongest_psnr": (-float("inf"), float("inf")),
+}
+
+
 class Settings(Section):
     """All settings of one run."""
 
@@ -213,6 +263,7 @@ class Settings(Section):
     public: PublicSettings | None = None
     guard: GuardSettings = GuardSettings()
     audit: AuditSettings = AuditSettings()
+    tune: TuneSettings | None = None
 
     @property
     def donors(self) -> tuple[int, ...]:
@@ -231,12 +282,16 @@ class Settings(Section):
         return self
 
     def to_toml(self) -> str:
-        """Return the settings, defaults included, as a TOML file's text."""
-        return tomli_w.dumps(self.model_dump(by_alias=True, exclude_none=True))
+        """Return a run's settings, defaults included, as a TOML file's text."""
+        return tomli_w.dumps(self.tables())
+
+    def tables(self) -> dict[str, Any]:
+        """Return a run's settings, defaults included, as nested tables: undone by :func:`check_settings`."""
+        return self.model_dump(by_alias=True, exclude_none=True, exclude={"tune"})
 
     def to_json(self) -> str:
         """Return the settings as one line, for :meth:`from_json`."""
-        return self.model_dump_json(by_alias=True)
+        return self.model_dump_json(by_alias=True, exclude={"tune"})
 
     @classmethod
     def from_json(cls, text: str) -> "Settings":

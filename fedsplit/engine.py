@@ -97,7 +97,7 @@ class _Flower(threading.Thread):
         """Start Ray, then Flower's runtime as soon as its nodes are known."""
         try:
             try:
-                _start_ray(self._address)
+                start_ray(self._address)
                 self._on_ray = True
             finally:
                 self._tried.set()
@@ -171,8 +171,8 @@ def _kill_actors() -> None:
         pass  # Flower has just left Ray by itself
 
 
-def _start_ray(address: str | None) -> None:
-    """Start a private Ray, or join the one at an address; raises RunError."""
+def start_ray(address: str | None = None, cpus: int | None = None) -> None:
+    """Start a private Ray (with so many CPUs, or this machine's), or join the one at an address; raises RunError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later versions of Ray do; saves a warning
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -186,7 +186,7 @@ def _start_ray(address: str | None) -> None:
     path = {"PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])}
     if address:
         _check_reachable(address)
-    own = {"address": "local", "include_dashboard": False}
+    own = {"address": "local", "include_dashboard": False, "num_cpus": cpus}
     joined = {"address": address, "runtime_env": {"env_vars": path}}
     try:
         with _environment(path):

@@ -68,7 +68,7 @@ def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:
 def _check_same(config: Path, settings: Settings) -> None:
     if not config.exists():
         raise ConfigError(f"nothing to resume: {config} does not exist")
-    old, new = (_flat(s.model_dump(by_alias=True)) for s in (load_settings(config), settings))
+    old, new = (_flat(s.model_dump(by_alias=True, exclude={"tune"})) for s in (load_settings(config), settings))
     differing = sorted(k for k in old | new if old.get(k) != new.get(k) and k not in ("run.engine", "run.ray-address"))
     if differing:
         key = differing[0]

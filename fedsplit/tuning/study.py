@@ -1,0 +1,370 @@
+"""The search: which trials are run, on how many cores, what has come of them, and what none of the others beats.
+
+The study is an SQLite file that only this process writes. A trial that is running when the process is killed is run
+again, under the same number, when the study goes on.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import optuna
+import ray
+import tomli_w
+from optuna.trial import FrozenTrial, Trial, TrialState
+from ray.exceptions import RayError
+
+from fedsplit.assemble import data_source, split_model
+from fedsplit.config import MAXIMISED, Settings, TuneSettings, check_settings
+from fedsplit.engine import start_ray
+from fedsplit.errors import ConfigError, FedsplitError, RunError
+from fedsplit.following import check_fresh
+from fedsplit.state import replacing
+from fedsplit.tuning.space import Space, usual_space
+from fedsplit.tuning.trial import AUDITED, Outcome, Plan, audited, run_trial, with_seed
+
+log = logging.getLogger(__name__)
+STUDY = "study.db"
+_HEAVY = ("audit", "checkpoint", "releases")  # of a run folder, for audits
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trial that none of the others beats in every objective.
+
+    Attributes
+    ----------
+    number : int
+    values : dict
+        Objectives and constrained values, means over the seeds.
+    seeds : list of dict
+        The same of every seed.
+    parameters : dict
+        What was drawn for it.
+    audit : dict
+        Of the audit in full, means over the seeds; empty if nothing asked for an audit.
+    config : Path or None
+        The file with its settings, in the end.
+    """
+
+    number: int
+    values: dict[str, float]
+    seeds: list[dict[str, float]]
+    parameters: dict[str, Any]
+    audit: dict[str, float]
+    config: Path | None = None
+
+
+Report = Callable[["Study"], None]
+
+
+class Study:
+    """A search in a folder.
+
+    Parameters
+    ----------
+    settings : Settings
+        With a section ``tune``, or what it would be by default.
+    folder : Path
+        Made if it is not there.
+    resume : bool
+        Go on with the study in the folder.
+
+    Raises
+    ------
+    FedsplitError
+        If the space, the objectives and the settings do not fit together, or the folder holds something else.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, *, resume: bool) -> None:
+        self.settings, self.folder = settings, folder
+        self.tune = settings.tune or TuneSettings()
+        self.plan = Plan(tuple(self.tune.objectives), self.tune.constraints, self.tune.seeds)
+        self.space = self._checked_space()
+        self._study = self._open(resume=resume)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """Those that are through, as Optuna has them."""
+        return [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
+
+    @property
+    def address(self) -> str:
+        """Where Optuna finds the study."""
+        return f"sqlite:///{(self.folder / STUDY).resolve()}"
+
+    def front(self) -> list[Point]:
+        """Return the points that no trial within the constraints beats in every objective; best of the first first."""
+        if not any(trial.state == TrialState.COMPLETE for trial in self.trials):
+            return []
+        best = self._study.best_trials if len(self.plan.objectives) > 1 else self._best_one()
+        sign = -1 if self.plan.objectives[0] in MAXIMISED else 1
+        points = [_point(trial, self._study.user_attrs.get(_full(trial.number), {})) for trial in best]
+        return sorted(points, key=lambda point: (sign * point.values[self.plan.objectives[0]], point.number))
+
+    def run(self, parallel: int, report: Report = lambda study: None) -> list[Point]:
+        """Run the trials that are still to be run, so many at a time; return the front.
+
+        Raises
+        ------
+        RunError
+            If no trial ran to its end within the constraints.
+        """
+        with _ray(parallel):
+            self._run_trials(parallel, report)
+            self._check_feasible()
+            self._audit_front()
+        return self._export()
+
+    # ------------------------------------------------------------------- opening
+
+    def _checked_space(self) -> Space:
+        settings, tune = self.settings, self.tune
+        source = data_source(settings)
+        for name in self.plan.names:
+            if name in AUDITED and not settings.audit.targets:
+                raise ConfigError(f"tune: {name!r} is an audit's: audit.targets must be at least 1, got 0")
+            if name.startswith("test_") and not source.test_devices:
+                raise ConfigError(f"tune: {name!r} needs test devices, devices.test names none")
+            if name == "test_accuracy" and source.task == "regression":
+                raise ConfigError("tune: a regression has no 'test_accuracy', use 'test_loss'")
+        layer = split_model(settings, source).first_layer
+        space = Space.of(settings, usual_space(settings, layer.width) if tune.space is None else tune.space)
+        space.check(lambda trial: _check_fit(trial, tune.seeds))
+        return space
+
+    def _open(self, *, resume: bool) -> optuna.Study:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        folder, there = self.folder, (self.folder / STUDY).exists()
+        if resume and not there:
+            raise ConfigError(f"nothing to resume: {folder / STUDY} does not exist")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if there and not resume:
+                raise ConfigError(f"out folder {folder} holds a study: --resume goes on with it")
+            if not resume:
+                check_fresh(folder)
+                with replacing(folder / "study.toml") as new:
+                    tune = {"tune": self.tune.model_dump(by_alias=True, exclude_none=True)}
+                    new.write_text(tomli_w.dumps({**self.settings.tables(), **tune}), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
+        sampler = optuna.samplers.TPESampler()
+        directions = ["maximize" if name in MAXIMISED else "minimize" for name in self.plan.objectives]
+        try:
+            study = optuna.create_study(
+                storage=self.address,
+                study_name="fedsplit",
+                directions=directions,
+                sampler=sampler,
+                load_if_exists=resume,
+            )
+        except Exception as error:  # SQLAlchemy's, SQLite's or Optuna's own
+            raise ConfigError(f"{folder / STUDY} is damaged or no study: {type(error).__name__}") from None
+        self._check_same(study)
+        # another seed each time, or the study would draw again what it drew before it was stopped
+        sampler.reseed_rng()
+        study.sampler = optuna.samplers.TPESampler(seed=(self.settings.run.seed + len(study.trials)) % 2**32)
+        return study
+
+    def _check_same(self, study: optuna.Study) -> None:
+        """Refuse a study of other settings; only the number of trials may be another."""
+        mine = {**self.settings.tables(), "tune": self.tune.model_dump(by_alias=True, exclude={"trials"})}
+        known = study.user_attrs.get("settings")
+        if known is None:
+            study.set_user_attr("settings", json.dumps(mine))
+            return
+        old, new = _leaves(json.loads(known)), _leaves(json.loads(json.dumps(mine)))
+        if differing := sorted(key for key in old | new if old.get(key) != new.get(key)):
+            key = differing[0]
+            raise ConfigError(
+                f"{self.folder} is a study of other settings: {key} was {old.get(key)!r}, is {new.get(key)!r}"
+            )
+
+    # ------------------------------------------------------------------- running
+
+    def _run_trials(self, parallel: int, report: Report) -> None:
+        remote = ray.remote(num_cpus=1, max_retries=1)(run_trial)
+        running = [t.number for t in self._study.get_trials(deepcopy=False) if not t.state.is_finished()]
+        busy: dict[Any, Trial] = {}
+        while True:
+            while len(busy) < parallel and (running or len(self._study.trials) < self.tune.trials):
+                trial = self._again(running.pop(0)) if running else self._study.ask()
+                try:
+                    settings = check_settings(self.space.draw(trial))
+                except ConfigError as error:  # of a combination
+                    self._tell(trial, Outcome.of([], str(error), failed=True))
+                    report(self)
+                    continue
+                task = remote.remote(settings.to_json(), self._trial_folder(trial.number), self.plan, self._others())
+                busy[task] = trial
+            if not busy:
+                return
+            ready, _ = ray.wait(list(busy), num_returns=1)
+            self._tell(busy.pop(ready[0]), _outcome(ready[0]))
+            self._tidy()
+            report(self)
+
+    def _again(self, number: int) -> Trial:
+        """Return a trial that was running when the study was stopped: it is run again with what was drawn for it."""
+        (found,) = (t for t in self._study.get_trials(deepcopy=False) if t.number == number)
+        return Trial(self._study, found._trial_id)
+
+    def _others(self) -> list[dict[str, float]]:
+        """Return what trials within the constraints came to."""
+        return [point.values for point in self.front()]
+
+    def _tell(self, trial: Trial, outcome: Outcome) -> None:
+        trial.set_user_attr("outcome", asdict(outcome))
+        if outcome.values is None:
+            self._study.tell(trial, state=TrialState.FAIL if outcome.failed else TrialState.PRUNED)
+            return
+        for name in self.plan.constraints:
+            trial.set_constraint(name, self.plan.excess(name, outcome.values[name]))
+        self._study.tell(trial, [outcome.values[name] for name in self.plan.objectives])
+
+    def _tidy(self) -> None:
+        """Delete what only an audit would need of trials that are beaten."""
+        kept = {point.number for point in self.front()}
+        for trial in self.trials:
+            if trial.number not in kept:
+                for folder in self._trial_folder(trial.number).glob("seed-*"):
+                    for name in _HEAVY:
+                        shutil.rmtree(folder / name, ignore_errors=True)
+
+    def _trial_folder(self, number: int) -> Path:
+        return self.folder.resolve() / "trials" / f"{number:04d}"
+
+    def _check_feasible(self) -> None:
+        if self.front():
+            return
+        outcomes = [Outcome(**trial.user_attrs["outcome"]) for trial in self.trials]
+        for name, bound in self.plan.constraints.items():
+            if values := [outcome.values[name] for outcome in outcomes if outcome.values]:
+                best = max(values) if name in MAXIMISED else min(values)
+                if self.plan.excess(name, best) > 0:
+                    side = "least" if name in MAXIMISED else "most"
+                    raise RunError(
+                        f"no trial keeps the constraints: {name} must be at {side} {bound:g}, the best had {best:.4g}"
+                    )
+        why = next((outcome.stopped for outcome in outcomes if outcome.stopped), "no trial keeps all constraints")
+        raise RunError(f"none of {len(outcomes)} trials is of use; the first: {why}")
+
+    def _best_one(self) -> list[FrozenTrial]:
+        try:
+            return [self._study.best_trial]
+        except ValueError:  # none within the constraints
+            return []
+
+    # ------------------------------------------------------------------- results
+
+    def _audit_front(self) -> None:
+        """Attack the front's runs in full, those that have not been yet."""
+        if not set(AUDITED) & set(self.plan.names):
+            return
+        remote = ray.remote(num_cpus=1, max_retries=1)(_audit_in_full)
+        tasks = {}
+        for point in self.front():
+            if not point.audit:
+                settings, folder = self.settings_of(point), self._trial_folder(point.number)
+                seeds = [(with_seed(settings, i), folder / f"seed-{i}") for i in range(len(point.seeds))]
+                tasks[point.number] = [remote.remote(s.to_json(), f) for s, f in seeds]
+        for number, waiting in tasks.items():
+            try:
+                found = ray.get(waiting)
+            except RayError as error:
+                raise RunError(f"the audit of trial {number} failed: {_reason(error)}") from None
+            self._study.set_user_attr(_full(number), {name: fmean(f[name] for f in found) for name in AUDITED})
+
+    def settings_of(self, point: Point) -> Settings:
+        """Return a point's settings."""
+        (found,) = (t for t in self.trials if t.number == point.number)
+        return check_settings(self.space.draw(optuna.trial.FixedTrial(found.params)))
+
+    def _export(self) -> list[Point]:
+        """Write a settings file for every point of the front."""
+        folder = self.folder / "front"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        points = []
+        for place, point in enumerate(self.front(), start=1):
+            path = folder / f"{place:02d}.toml"
+            settings = self.settings_of(point)
+            name = settings.run.model_copy(update={"name": f"{settings.run.name}-{place:02d}"})
+            with replacing(path) as new:
+                text = settings.model_copy(update={"run": name}).to_toml()
+                new.write_text(self._heading(point, path) + text, encoding="utf-8")
+            points.append(Point(**{**vars(point), "config": path}))
+        return points
+
+    def _heading(self, point: Point, path: Path) -> str:
+        told = ", ".join(f"{name} {point.seeds[0][name]:.6g}" for name in self.plan.names)
+        means = ", ".join(f"{name} {value:.6g}" for name, value in point.values.items())
+        lines = [
+            f"OMP_NUM_THREADS=1 fedsplit simulate {path}",
+            "",
+            f"Trial {point.number} of a search. This seed: {told}.",
+        ]
+        if len(point.seeds) > 1:
+            lines.append(f"Mean of {len(point.seeds)} seeds: {means}.")
+        if point.audit:
+            lines.append("Attacked in full: " + ", ".join(f"{k} {v:.6g}" for k, v in point.audit.items()) + ".")
+        lines.append("(With more threads torch rounds sums in another order, and the figures differ a little.)")
+        return "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n"
+
+
+def _check_fit(settings: Settings, seeds: int) -> None:
+    split_model(with_seed(settings, seeds - 1), data_source(settings))
+
+
+def _full(number: int) -> str:
+    """Return the study's attribute for a trial's audit in full: a trial that is through takes no more."""
+    return f"audit of {number}"
+
+
+def _point(trial: FrozenTrial, audit: dict[str, float]) -> Point:
+    outcome = Outcome(**trial.user_attrs["outcome"])
+    assert outcome.values is not None
+    return Point(trial.number, outcome.values, outcome.seeds, trial.params, audit)
+
+
+def _outcome(task: Any) -> Outcome:
+    try:
+        found: Outcome = ray.get(task)
+    except RayError as error:  # a user's own code raised, or a process died
+        return Outcome.of([], _reason(error), failed=True)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {(str(cause).splitlines() or ['no reason given'])[0]}"[:200]
+
+
+def _audit_in_full(settings_json: str, folder: Path) -> dict[str, float]:
+    import torch
+
+    torch.set_num_threads(1)
+    return audited(folder, Settings.from_json(settings_json), quick=False)
+
+
+@contextmanager
+def _ray(cpus: int) -> Iterator[None]:
+    start_ray(cpus=cpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    parts = [_leaves(v, f"{key}.{k}" if key else k) for k, v in value.items()]
+    return {k: v for part in parts for k, v in part.items()}

@@ -1,0 +1,173 @@
+"""One trial: the same settings run with some seeds, each attacked, and what it comes to."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedsplit.config import MAXIMISED, Settings
+from fedsplit.errors import FedsplitError, RunError
+from fedsplit.state import replacing
+
+AUDITED = ("strongest_psnr", "identification")
+"""Objectives that an audit tells."""
+_GROWING = ("bytes_up", "exchanges", "exposures_max")  # while a run goes on
+_MARGINS = {"test_accuracy": 0.03, "strongest_psnr": 1.0, "identification": 0.1}
+_RELATIVE = 0.1  # the margin of all others, of the value itself
+_DONE = "objectives.json"
+
+Values = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a trial is asked to find.
+
+    Attributes
+    ----------
+    objectives : tuple of str
+    constraints : dict
+        By objective, the most it may be (of those in :data:`fedsplit.config.MAXIMISED` the least).
+    seeds : int
+    """
+
+    objectives: tuple[str, ...]
+    constraints: Values
+    seeds: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that has to be known of a run."""
+        return tuple(dict.fromkeys([*self.objectives, *self.constraints]))
+
+    def excess(self, name: str, value: float) -> float:
+        """Return by how much a value goes beyond its constraint: 0 or less if it does not."""
+        return (value - self.constraints[name]) * (-1 if name in MAXIMISED else 1)
+
+    def hopeless(self, found: Values, others: Sequence[Values]) -> str | None:
+        """Return why further seeds would not help a trial, or None: a constraint or another trial is out of reach.
+
+        Out of reach is what is better by more than seeds usually change: 3 points of accuracy, 1 dB, 0.1 of the records
+        identified, a tenth of anything else.
+        """
+        for name, bound in self.constraints.items():
+            if self.excess(name, found[name]) > _margin(name, found[name]):
+                return f"{name} {found[name]:.4g} is far from {bound:g}"
+        for other in others:
+            if all(_worse(name, found[name], other[name]) > _margin(name, found[name]) for name in self.objectives):
+                return "another trial is better in everything"
+        return None
+
+
+def _worse(name: str, value: float, other: float) -> float:
+    return (other - value) * (1 if name in MAXIMISED else -1)
+
+
+def _margin(name: str, value: float) -> float:
+    return _MARGINS.get(name, _RELATIVE * abs(value))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial came to.
+
+    Attributes
+    ----------
+    values : dict or None
+        Means over the seeds of everything in :attr:`Plan.names`; None if no seed ran to its end.
+    seeds : list of dict
+        The same of every seed.
+    stopped : str or None
+        Why it did not run with all seeds.
+    failed : bool
+        Whether that is a mistake in the settings or of the run.
+    """
+
+    values: dict[str, float] | None
+    seeds: list[dict[str, float]]
+    stopped: str | None = None
+    failed: bool = False
+
+    @classmethod
+    def of(cls, seeds: list[dict[str, float]], stopped: str | None = None, *, failed: bool = False) -> "Outcome":
+        """Average over the seeds."""
+        means = {name: fmean(found[name] for found in seeds) for name in seeds[0]} if seeds else None
+        return cls(means, seeds, stopped, failed)
+
+
+class _OutOfReachError(Exception):
+    """A run has already gone beyond a constraint."""
+
+
+def run_trial(settings_json: str, folder: Path, plan: Plan, others: Sequence[Values]) -> Outcome:
+    """Run a trial in this process, with one thread; what a seed has come to before is not run again.
+
+    Parameters
+    ----------
+    settings_json : str
+        See :meth:`fedsplit.config.Settings.to_json`.
+    folder : Path
+        Of the trial; each seed's run folder is made in it.
+    plan : Plan
+    others : sequence of dict
+        What trials that are through came to, of those within the constraints.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    settings, seeds = Settings.from_json(settings_json), []
+    try:
+        for i in range(plan.seeds):
+            seeds.append(_run_seed(with_seed(settings, i), folder / f"seed-{i}", plan))
+            if i + 1 < plan.seeds and (why := plan.hopeless(Outcome.of(seeds).values or {}, others)):
+                return Outcome.of(seeds, why)
+    except _OutOfReachError as error:
+        return Outcome.of(seeds, str(error))
+    except FedsplitError as error:
+        return Outcome.of([], str(error), failed=True)
+    return Outcome.of(seeds)
+
+
+def with_seed(settings: Settings, i: int) -> Settings:
+    """Return the settings of a trial's run number ``i``."""
+    run = settings.run.model_copy(update={"seed": settings.run.seed + i, "engine": "inline", "ray_address": None})
+    return settings.model_copy(update={"run": run})
+
+
+def audited(folder: Path, settings: Settings, *, quick: bool) -> dict[str, float]:
+    """Audit a seed's run and return the objectives in :data:`AUDITED`; raises FedsplitError."""
+    from fedsplit.auditing import audit_run
+
+    report = audit_run(folder, seed=settings.run.seed, quick=quick)
+    if not report["control"]["holds"]:
+        raise RunError("the audit's negative control does not hold")
+    most = max(scores["identification"] for scores in (report["attacks"] or {"": report["strongest"]}).values())
+    return {"strongest_psnr": report["strongest"]["psnr"], "identification": most}
+
+
+def _run_seed(settings: Settings, folder: Path, plan: Plan) -> dict[str, float]:
+    from fedsplit.simulation import simulate
+
+    if (folder / _DONE).exists():
+        found: dict[str, float] = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+        return found
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left
+
+    def watch(metrics: dict[str, Any]) -> None:
+        for name in plan.constraints:
+            if name in _GROWING and plan.excess(name, metrics.get(name, 0)) > 0:
+                raise _OutOfReachError(f"{name} was {metrics[name]:,} after {metrics['round']} rounds")
+
+    result = simulate(settings, out=folder, report=watch)
+    known = {**result, "seconds": result["seconds"]["training"]}
+    if set(AUDITED) & set(plan.names):
+        known |= audited(folder, settings, quick=True)
+    if missing := [name for name in plan.names if known.get(name) is None]:
+        raise RunError(f"the run gave no {missing[0]}")
+    found = {name: float(known[name]) for name in plan.names}
+    with replacing(folder / _DONE) as new:
+        new.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return found

@@ -234,6 +234,10 @@ class Settings(Section):
         """Return the settings, defaults included, as a TOML file's text."""
         return tomli_w.dumps(self.model_dump(by_alias=True, exclude_none=True))
 
+    def flat(self) -> dict[str, Any]:
+        """Return the settings that have a value, defaults included, by dotted key."""
+        return _flat(self.model_dump(by_alias=True, exclude_none=True))
+
     def to_json(self) -> str:
         """Return the settings as one line, for :meth:`from_json`."""
         return self.model_dump_json(by_alias=True)
@@ -280,6 +284,13 @@ def check_settings(raw: dict[str, Any]) -> Settings:
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(one_line(error, Settings)) from None
+
+
+def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

@@ -108,7 +108,7 @@ def audit(
 
 @cli.command()
 def compare(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, two or more.", metavar="RUN...")] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, two or more.")] = None,
     out: Annotated[Path, typer.Option(help="Where the plot goes (.png).")] = Path("compare.png"),
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:

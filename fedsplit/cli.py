@@ -108,6 +108,28 @@ def audit(
 
 
 @cli.command()
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, two or more.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the plot goes (.png).")] = Path("compare.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show runs side by side, finished or not: figures, settings that differ, accuracy over what it cost."""
+    from fedsplit import comparing
+    from fedsplit.report import comparison_tables, draw_comparison
+
+    found = comparing.read_runs(runs or [])
+    drawn = draw_comparison(found, out)
+    if as_json:
+        print(comparing.as_json(found, out if drawn else None))
+        return
+    console = Console()
+    for table in comparison_tables(found):
+        console.print(table, "")
+    for note in [*comparing.notes(found), f"plot written to {out}" if drawn else "there is nothing to plot"]:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+@cli.command()
 def forget(
     device: Annotated[int, typer.Argument(help="Whose releases to remove.")],
     folder: Annotated[Path, typer.Argument(help="The server's run folder.")],

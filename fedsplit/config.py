@@ -223,7 +223,9 @@ class TuneSettings(Section):
 
     trials: Positive = 40
     seeds: Positive = 1
-    objectives: Annotated[list[Objective], Field(min_length=1, max_length=3)] = ["test_accuracy", "strongest_psnr"]
+    objectives: Annotated[list[Objective], Field(min_length=1, max_length=3)] = Field(
+        default=["test_accuracy", "strongest_psnr"]
+    )
     constraints: dict[Objective, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
     space: dict[str, Any] | None = None
 
@@ -289,6 +291,10 @@ class Settings(Section):
         """Return a run's settings, defaults included, as nested tables: undone by :func:`check_settings`."""
         return self.model_dump(by_alias=True, exclude_none=True, exclude={"tune"})
 
+    def flat(self) -> dict[str, Any]:
+        """Return the settings that have a value, defaults included, by dotted key."""
+        return flattened(self.tables())
+
     def to_json(self) -> str:
         """Return the settings as one line, for :meth:`from_json`."""
         return self.model_dump_json(by_alias=True, exclude={"tune"})
@@ -335,6 +341,14 @@ def check_settings(raw: dict[str, Any]) -> Settings:
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(one_line(error, Settings)) from None
+
+
+def flattened(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one, by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat.update(flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
 
 
 def _override(raw: dict[str, Any], override: str) -> None:

@@ -1,16 +1,38 @@
-"""What people look at after a run: the curves and the result table."""
+"""What people look at after a run: the curves and the result table, also of several runs side by side."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
+
+from fedsplit.comparing import PANELS, Run, curves, differing
+from fedsplit.errors import ConfigError
 
 _REFUSED = {
     "enforce": "refused by the guard",
     "observe": "a real node would refuse",
     "by each owner": "over the owners' limits",  # some enforce them, others only count
 }
+_COMPARED = {  # figures of a run: what a table calls them, and how it writes them
+    "test_accuracy": ("test_accuracy", ".4f"),
+    "test_r2": ("test_r2", ".4f"),
+    "test_rmse": ("test_rmse", ".4f"),
+    "test_loss": ("test_loss", ".4f"),
+    "exposures_max": ("exposures_max", ","),
+    "equations": ("equations", ","),
+    "strongest_psnr": ("strongest (dB)", ".1f"),
+    "identification": ("identified", ".1%"),
+    "exchanges": ("exchanges", ","),
+    "bytes_up": ("bytes_up", ","),
+    "bytes_down": ("bytes_down", ","),
+    "seconds": ("seconds", ",.1f"),
+}
+_AXES = {"round": "rounds", "bytes_up": "MB sent up", "exposures_max": "releases of a training record, the most"}
+_SCORES = {"_accuracy": "accuracy", "_r2": "R²"}
+_SIDE_BY_SIDE = 4  # runs whose figures fit into 80 columns
 
 
 def draw_curves(folder: Path) -> None:
@@ -108,3 +130,89 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("seconds (startup + training)", f"{seconds['startup']:.1f} + {seconds['training']:.1f}"),
     ]
     return rows
+
+
+def comparison_tables(runs: Sequence[Run]) -> Iterator[Table]:
+    """Yield tables for a terminal of 80 columns, each of at most four runs: figures, then the settings that differ."""
+    figures = [name for name in _COMPARED if any(name in run.figures for run in runs)]
+    settings = differing(runs)
+    for start in range(0, len(runs), _SIDE_BY_SIDE):
+        some = slice(start, start + _SIDE_BY_SIDE)
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
+        for run in runs[some]:
+            header = Text(run.label if run.finished else f"{run.label}\n(unfinished)")
+            table.add_column(header, justify="right", overflow="fold")
+        table.add_row("rounds", *(_progress(run) for run in runs[some]))
+        for name in figures:
+            label, form = _COMPARED[name]
+            cells = (run.figures.get(name) for run in runs[some])
+            table.add_row(label, *("-" if cell is None else format(cell, form) for cell in cells))
+        table.add_row()
+        table.add_row(Text("settings that differ" if settings else "no setting differs", style="bold"))
+        for key, values in settings.items():
+            table.add_row(Text(key), *(Text(_written(value)) for value in values[some]))
+        yield table
+
+
+def _progress(run: Run) -> str:
+    return str(run.done) if run.finished else f"{run.done} of {run.planned}"
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def draw_comparison(runs: Sequence[Run], path: Path) -> bool:
+    """Draw accuracy over rounds, over bytes sent up and over exposures; return whether there was anything to draw.
+
+    A part that no run has figures for is left out; see :func:`fedsplit.comparing.notes`.
+
+    Raises
+    ------
+    ConfigError
+        If the path is not that of a PNG file, or cannot be written.
+    """
+    # the object interface, as for a run's own curves
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--out must name a .png file, got {str(path)!r}")
+    panels = [over for over in PANELS if any(any(curves(run, over)) for run in runs)]
+    if not panels:
+        return False
+    figure = Figure(figsize=(1 + 4 * len(panels), 4 + 0.2 * len(runs)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for over, axis in zip(panels, axes, strict=True):
+        _draw_panel(axis, runs, over)
+    axes[0].set_ylabel(" or ".join(said for name, said in _SCORES.items() if any(_tells(run, name) for run in runs)))
+    handles = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
+    labels = [run.label if run.finished else f"{run.label} (unfinished)" for run in runs]
+    title = "markers: test records; thin lines: training records"
+    legend = figure.legend(handles, labels, loc="outside lower center", frameon=False, title=title)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a folder's name may hold dollars
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise ConfigError(f"plot {path} cannot be written: {error.strerror}") from None
+    return True
+
+
+def _draw_panel(axis: Any, runs: Sequence[Run], over: str) -> None:
+    unit = 1e6 if over == "bytes_up" else 1
+    for number, run in enumerate(runs):
+        for points, style, width in zip(curves(run, over), ("-", "o-"), (0.8, 1.5), strict=True):
+            x, y = [p[0] / unit for p in points], [p[1] for p in points]
+            axis.plot(x, y, style, color=f"C{number}", linewidth=width, markersize=4)
+    axis.set_xlabel(_AXES[over])
+    axis.grid(alpha=0.3)
+    if unit == 1:
+        axis.locator_params("x", integer=True)
+
+
+def _tells(run: Run, score: str) -> bool:
+    return any(name.endswith(score) for figures in run.rounds for name in figures)

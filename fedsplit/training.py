@@ -39,6 +39,7 @@ from fedsplit.strategy import SplitStrategy
 from fedsplit.warmup import PublicOnly, WarmUp, public_release, warm_up
 
 DELTA = 1e-5  # of the epsilon that results tell
+_SO_FAR = ("exchanges", "bytes_up", "bytes_down", "exposures_max")  # totals that each round's metrics hold
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -68,18 +69,11 @@ def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:
 def _check_same(config: Path, settings: Settings) -> None:
     if not config.exists():
         raise ConfigError(f"nothing to resume: {config} does not exist")
-    old, new = (_flat(s.model_dump(by_alias=True, exclude={"tune"})) for s in (load_settings(config), settings))
+    old, new = load_settings(config).flat(), settings.flat()
     differing = sorted(k for k in old | new if old.get(k) != new.get(k) and k not in ("run.engine", "run.ray-address"))
     if differing:
         key = differing[0]
         raise ConfigError(f"cannot resume with other settings: {key} was {old.get(key)!r}, is {new.get(key)!r}")
-
-
-def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def check_data(source: Source) -> None:
@@ -192,7 +186,8 @@ class TrainingRun:
             return None
         now = time.perf_counter()
         self._training += now - self._round_start
-        metrics = {**self.strategy.metrics, "seconds": round(now - self._round_start, 4)}
+        so_far = {name: getattr(self.strategy.progress.totals, name) for name in _SO_FAR}
+        metrics = {**self.strategy.metrics, **so_far, "seconds": round(now - self._round_start, 4)}
         self._round_start = now
         with self._writing():
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:

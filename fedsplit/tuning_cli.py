@@ -69,7 +69,7 @@ def _progress(study: "Study") -> Iterator[Callable[["Study"], None]]:
     task = bar.add_task("", total=study.tune.trials, completed=len(study.trials))
 
     def line(study: "Study") -> None:
-        last = max(study.trials, key=lambda trial: trial.datetime_complete or trial.datetime_start)
+        last = study.trials[-1]
         outcome = last.user_attrs["outcome"]
         values = ", ".join(f"{k} {v:.4g}" for k, v in (outcome["values"] or {}).items())
         said = "; ".join(filter(None, [values, outcome["stopped"]]))

@@ -1,6 +1,7 @@
 """What a search has found, for people: table, pictures, and all trials as JSON."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,23 @@ def write_results(study: Study, points: list[Point]) -> None:
         for t in study.trials
     ]
     front = [{**vars(point), "config": str(point.config)} for point in points]
-    found = {"objectives": study.plan.objectives, "constraints": study.plan.constraints, "front": front}
-    found |= {"importance": importance(study), "trials": trials}
+    matters = importance(study)
+    found = {
+        "objectives": study.plan.objectives,
+        "constraints": study.plan.constraints,
+        "front": front,
+        "importance": matters,
+        "trials": trials,
+    }
     with replacing(study.folder / "tune.json") as new:
         new.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     _draw_front(study, points, study.folder / "front.png")
-    _draw_importance(found["importance"], study.folder / "importance.png")
+    _draw_importance(matters, study.folder / "importance.png")
 
 
 def importance(study: Study) -> dict[str, dict[str, float]]:
     """Return by objective how much each parameter matters, summing to 1 (PED-ANOVA, Watanabe et al., IJCAI 2023)."""
     found = {}
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     complete = [t for t in study.trials if t.state == TrialState.COMPLETE]
     for place, name in enumerate(study.plan.objectives):
         if len(complete) < _FEW:
@@ -67,7 +73,9 @@ def importance(study: Study) -> dict[str, dict[str, float]]:
         one = optuna.create_study()
         one.add_trials([_with_value(t, sign * t.values[place]) for t in complete])
         try:
-            told = optuna.importance.get_param_importances(one)
+            with warnings.catch_warnings():  # that some settings were tried seldom
+                warnings.simplefilter("ignore")
+                told = optuna.importance.get_param_importances(one)
         except (ValueError, RuntimeError):  # all values are the same
             continue
         found[name] = {key: float(value) for key, value in told.items()}

@@ -239,7 +239,7 @@ def _flattened(tables: Table, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _check_known(key: str, schema: Mapping[str, Any]) -> None:
     """Refuse a key that is no setting; raises ConfigError."""
-    node, known = schema, []
+    node, known = schema, list[str]()
     for step in key.split("."):
         keys = {k: v for k, v in node.get("properties", {}).items() if known or k != "tune"}
         if step not in keys:

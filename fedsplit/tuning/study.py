@@ -9,7 +9,8 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,9 +22,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.exceptions import RayError
 
 from fedsplit.assemble import data_source, split_model
-from fedsplit.config import MAXIMISED, Settings, TuneSettings, check_settings
+from fedsplit.config import MAXIMISED, Settings, TuneSettings, check_settings, flattened
 from fedsplit.engine import start_ray
-from fedsplit.errors import ConfigError, FedsplitError, RunError
+from fedsplit.errors import ConfigError, RunError
 from fedsplit.following import check_fresh
 from fedsplit.state import replacing
 from fedsplit.tuning.space import Space, usual_space
@@ -85,14 +86,17 @@ class Study:
     def __init__(self, settings: Settings, folder: Path, *, resume: bool) -> None:
         self.settings, self.folder = settings, folder
         self.tune = settings.tune or TuneSettings()
-        self.plan = Plan(tuple(self.tune.objectives), self.tune.constraints, self.tune.seeds)
+        self.plan = Plan(
+            tuple(self.tune.objectives), {str(k): v for k, v in self.tune.constraints.items()}, self.tune.seeds
+        )
         self.space = self._checked_space()
         self._study = self._open(resume=resume)
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """Those that are through, as Optuna has them."""
-        return [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        """Those that are through, as Optuna has them, the latest last."""
+        through = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        return sorted(through, key=lambda trial: (trial.datetime_complete or datetime.max, trial.number))
 
     @property
     def address(self) -> str:
@@ -155,32 +159,29 @@ class Study:
                     new.write_text(tomli_w.dumps({**self.settings.tables(), **tune}), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
-        sampler = optuna.samplers.TPESampler()
-        directions = ["maximize" if name in MAXIMISED else "minimize" for name in self.plan.objectives]
+        directions: list[Any] = ["maximize" if name in MAXIMISED else "minimize" for name in self.plan.objectives]
         try:
             study = optuna.create_study(
                 storage=self.address,
                 study_name="fedsplit",
                 directions=directions,
-                sampler=sampler,
                 load_if_exists=resume,
             )
         except Exception as error:  # SQLAlchemy's, SQLite's or Optuna's own
             raise ConfigError(f"{folder / STUDY} is damaged or no study: {type(error).__name__}") from None
         self._check_same(study)
         # another seed each time, or the study would draw again what it drew before it was stopped
-        sampler.reseed_rng()
         study.sampler = optuna.samplers.TPESampler(seed=(self.settings.run.seed + len(study.trials)) % 2**32)
         return study
 
     def _check_same(self, study: optuna.Study) -> None:
         """Refuse a study of other settings; only the number of trials may be another."""
-        mine = {**self.settings.tables(), "tune": self.tune.model_dump(by_alias=True, exclude={"trials"})}
-        known = study.user_attrs.get("settings")
-        if known is None:
-            study.set_user_attr("settings", json.dumps(mine))
+        tune = {"tune": self.tune.model_dump(by_alias=True, exclude={"trials"})}
+        new: dict[str, Any] = json.loads(json.dumps(flattened({**self.settings.tables(), **tune})))
+        old = study.user_attrs.get("settings")
+        if old is None:
+            study.set_user_attr("settings", new)
             return
-        old, new = _leaves(json.loads(known)), _leaves(json.loads(json.dumps(mine)))
         if differing := sorted(key for key in old | new if old.get(key) != new.get(key)):
             key = differing[0]
             raise ConfigError(
@@ -300,7 +301,7 @@ class Study:
             with replacing(path) as new:
                 text = settings.model_copy(update={"run": name}).to_toml()
                 new.write_text(self._heading(point, path) + text, encoding="utf-8")
-            points.append(Point(**{**vars(point), "config": path}))
+            points.append(replace(point, config=path))
         return points
 
     def _heading(self, point: Point, path: Path) -> str:
@@ -361,10 +362,3 @@ def _ray(cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {key: value}
-    parts = [_leaves(v, f"{key}.{k}" if key else k) for k, v in value.items()]
-    return {k: v for part in parts for k, v in part.items()}

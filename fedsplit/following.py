@@ -46,7 +46,7 @@ def working(folder: Path, run: str = "") -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
     with file:
-        if not _locked(file):
+        if not locked(file):
             raise ConfigError(f"another process works in {folder}")
 
         def say(state: str, error: str = "") -> None:
@@ -76,8 +76,8 @@ def working(folder: Path, run: str = "") -> Iterator[None]:
         say("finished")
 
 
-def _locked(file: IO[str]) -> bool:
-    """Lock a state file, if need be after somebody who only reads it."""
+def locked(file: IO[str]) -> bool:
+    """Lock a file, if need be after somebody who only reads it; whether nobody else has."""
     for _ in range(20):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

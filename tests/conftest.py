@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 torch.set_num_threads(1)  # tests share the machine, and threads that wait for each other make them many times slower
 
-_RAY = ("test_engine", "test_simulation", "test_readme")  # each looks for what it has left running
+_RAY = ("test_engine", "test_simulation", "test_readme", "test_tune")  # each looks for what it has left running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,7 +25,7 @@ from fedsplit.assemble import data_source, split_model
 from fedsplit.config import MAXIMISED, Settings, TuneSettings, check_settings, flattened
 from fedsplit.engine import start_ray
 from fedsplit.errors import ConfigError, RunError
-from fedsplit.following import check_fresh
+from fedsplit.following import check_fresh, locked
 from fedsplit.state import replacing
 from fedsplit.tuning.space import Space, usual_space
 from fedsplit.tuning.trial import AUDITED, Outcome, Plan, audited, run_trial, with_seed
@@ -117,10 +117,12 @@ class Study:
 
         Raises
         ------
+        ConfigError
+            If another process works in the folder.
         RunError
             If no trial ran to its end within the constraints.
         """
-        with _ray(parallel):
+        with _alone(self.folder), _ray(parallel):
             self._run_trials(parallel, report)
             self._check_feasible()
             self._audit_front()
@@ -353,6 +355,14 @@ def _audit_in_full(settings_json: str, folder: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     return audited(folder, Settings.from_json(settings_json), quick=False)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with (folder / "study.lock").open("w") as file:
+        if not locked(file):
+            raise ConfigError(f"another process works in {folder}")
+        yield
 
 
 @contextmanager

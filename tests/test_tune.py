@@ -251,7 +251,7 @@ def test_constraints_hold_in_the_front_or_the_search_says_what_was_best(config: 
     study = study_of(config, out, *one, "tune.constraints.strongest_psnr=-20")
     with pytest.raises(RunError, match="strongest_psnr must be at most -20, the best had"):
         study.run(1)
-    with pytest.raises(ConfigError, match="is a study of other settings: tune.constraints.strongest_psnr"):
+    with pytest.raises(ConfigError, match=r"is a study of other settings: tune\.constraints\.strongest_psnr"):
         study_of(config, out, *one, "tune.constraints.strongest_psnr=-19", resume=True)
     assert all(trial.state == TrialState.COMPLETE for trial in study.trials)
 

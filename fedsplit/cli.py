@@ -74,7 +74,7 @@ def audit(
     policy: Annotated[bool, typer.Option("--policy", help="Audit one release, before any training.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where --policy writes; default runs/NAME-TIMESTAMP.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, with --policy.")] = None,
-    quick: Annotated[bool, typer.Option(help="Fewer targets and attacks: about ten seconds.")] = False,
+    quick: Annotated[bool, typer.Option(help="Fewer targets, without the constrained search.")] = False,
     seed: Annotated[int, typer.Option(help="Equal seeds, equal figures.")] = 0,
     fail_above: Annotated[float | None, typer.Option(help="Exit with 1 if the strongest PSNR is above (dB).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as JSON, logs on stderr.")] = False,

@@ -136,7 +136,12 @@ def test_an_audit_finds_what_leaked_and_repeats(run: Path) -> None:
 
 
 def test_a_quick_audit_and_one_before_training(run: Path, tmp_path: Path) -> None:
-    assert audit_run(run, seed=0, quick=True)["attacks"].keys() == {"Wiener", "linear, with label"}
+    assert audit_run(run, seed=0, quick=True)["attacks"].keys() == {
+        "Wiener",
+        "linear, with label",
+        "decoder, with label",
+        "gradient",
+    }
     report = audit_policy(digits(dropping={"policy": "bits", "bits": 1}), tmp_path / "policy", seed=0)
     assert report["criterion"]["leverage_max"] == 0 and "Wiener" in report["skipped"]
     assert (tmp_path / "policy" / "audit.html").exists()

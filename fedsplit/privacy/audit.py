@@ -122,11 +122,10 @@ def peak_of(public: Records) -> float:
 
 
 def _attacks(quick: bool) -> dict[str, Callable[..., Array | str]]:
-    if quick:
-        return {"Wiener": _wiener, "linear, with label": _lmmse}
+    slow = {} if quick else {"constrained": _constrained}
     return {
         "Wiener": _wiener,
-        "constrained": _constrained,
+        **slow,
         "linear, with label": _lmmse,
         "decoder, with label": _decoder,
         "gradient": _gradient,

@@ -1,11 +1,12 @@
 """The command ``fedsplit tune``."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +37,8 @@ def tune(
 
     if resume and out is None:
         raise ConfigError("--resume needs --out, the folder of the study to go on with")
-    if dashboard and find_spec("optuna_dashboard") is None:
+    viewer = shutil.which("optuna-dashboard", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
+    if dashboard and viewer is None:
         raise ConfigError("--dashboard needs optuna-dashboard: pip install optuna-dashboard")
     find_functions(config)
     settings = load_settings(config, overrides or [])
@@ -45,7 +47,7 @@ def tune(
 
     study = Study(settings, out or default_folder(settings), resume=resume)
     try:
-        with _dashboard(study if dashboard else None), _progress(study) as report:
+        with _dashboard(viewer if dashboard else None, study.address), _progress(study) as report:
             points = study.run(parallel, report)
     except KeyboardInterrupt:
         stderr.print(f"fedsplit: stopped; go on with --out {study.folder} --resume", markup=False, highlight=False)
@@ -90,17 +92,15 @@ def _progress(study: "Study") -> Iterator[Callable[["Study"], None]]:
 
 
 @contextmanager
-def _dashboard(study: "Study | None") -> Iterator[None]:
-    """Run optuna-dashboard beside the search, on this machine alone."""
-    if study is None:
+def _dashboard(viewer: str | None, address: str) -> Iterator[None]:
+    """Run optuna-dashboard beside the search, for this machine alone."""
+    if viewer is None:
         yield
         return
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "optuna_dashboard._cli", study.address, "--host", "127.0.0.1", "--port", str(port)]
+    command = [viewer, address, "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     stderr.print(f"dashboard: http://127.0.0.1:{port}", highlight=False)
     try:

@@ -37,21 +37,24 @@ def tune(
 
     if resume and out is None:
         raise ConfigError("--resume needs --out, the folder of the study to go on with")
-    viewer = shutil.which("optuna-dashboard", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
+    viewer = shutil.which(
+        "optuna-dashboard", path=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
+    )
     if dashboard and viewer is None:
         raise ConfigError("--dashboard needs optuna-dashboard: pip install optuna-dashboard")
     find_functions(config)
     settings = load_settings(config, overrides or [])
-    from fedsplit.tuning.results import front_table, write_results
+    from fedsplit.tuning.results import export_front, front_table, write_results
     from fedsplit.tuning.study import Study
 
     study = Study(settings, out or default_folder(settings), resume=resume)
     try:
         with _dashboard(viewer if dashboard else None, study.address), _progress(study) as report:
-            points = study.run(parallel, report)
+            study.run(parallel, report)
     except KeyboardInterrupt:
         stderr.print(f"fedsplit: stopped; go on with --out {study.folder} --resume", markup=False, highlight=False)
         raise
+    points = export_front(study)
     write_results(study, points)
     if as_json:
         print((study.folder / "tune.json").read_text(encoding="utf-8"), end="")

@@ -1,7 +1,11 @@
 """What a search has found, for people: table, pictures, and all trials as JSON."""
 
 import json
+import shlex
+import shutil
+import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,10 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
-from fedsplit.config import MAXIMISED
+from fedsplit.config import MAXIMISED, Settings
 from fedsplit.state import replacing
 from fedsplit.tuning.study import Point, Study
-from fedsplit.tuning.trial import Outcome
+from fedsplit.tuning.trial import AUDITED, Outcome
 
 _FEW = 4  # trials, of which nothing can be said
 
@@ -24,11 +28,12 @@ def front_table(study: Study, points: list[Point]) -> RenderableType:
     done = len(study.trials)
     table = Table(title=f"{done} of {study.tune.trials} trials: what no other beats", title_justify="left")
     table.add_column("point", justify="right")
-    for name in [*study.plan.names, *(f"{name}, in full" for name in (points[0].audit if points else ()))]:
+    full = AUDITED if any(point.audit for point in points) else ()
+    for name in [*study.plan.names, *(f"{name}, in full" for name in full)]:
         table.add_column(name, justify="right")
     for point in points:
-        values = [point.values[name] for name in study.plan.names] + list(point.audit.values())
-        table.add_row(_label(point), *(f"{value:.4g}" for value in values))
+        audit = [f"{point.audit[name]:.4g}" if point.audit else "-" for name in full]
+        table.add_row(_label(point), *(f"{point.values[name]:.4g}" for name in study.plan.names), *audit)
     return Group(table, *(Padding(f"{_label(point)}: {_told(point.parameters)}", (0, 0, 0, 1)) for point in points))
 
 
@@ -41,11 +46,55 @@ def _told(parameters: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in parameters.items())
 
 
+def export_front(study: Study) -> list[Point]:
+    """Write a settings file for every point of the front into the study's folder, and return them."""
+    folder = study.folder / "front"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    points = []
+    for place, point in enumerate(study.front(), start=1):
+        path, settings = folder / f"{place:02d}.toml", study.settings_of(point)
+        run = settings.run.model_copy(update={"name": f"{settings.run.name}-{place:02d}"})
+        text = settings.model_copy(update={"run": run}).to_toml()
+        with replacing(path) as new:
+            new.write_text(_heading(study, point, path, settings) + text, encoding="utf-8")
+        points.append(replace(point, config=path))
+    return points
+
+
+def _heading(study: Study, point: Point, path: Path, settings: Settings) -> str:
+    """Return the first lines of a settings file: the commands that show what it comes to, and that."""
+    out = f"runs/{settings.run.name}-{path.stem}"
+    where = f"PYTHONPATH={shlex.quote(home)} " if (home := _home_of(settings)) else ""
+    lines = [f"OMP_NUM_THREADS=1 {where}fedsplit simulate {shlex.quote(str(path))} --out {out}"]
+    if set(AUDITED) & set(study.plan.names):
+        lines.append(f"OMP_NUM_THREADS=1 {where}fedsplit audit {out} --quick --seed {settings.run.seed}")
+    told = ", ".join(f"{name} {point.seeds[0][name]:.6g}" for name in study.plan.names)
+    lines += ["", f"Trial {point.number} of a search. With this seed: {told}."]
+    if len(point.seeds) > 1:
+        means = ", ".join(f"{name} {value:.6g}" for name, value in point.values.items())
+        lines.append(f"Mean of {len(point.seeds)} seeds: {means}.")
+    if point.audit:
+        lines.append("Attacked in full: " + ", ".join(f"{k} {v:.6g}" for k, v in point.audit.items()) + ".")
+    lines.append("With more threads torch adds numbers in another order, and the figures differ a little.")
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n"
+
+
+def _home_of(settings: Settings) -> str:
+    """Return the folder in which a user's own module was found, if the settings name one that is not installed."""
+    for reference in (settings.data.builder, settings.model.builder, settings.first_layer.strategy):
+        name, colon, _ = (reference or "").partition(":")
+        file = getattr(sys.modules.get(name), "__file__", None) if colon else None
+        if file and "site-packages" not in file:
+            return str(Path(file).resolve().parents[name.count(".")])
+    return ""
+
+
 def write_results(study: Study, points: list[Point]) -> None:
     """Write ``tune.json``, ``front.png`` and ``importance.png`` into the study's folder."""
     trials = [
         {"number": t.number, "state": t.state.name.lower(), "parameters": t.params, **t.user_attrs["outcome"]}
-        for t in study.trials
+        for t in sorted(study.trials, key=lambda trial: trial.number)
     ]
     front = [{**vars(point), "config": str(point.config)} for point in points]
     matters = importance(study)

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,6 +44,8 @@ class Range:
         low, high, log = table.get("low"), table.get("high"), table.get("log", False)
         if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high)):
             raise ConfigError(f"{key}: low and high must be numbers, got low {low!r} and high {high!r}")
+        if not all(math.isfinite(end) for end in (low, high)):  # type: ignore[arg-type]
+            raise ConfigError(f"{key}: low and high must be finite, got low {low!r} and high {high!r}")
         if not isinstance(log, bool):
             raise ConfigError(f"{key}: log must be true or false, got {log!r}")
         if not low < high:  # type: ignore[operator]  # also for NaN
@@ -67,7 +70,7 @@ class Choice:
     @classmethod
     def of(cls, key: str, values: Sequence[Any]) -> "Choice":
         """Check a list of values; raises ConfigError."""
-        named = {v if isinstance(v, bool | int | float | str) else json.dumps(v): v for v in values}
+        named = {v if isinstance(v, bool | int | float | str) else json.dumps(v, default=str): v for v in values}
         if len(named) < 2 or len(named) < len(values):
             raise ConfigError(f"{key}: a choice needs at least two different values, got {list(values)!r}")
         return cls(named)
@@ -85,37 +88,54 @@ class Alternatives:
 
     @classmethod
     def of(cls, key: str, tables: Sequence[Table]) -> "Alternatives":
-        """Check a list of tables; raises ConfigError."""
+        """Check a list of tables; a list in one stands for itself where the setting takes lists; raises ConfigError."""
         if len(tables) < 2 or not all(tables):
-            raise ConfigError(f"{key}: alternatives need at least two tables, and none may be empty")
+            raise ConfigError(f"tune.space.{key}: alternatives need at least two tables, and none may be empty")
         texts = [next((v for v in table.values() if isinstance(v, str)), "") for table in tables]
         names = [t if t and texts.count(t) == 1 else f"{t or 'table'}-{i}" for i, t in enumerate(texts, start=1)]
-        parts = ({k: _dimension(f"{key}.{k}", v, fixed=True) for k, v in table.items()} for table in tables)
+        parts = ({k: _part(key, k, v) for k, v in _flattened(table, "")} for table in tables)
         return cls(dict(zip(names, parts, strict=True)))
 
     def draw(self, trial: Suggests, name: str) -> Table:
         """Return a table of values."""
         chosen = trial.suggest_categorical(name, list(self.tables))
-        return {
-            key: part.draw(trial, f"{name}.{chosen}.{key}") if isinstance(part, Range | Choice) else part
-            for key, part in self.tables[chosen].items()
-        }
+        table: Table = {}
+        for key, part in self.tables[chosen].items():
+            drawn = part.draw(trial, f"{name}.{chosen}.{key}") if isinstance(part, Range | Choice) else part
+            _put(table, key, drawn)
+        return table
 
 
 Dimension = Range | Choice | Alternatives
 
 
-def _dimension(key: str, value: Any, *, fixed: bool = False) -> Any:
-    """Return the dimension that a value stands for; where it may be ``fixed``, anything else as it is."""
-    if isinstance(value, dict) and {"low", "high"} & set(value):
-        return Range.of(key, value)
-    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value) and not fixed:
+def _dimension(key: str, value: Any) -> Dimension:
+    """Return the dimension that a value in ``[tune.space]`` stands for; raises ConfigError."""
+    name = f"tune.space.{key}"
+    if isinstance(value, dict):
+        return Range.of(name, value)
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
         return Alternatives.of(key, value)
     if isinstance(value, list):
-        return Choice.of(key, value)
-    if fixed:
+        return Choice.of(name, value)
+    raise ConfigError(f"{name} must be a list of values or a range {{low = ..., high = ...}}, got {value!r}")
+
+
+def _part(section: str, key: str, value: Any) -> Any:
+    """Return the range or choice that a value in an alternative stands for, or the value."""
+    if isinstance(value, dict):
+        return Range.of(f"tune.space.{section}.{key}", value)
+    if not isinstance(value, list):
         return value
-    raise ConfigError(f"{key} must be a list of values or a range {{low = ..., high = ...}}, got {value!r}")
+    is_value = _takes_lists(f"{section}.{key}") and not all(isinstance(v, list) for v in value)
+    return value if is_value else Choice.of(f"tune.space.{section}.{key}", value)
+
+
+def _put(table: Table, key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+    table[last] = value
 
 
 @dataclass
@@ -161,10 +181,9 @@ class Space:
         found = dict(_flattened(tables, ""))
         if not found:
             raise ConfigError("tune.space: there is nothing to search")
-        known = Settings.model_json_schema(by_alias=True)
         for key in found:
-            _check_known(key, known)
-        read = {key: _dimension(f"tune.space.{key}", value) for key, value in found.items()}
+            _described(key)  # raises
+        read = {key: _dimension(key, value) for key, value in found.items()}
         whole_sections_first = dict(sorted(read.items(), key=lambda item: not isinstance(item[1], Alternatives)))
         return cls(settings.tables(), whole_sections_first)
 
@@ -172,11 +191,7 @@ class Space:
         """Return the tables of one trial's settings."""
         tables = copy.deepcopy(self.base)
         for key, dimension in self.dimensions.items():
-            *sections, last = key.split(".")
-            table = tables
-            for section in sections:
-                table = table.setdefault(section, {})
-            table[last] = dimension.draw(trial, key)
+            _put(tables, key, dimension.draw(trial, key))
         return tables
 
     def check(self, fits: Callable[[Settings], None]) -> None:
@@ -202,24 +217,32 @@ class Space:
                 queue += [{**within, name: v} for v in fresh]
 
 
-def usual_space(settings: Settings, width: int) -> Table:
+def usual_space(settings: Settings, width: int, *, positive_only: bool) -> Table:
     """Return the ``[tune.space]`` of settings that have none: dropping policies and budgets, and learning rates.
+
+    With noise the policy stays, and how much noise is searched.
 
     Parameters
     ----------
     settings : Settings
     width : int
         Outputs of the first layer.
+    positive_only : bool
+        Whether none of them is negative.
     """
-    few, many = max(1, width // 64), max(2, width // 4)
-    tables: Table = {
-        "dropping": [
-            {"policy": "top-k", "k": {"low": few, "high": many, "log": True}},
+    chosen = settings.dropping
+    tables: Table = {"trunk": {"lr": _around(settings.trunk.lr)}}
+    if chosen.noise:
+        tables["dropping"] = {"noise": _around(chosen.noise)}
+    else:
+        few, many = max(1, width // 64), max(2, width // 4)
+        policies: list[Table] = [
+            {"policy": "top-k", "k": {"low": few, "high": many, "log": True} if many <= width else 1},
             {"policy": "random", "keep": {"low": 0.02, "high": 0.5, "log": True}},
-            {"policy": "bits", "bits": 1},
-        ],
-        "trunk": {"lr": _around(settings.trunk.lr)},
-    }
+        ]
+        if positive_only:
+            policies.append({"policy": "bits", "bits": 1})
+        tables["dropping"] = [{**policy, "mask": chosen.mask} for policy in policies]
     if settings.first_layer.strategy != "frozen" and settings.protocol.mode != "release-once":
         tables["first-layer"] = {"lr": _around(settings.first_layer.lr)}
     return tables
@@ -237,14 +260,20 @@ def _flattened(tables: Table, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _check_known(key: str, schema: Mapping[str, Any]) -> None:
-    """Refuse a key that is no setting; raises ConfigError."""
+def _takes_lists(key: str) -> bool:
+    node = _described(key)
+    return any(option.get("type") == "array" for option in (node, *node.get("anyOf", [])))
+
+
+def _described(key: str) -> Mapping[str, Any]:
+    """Return a setting's JSON schema; raises ConfigError if there is no such setting."""
+    schema = Settings.model_json_schema(by_alias=True)
     node, known = schema, list[str]()
     for step in key.split("."):
         keys = {k: v for k, v in node.get("properties", {}).items() if known or k != "tune"}
         if step not in keys:
             if node.get("additionalProperties") not in (False, None):
-                return  # a strategy's own arguments
+                return {}  # a strategy's own arguments
             near = difflib.get_close_matches(step, keys, n=1, cutoff=0.0)
             hint = f"; nearest setting is {'.'.join([*known, *near])!r}" if near else ""
             raise ConfigError(f"tune.space.{key}: unknown setting{hint}")
@@ -253,3 +282,4 @@ def _check_known(key: str, schema: Mapping[str, Any]) -> None:
         options = [node, *node.get("anyOf", []), *node.get("allOf", [])]
         refs = [option["$ref"].rpartition("/")[2] for option in options if "$ref" in option]
         node = schema["$defs"][refs[0]] if refs else node
+    return node

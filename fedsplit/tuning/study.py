@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ import tomli_w
 from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.exceptions import RayError
 
-from fedsplit.assemble import data_source, split_model
+from fedsplit.assemble import data_source, public_records, split_model, split_strategy
 from fedsplit.config import MAXIMISED, Settings, TuneSettings, check_settings, flattened
 from fedsplit.engine import start_ray
 from fedsplit.errors import ConfigError, RunError
@@ -95,7 +95,8 @@ class Study:
     @property
     def trials(self) -> list[FrozenTrial]:
         """Those that are through, as Optuna has them, the latest last."""
-        through = [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        found = [trial for trial in self._study.get_trials(deepcopy=False) if "outcome" in trial.user_attrs]
+        through = [trial for trial in found if trial.state.is_finished()]
         return sorted(through, key=lambda trial: (trial.datetime_complete or datetime.max, trial.number))
 
     @property
@@ -104,13 +105,19 @@ class Study:
         return f"sqlite:///{(self.folder / STUDY).resolve()}"
 
     def front(self) -> list[Point]:
-        """Return the points that no trial within the constraints beats in every objective; best of the first first."""
-        if not any(trial.state == TrialState.COMPLETE for trial in self.trials):
-            return []
-        best = self._study.best_trials if len(self.plan.objectives) > 1 else self._best_one()
-        sign = -1 if self.plan.objectives[0] in MAXIMISED else 1
-        points = [_point(trial, self._study.user_attrs.get(_full(trial.number), {})) for trial in best]
-        return sorted(points, key=lambda point: (sign * point.values[self.plan.objectives[0]], point.number))
+        """Return the points within the constraints that none of them beats; best of the first objective first.
+
+        Of trials with the same figures there is one.
+        """
+        signs = [-1 if name in MAXIMISED else 1 for name in self.plan.objectives]
+        costs: dict[tuple[float, ...], FrozenTrial] = {}
+        for trial in sorted(self.trials, key=lambda trial: -trial.number):  # the first of those that are alike stays
+            values = Outcome(**trial.user_attrs["outcome"]).values
+            if values is not None and all(self.plan.excess(n, values[n]) <= 0 for n in self.plan.constraints):
+                costs[tuple(s * values[n] for s, n in zip(signs, self.plan.objectives, strict=True))] = trial
+        best = [c for c in costs if not any(o != c and all(a <= b for a, b in zip(o, c, strict=True)) for o in costs)]
+        full = self._study.user_attrs
+        return [_point(costs[cost], full.get(_full(costs[cost].number), {})) for cost in sorted(best)]
 
     def run(self, parallel: int, report: Report = lambda study: None) -> list[Point]:
         """Run the trials that are still to be run, so many at a time; return the front.
@@ -126,28 +133,26 @@ class Study:
             self._run_trials(parallel, report)
             self._check_feasible()
             self._audit_front()
-        return self._export()
+        return self.front()
 
     # ------------------------------------------------------------------- opening
 
     def _checked_space(self) -> Space:
         settings, tune = self.settings, self.tune
-        source = data_source(settings)
-        for name in self.plan.names:
-            if name in AUDITED and not settings.audit.targets:
-                raise ConfigError(f"tune: {name!r} is an audit's: audit.targets must be at least 1, got 0")
-            if name.startswith("test_") and not source.test_devices:
-                raise ConfigError(f"tune: {name!r} needs test devices, devices.test names none")
-            if name == "test_accuracy" and source.task == "regression":
-                raise ConfigError("tune: a regression has no 'test_accuracy', use 'test_loss'")
-        layer = split_model(settings, source).first_layer
-        space = Space.of(settings, usual_space(settings, layer.width) if tune.space is None else tune.space)
-        space.check(lambda trial: _check_fit(trial, tune.seeds))
+        if tune.space is None:
+            layer = split_model(settings, data_source(settings)).first_layer
+            tables = usual_space(settings, layer.width, positive_only=layer.positive_only)
+        else:
+            tables = tune.space
+        space = Space.of(settings, tables)
+        space.check(lambda trial: _check_fit(trial, self.plan))
         return space
 
     def _open(self, *, resume: bool) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         folder, there = self.folder, (self.folder / STUDY).exists()
+        if odd := sorted(set("?%#") & set(str(folder.resolve()))):
+            raise ConfigError(f"out folder {folder}: SQLite's address cannot hold {odd[0]!r}")
         if resume and not there:
             raise ConfigError(f"nothing to resume: {folder / STUDY} does not exist")
         try:
@@ -156,9 +161,6 @@ class Study:
                 raise ConfigError(f"out folder {folder} holds a study: --resume goes on with it")
             if not resume:
                 check_fresh(folder)
-                with replacing(folder / "study.toml") as new:
-                    tune = {"tune": self.tune.model_dump(by_alias=True, exclude_none=True)}
-                    new.write_text(tomli_w.dumps({**self.settings.tables(), **tune}), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
         directions: list[Any] = ["maximize" if name in MAXIMISED else "minimize" for name in self.plan.objectives]
@@ -180,9 +182,14 @@ class Study:
         """Refuse a study of other settings; only the number of trials may be another."""
         tune = {"tune": self.tune.model_dump(by_alias=True, exclude={"trials"})}
         new: dict[str, Any] = json.loads(json.dumps(flattened({**self.settings.tables(), **tune})))
+        for key in ("run.name", "run.engine", "run.ray-address"):  # which no trial depends on
+            new.pop(key, None)
         old = study.user_attrs.get("settings")
         if old is None:
             study.set_user_attr("settings", new)
+            with replacing(self.folder / "study.toml") as path:
+                tune = {"tune": self.tune.model_dump(by_alias=True, exclude_none=True)}
+                path.write_text(tomli_w.dumps({**self.settings.tables(), **tune}), encoding="utf-8")
             return
         if differing := sorted(key for key in old | new if old.get(key) != new.get(key)):
             key = differing[0]
@@ -205,6 +212,10 @@ class Study:
                     self._tell(trial, Outcome.of([], str(error), failed=True))
                     report(self)
                     continue
+                if (same := self._same(trial)) is not None:
+                    self._tell(trial, same)
+                    report(self)
+                    continue
                 task = remote.remote(settings.to_json(), self._trial_folder(trial.number), self.plan, self._others())
                 busy[task] = trial
             if not busy:
@@ -213,6 +224,13 @@ class Study:
             self._tell(busy.pop(ready[0]), _outcome(ready[0]))
             self._tidy()
             report(self)
+
+    def _same(self, trial: Trial) -> Outcome | None:
+        """Return what a trial with the same settings came to: it would come to that again."""
+        for other in self.trials:
+            if other.params == trial.params:
+                return Outcome(**other.user_attrs["outcome"])
+        return None
 
     def _again(self, number: int) -> Trial:
         """Return a trial that was running when the study was stopped: it is run again with what was drawn for it."""
@@ -259,12 +277,6 @@ class Study:
         why = next((outcome.stopped for outcome in outcomes if outcome.stopped), "no trial keeps all constraints")
         raise RunError(f"none of {len(outcomes)} trials is of use; the first: {why}")
 
-    def _best_one(self) -> list[FrozenTrial]:
-        try:
-            return [self._study.best_trial]
-        except ValueError:  # none within the constraints
-            return []
-
     # ------------------------------------------------------------------- results
 
     def _audit_front(self) -> None:
@@ -282,7 +294,8 @@ class Study:
             try:
                 found = ray.get(waiting)
             except RayError as error:
-                raise RunError(f"the audit of trial {number} failed: {_reason(error)}") from None
+                log.warning("trial %d could not be attacked in full: %s", number, _reason(error))
+                continue
             self._study.set_user_attr(_full(number), {name: fmean(f[name] for f in found) for name in AUDITED})
 
     def settings_of(self, point: Point) -> Settings:
@@ -290,40 +303,20 @@ class Study:
         (found,) = (t for t in self.trials if t.number == point.number)
         return check_settings(self.space.draw(optuna.trial.FixedTrial(found.params)))
 
-    def _export(self) -> list[Point]:
-        """Write a settings file for every point of the front."""
-        folder = self.folder / "front"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        points = []
-        for place, point in enumerate(self.front(), start=1):
-            path = folder / f"{place:02d}.toml"
-            settings = self.settings_of(point)
-            name = settings.run.model_copy(update={"name": f"{settings.run.name}-{place:02d}"})
-            with replacing(path) as new:
-                text = settings.model_copy(update={"run": name}).to_toml()
-                new.write_text(self._heading(point, path) + text, encoding="utf-8")
-            points.append(replace(point, config=path))
-        return points
 
-    def _heading(self, point: Point, path: Path) -> str:
-        told = ", ".join(f"{name} {point.seeds[0][name]:.6g}" for name in self.plan.names)
-        means = ", ".join(f"{name} {value:.6g}" for name, value in point.values.items())
-        lines = [
-            f"OMP_NUM_THREADS=1 fedsplit simulate {path}",
-            "",
-            f"Trial {point.number} of a search. This seed: {told}.",
-        ]
-        if len(point.seeds) > 1:
-            lines.append(f"Mean of {len(point.seeds)} seeds: {means}.")
-        if point.audit:
-            lines.append("Attacked in full: " + ", ".join(f"{k} {v:.6g}" for k, v in point.audit.items()) + ".")
-        lines.append("(With more threads torch rounds sums in another order, and the figures differ a little.)")
-        return "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n"
-
-
-def _check_fit(settings: Settings, seeds: int) -> None:
-    split_model(with_seed(settings, seeds - 1), data_source(settings))
+def _check_fit(settings: Settings, plan: Plan) -> None:
+    """Refuse settings that cannot give what is asked for, before anything runs; raises ConfigError."""
+    settings = check_settings(with_seed(settings, plan.seeds - 1).tables())
+    source = data_source(settings)
+    for name in plan.names:
+        if name in AUDITED and not settings.audit.targets:
+            raise ConfigError(f"{name!r} is an audit's: audit.targets must be at least 1, got 0")
+        if name.startswith("test_") and not source.test_devices:
+            raise ConfigError(f"{name!r} needs test devices, devices.test names none")
+        if name == "test_accuracy" and source.task == "regression":
+            raise ConfigError("a regression has no 'test_accuracy', use 'test_loss'")
+    split_strategy(settings, source, split_model(settings, source), run=0)
+    public_records(settings, source)
 
 
 def _full(number: int) -> str:

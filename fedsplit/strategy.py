@@ -56,6 +56,8 @@ class ProtocolOptions:
         Of cut gradients on the wire: ``float16`` or ``float32``.
     max_staleness : int
         Rounds that cut gradients wait for a node that did not answer.
+    staleness_weight : float
+        Exponent a of the weight (1 + s)^-a of first-layer gradients that come s rounds later than the mode's way.
     min_nodes : int
         The run stops when fewer of the nodes that were asked have answered (all of them, if fewer were asked).
     timeout : float
@@ -83,6 +85,7 @@ class ProtocolOptions:
     test_devices: tuple[int, ...]
     evaluate_every: int
     donors: tuple[int, ...] = ()
+    staleness_weight: float = 0.0
 
     @property
     def replays(self) -> bool:
@@ -201,6 +204,7 @@ class SplitStrategy(Strategy):
         round_number = self.progress.round_number = self._resumed_at + server_round
         self.metrics = {"round": round_number}
         self._drop_stale(round_number)
+        self._weigh_stale(round_number)
         self._keep_from = min([b.cut.round_number for b in self.progress.pending], default=round_number)
         self.register(grid)
         if len(self.nodes) < self.options.min_nodes:
@@ -256,7 +260,7 @@ class SplitStrategy(Strategy):
             cut = CutGradients.pack(self.progress.round_number, digest, release.devices, own, mine, self.options.dtype)
             self.progress.pending.append(PendingBlock(cut, release.records))
 
-    def _step_first_layer(self, uploads: Sequence[Upload]) -> None:
+    def _step_first_layer(self, uploads: Sequence[Upload], stream: str = "first-layer") -> None:
         if self.first_layer is None:
             return
         contributions = []
@@ -264,12 +268,26 @@ class SplitStrategy(Strategy):
             sums = upload.gradients
             for total, count in zip(sums.sums, sums.records.tolist(), strict=True):
                 contributions.append((self.layer.unflatten(total), count))
-        self.first_layer.step(self.progress.round_number, contributions)
+        self.first_layer.step(self.progress.round_number, contributions, stream)
 
     def _drop_stale(self, round_number: int) -> None:
         delay = 0 if self.options.mode == "synchronous" else 1  # which is the other modes' way
         oldest = round_number - delay - self.options.max_staleness
         self.progress.pending = [b for b in self.progress.pending if b.cut.round_number >= oldest]
+
+    def _weigh_stale(self, round_number: int) -> None:
+        """Weigh down cut gradients that are sent once more, for a round: their sums of dW come back smaller by as much.
+
+        A step that is (1 + s)^-a as long is FedAsync's polynomial weighting (Xie, Koyejo and Gupta, arXiv 1903.03934).
+        The sum of a node's blocks is weighed block by block so, since dW is linear in them; counts stay what they are.
+        """
+        if not self.options.staleness_weight:
+            return
+        delay = 0 if self.options.mode == "synchronous" else 1
+        pending = self.progress.pending
+        for i, block in enumerate(pending):
+            if (late := round_number - delay - block.cut.round_number) > 0:  # s - 1 was weighed in the round before
+                pending[i] = block.scaled((late / (1 + late)) ** self.options.staleness_weight, self.options.dtype)
 
     # ---------------------------------------------------------------- evaluation
 
@@ -280,9 +298,10 @@ class SplitStrategy(Strategy):
         round_number, every = self.progress.round_number, self.options.evaluate_every
         last = round_number == self.options.rounds
         if last and self.progress.pending:
+            self._weigh_stale(round_number + 1)
             messages = self._messages(MessageType.TRAIN, {}, self.progress.pending)
             replies = grid.send_and_receive(messages, timeout=self.options.timeout)
-            self._step_first_layer(self._receive(replies, needed=0))
+            self._step_first_layer(self._receive(replies, needed=0), "flush")
         if last:
             self._gather(grid)
         if not last and (every == 0 or round_number % every):

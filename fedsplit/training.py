@@ -123,7 +123,7 @@ class TrainingRun:
         self.source: Source = data_source(settings)
         self.model: SplitModel = split_model(settings, self.source)
         run = secrets.randbits(62)
-        self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run, owners)
+        self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run, owners, secret_noise=real)
         self.public = public_records(settings, self.source)
         self.rounds_done = 0
         self.result: dict[str, Any] | None = None

@@ -119,18 +119,23 @@ def minibatches(order: IntArray, size: int) -> Iterator[IntArray]:
 
 
 LOSSES = {
-    "classification": nn.CrossEntropyLoss(reduction="sum"),
-    "binary": nn.BCEWithLogitsLoss(reduction="sum"),
-    "regression": nn.MSELoss(reduction="sum"),
+    "classification": nn.CrossEntropyLoss(reduction="none"),
+    "binary": nn.BCEWithLogitsLoss(reduction="none"),
+    "regression": nn.MSELoss(reduction="none"),
 }
 
 
-def summed_loss(task: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss summed over records (and averaged over a regression's outputs)."""
+def losses(task: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each record (averaged over a regression's outputs)."""
     if task == "binary":
         outputs, targets = outputs.squeeze(1), targets.float()
     loss: Tensor = LOSSES[task](outputs, targets)
-    return loss / targets.shape[1] if task == "regression" else loss
+    return loss.mean(dim=1) if task == "regression" else loss
+
+
+def summed_loss(task: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss summed over records."""
+    return losses(task, outputs, targets).sum()
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,7 @@ class TrunkOptions:
     schedule: str
     batch_size: int
     epochs: int
+    trim: float = 0.0
 
 
 class Trunk:
@@ -246,13 +252,16 @@ class Trunk:
         cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
         targets = torch.from_numpy(batches.targets[rows])
         predictions = self.module(cut)
-        loss = summed_loss(self.task, predictions, targets)
+        each = losses(self.task, predictions, targets)
+        kept = each
+        if out := int(self.options.trim * len(rows)):
+            kept = each.topk(len(rows) - out, largest=False).values
         self.optimizer.zero_grad()
-        (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
+        kept.mean().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         assert cut.grad is not None
-        gradients[positions] = cut.grad.flatten().numpy()[cells] * len(rows)
-        return loss.item(), _correct(self.task, predictions.detach(), targets)
+        gradients[positions] = cut.grad.flatten().numpy()[cells] * len(kept)
+        return each.sum().item(), _correct(self.task, predictions.detach(), targets)
 
     def predict(self, batches: Batches) -> FloatArray:
         """Return the outputs ``(records, outputs)`` for released records."""

@@ -19,7 +19,6 @@ from fedsplit import simulate, simulation
 from fedsplit.checkpoint import load_checkpoint
 from fedsplit.config import Settings, load_settings
 from fedsplit.errors import RunError
-from fedsplit.first_layer import STRATEGIES
 from fedsplit.training import TrainingRun
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -142,15 +141,6 @@ def test_an_interrupted_run_resumes_exactly(mode: str, chunk: int | str, tmp_pat
     assert largest_difference(trained(tmp_path / "whole"), trained(tmp_path / "cut")) == 0.0
     for name in ("test_accuracy", "test_loss", "exposures_max", "test_exposures_max", "samples", "rounds"):
         assert resumed[name] == whole[name]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_flower_strategy_steps_the_first_layer(strategy: str, tmp_path: Path) -> None:
-    args = {"Krum": {"num_malicious_nodes": 1}, "MultiKrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 2}}
-    settings = small_settings(first_layer={"strategy": strategy, "lr": 0.05, "args": args.get(strategy, {})})
-    result = simulate(settings, out=tmp_path / "run")
-    assert moved(settings, trained(tmp_path / "run"), ["first."]) > 1e-3
-    assert result["test_accuracy"] is not None
 
 
 def test_a_weighted_mean_needs_no_contributions_per_device(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def split_strategy(
             seed=None if secret_noise else seed,
         )
     trunk_options = TrunkOptions(
-        **settings.trunk.model_dump(), batch_size=protocol.batch_size, epochs=protocol.trunk_epochs
+        **settings.trunk.model_dump(exclude={"replay_mb"}), batch_size=protocol.batch_size, epochs=protocol.trunk_epochs
     )
     trunk = Trunk(model.trunk, layer.cut_shape, source.task, source.outputs, trunk_options, rounds, seed)
     options = ProtocolOptions(
@@ -306,6 +306,7 @@ def split_strategy(
         test_devices=source.test_devices,
         evaluate_every=settings.run.evaluate_every,
         donors=settings.donors,
+        replay_bytes=None if settings.trunk.replay_mb is None else int(settings.trunk.replay_mb * 1e6),
     )
     devices = settings.devices
     schedule = Schedule(protocol.once, protocol.chunk, devices.fraction, rounds, seed, devices.sampling)

@@ -164,13 +164,18 @@ class FirstLayerSettings(Section):
 
 
 class TrunkSettings(Section):
-    """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.schedule.scheduled`."""
+    """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.schedule.scheduled`.
+
+    ``replay_mb``: the most megabytes that releases kept for replay take between rounds; without it all are kept.
+    While the trunk learns it has a second copy of them, and the round's own.
+    """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: Rate = 0.001
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine", "step"] = "constant"
+    replay_mb: Rate | None = None
     trim: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
@@ -240,6 +245,8 @@ class Settings(Section):
             raise ValueError(f"run.evaluate-every must be 0 in mode {mode!r}: test records are exposed once too")
         if self.protocol.mode == "release-once" and not (self.public and self.public.epochs):
             raise ValueError("protocol.mode 'release-once' needs a [public] section with epochs of at least 1")
+        if self.trunk.replay_mb is not None and not self.protocol.once:
+            raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
         if (self.model.name is None) == (self.model.builder is None):
             raise ValueError(f"model needs a name or a builder, not {'both' if self.model.name else 'neither'}")
         return self

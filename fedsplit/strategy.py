@@ -25,7 +25,7 @@ from fedsplit.model import FirstLayer
 from fedsplit.packing import sum_groups
 from fedsplit.record import to_record
 from fedsplit.roster import Roster, payload_of, unanswered
-from fedsplit.schedule import Schedule
+from fedsplit.schedule import Schedule, seed_of
 from fedsplit.trunk import Batches, Trunk
 from fedsplit.wire import (
     CutGradients,
@@ -58,6 +58,9 @@ class ProtocolOptions:
         Rounds that cut gradients wait for a node that did not answer.
     staleness_weight : float
         Exponent a of the weight (1 + s)^-a of first-layer gradients that come s rounds later than the mode's way.
+    replay_bytes : int or None
+        The most that releases kept for replay may take. The oldest are forgotten first, within a round at random;
+        public ones never.
     min_nodes : int
         The run stops when fewer of the nodes that were asked have answered (all of them, if fewer were asked).
     timeout : float
@@ -86,6 +89,7 @@ class ProtocolOptions:
     evaluate_every: int
     donors: tuple[int, ...] = ()
     staleness_weight: float = 0.0
+    replay_bytes: int | None = None
 
     @property
     def replays(self) -> bool:
@@ -119,12 +123,15 @@ class Totals:
 
 @dataclass
 class Progress:
-    """What a run must remember between rounds, besides weights, trunk and first-layer strategy."""
+    """What a run must remember between rounds, besides weights, trunk and first-layer strategy.
+
+    ``replay`` are the releases that the trunk learns from again, by their round; 0 for public ones.
+    """
 
     run: int
     round_number: int = 0
     pending: list[PendingBlock] = field(default_factory=list)
-    replay: list[Batches] = field(default_factory=list)
+    replay: dict[int, Batches] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     totals: Totals = field(default_factory=Totals)
 
@@ -234,17 +241,32 @@ class SplitStrategy(Strategy):
         releases = [r for r in releases if len(r.targets)]
         new = [Batches.join(releases)] if releases else []
         progress.totals.samples += sum(len(b) for b in new)
-        replay = progress.replay if self.options.replays else []
+        replay = list(progress.replay.values()) if self.options.replays else []
         if not new and not replay:
             return
         fresh = sum(len(b) for b in replay)
         began = time.perf_counter()
         values, metrics = self.trunk.train(Batches.concat([*replay, *new]), fresh, round_number)
         self.metrics.update(metrics, trunk_seconds=round(time.perf_counter() - began, 4))
-        if self.options.replays:
-            progress.replay.extend(new)
+        if self.options.replays and new:
+            progress.replay[round_number] = new[0]
+            self._forget_oldest()
         if self.first_layer and new:
             self._queue(releases, values)
+
+    def _forget_oldest(self) -> None:
+        """Keep what is replayed within its limit: of the newest rounds as much as fits beside the public records."""
+        replay, room = self.progress.replay, self.options.replay_bytes
+        if room is None:
+            return
+        for number in sorted(replay, key=lambda n: (n > 0, -n)):
+            seed = seed_of(self.schedule.seed, "replay", self.progress.round_number, number)
+            kept = replay[number].part(max(0, room), np.random.default_rng(seed)) if number else replay[number]
+            room -= kept.nbytes
+            if len(kept):
+                replay[number] = kept
+            else:
+                del replay[number]
 
     def _queue(self, releases: Sequence[Release], values: Any) -> None:
         """Sort cut gradients, which are in canonical order, back to the nodes that wait for them."""

@@ -183,7 +183,12 @@ class TrainingRun:
         if strategy.first_layer:
             strategy.first_layer.weights = self.model.first_layer.initial_weights()
         if settings.protocol.mode == "release-once":
-            strategy.progress.replay = [public]
+            most = strategy.options.replay_bytes
+            if most is not None and public.nbytes > most:
+                raise ConfigError(
+                    f"trunk.replay-mb must be at least {public.nbytes / 1e6:.3g}, which public records take"
+                )
+            strategy.progress.replay = {0: public}
         strategy.compare = PublicOnly(strategy.trunk, public, settings.run.rounds).compare
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:

@@ -167,7 +167,8 @@ class TrunkSettings(Section):
     """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.schedule.scheduled`.
 
     ``replay_mb``: the most megabytes that releases kept for replay take between rounds; without it all are kept.
-    While the trunk learns it has a second copy of them, and the round's own.
+    While the trunk learns it has a second copy of them, and the round's own. ``trim``: the share of each mini-batch
+    that is left out, those with the largest loss.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"

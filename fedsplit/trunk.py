@@ -168,6 +168,9 @@ class TrunkOptions:
         Of the learning rate over rounds; see :func:`fedsplit.schedule.scheduled`.
     batch_size, epochs : int
         Records per step, and passes over the records in each round.
+    trim : float
+        Share of each mini-batch that a step leaves out: the records with the largest loss, which wrong labels have
+        (Shen and Sanghavi, ICML 2019, arXiv 1810.11874). Their cut gradients are zero.
     """
 
     optimizer: str
@@ -270,9 +273,7 @@ class Trunk:
         targets = torch.from_numpy(batches.targets[rows])
         predictions = self.module(cut)
         each = losses(self.task, predictions, targets)
-        kept = each
-        if out := int(self.options.trim * len(rows)):
-            kept = each.topk(len(rows) - out, largest=False).values
+        kept = each.topk(len(rows) - int(self.options.trim * len(rows)), largest=False).values
         self.optimizer.zero_grad()
         kept.mean().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

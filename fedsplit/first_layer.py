@@ -28,7 +28,7 @@ NOISY = ("DifferentialPrivacyServerSideFixedClipping", "DifferentialPrivacyServe
 PER_DEVICE = (*ROBUST, *NOISY)
 """Strategies that are not a weighted mean: they need one contribution per device."""
 STRATEGIES = ("FedAvg", "FedAvgM", *ADAPTIVE, *PER_DEVICE)
-_TINY = 1e-12  # a step for a device whose gradient is zero: Flower's clipping divides by the norm
+_TINY = 1e-12  # a step for a device whose own has norm zero, by which Flower's clipping would divide
 
 
 def build_strategy(name: str, args: Mapping[str, Any]) -> Strategy:
@@ -191,7 +191,7 @@ class FirstLayerServer:
         model = {name: w - step * total[name] for name, w in self.weights.items()}
         if _is_a(self.strategy, NOISY):
             count = 1  # with equal weights no device's step can be more than its share of the mean
-            if not any(g.any() for g in total.values()):
+            if not sum(np.linalg.norm(model[name] - w) ** 2 for name, w in self.weights.items()):
                 model = {name: w + np.float64(_TINY) for name, w in self.weights.items()}
         content = RecordDict({"arrays": _arrays(model), "metrics": MetricRecord({"num-examples": count})})
         request = Message(RecordDict(), node, MessageType.TRAIN)

@@ -259,9 +259,9 @@ class SplitStrategy(Strategy):
         replay, room = self.progress.replay, self.options.replay_bytes
         if room is None:
             return
-        for number in sorted(replay, key=lambda n: (n > 0, -n)):
+        for number in sorted(replay, key=lambda n: (n > 0, -n)):  # public ones first, who fit, then the newest
             seed = seed_of(self.schedule.seed, "replay", self.progress.round_number, number)
-            kept = replay[number].part(max(0, room), np.random.default_rng(seed)) if number else replay[number]
+            kept = replay[number].part(max(0, room), np.random.default_rng(seed))
             room -= kept.nbytes
             if len(kept):
                 replay[number] = kept

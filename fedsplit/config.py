@@ -114,9 +114,9 @@ class ProtocolSettings(Section):
     """``[protocol]``: the mode (no default), records per device and round, the trunk's mini-batches, the wire.
 
     ``chunk``: a number of records, ``"epoch"`` (all of a device's records), or in single-pass ``"spread"`` (an even
-    share in each round). First-layer gradients that come s rounds later than the mode's way count (1 + s)^-a, with a
-    the ``staleness_weight``: 0 takes them as they are. ``timeout`` is the seconds a message may take. A node is left
-    out for good after ``max_offences`` replies that no honest node would send.
+    share in each round). First-layer gradients that come s rounds later than the mode's way count (1 + s)^-a, where a
+    is ``staleness_weight``. ``timeout`` is the seconds a message may take. A node is left out for good after
+    ``max_offences`` replies that no honest node would send.
     """
 
     mode: Literal["synchronous", "pipelined", "single-pass", "release-once"]

@@ -43,7 +43,8 @@ def build_strategy(name: str, args: Mapping[str, Any]) -> Strategy:
     ----------
     name : str
         One of :data:`STRATEGIES`, or ``module:Class``: a user's own subclass of Flower's Strategy. This gets one
-        contribution per device, or per node if it is a subclass of FedAvg and of none of :data:`ROBUST`.
+        contribution per device, or per node if it is a subclass of FedAvg and of none of :data:`ROBUST`; only the
+        server imports it. Checkpoints hold its attributes that are numbers, arrays, or lists and dicts of these.
     args : mapping
         Further arguments of the strategy's constructor.
 

@@ -302,6 +302,7 @@ class SplitStrategy(Strategy):
 
         A step that is (1 + s)^-a as long is FedAsync's polynomial weighting (Xie, Koyejo and Gupta, arXiv 1903.03934).
         The sum of a node's blocks is weighed block by block so, since dW is linear in them; counts stay what they are.
+        To a device's guard a sum that is asked for again, and is smaller, is another sum, and it may refuse that.
         """
         if not self.options.staleness_weight:
             return

@@ -167,8 +167,7 @@ class TrunkSettings(Section):
     """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.schedule.scheduled`.
 
     ``replay_mb``: the most megabytes that releases kept for replay take between rounds; without it all are kept.
-    While the trunk learns it has a second copy of them, and the round's own. ``trim``: the share of each mini-batch
-    that is left out, those with the largest loss.
+    While the trunk learns it has a second copy of them, and the round's own.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
@@ -177,7 +176,6 @@ class TrunkSettings(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine", "step"] = "constant"
     replay_mb: Rate | None = None
-    trim: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
     def _momentum(self) -> "TrunkSettings":

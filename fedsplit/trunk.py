@@ -136,23 +136,18 @@ def minibatches(order: IntArray, size: int) -> Iterator[IntArray]:
 
 
 LOSSES = {
-    "classification": nn.CrossEntropyLoss(reduction="none"),
-    "binary": nn.BCEWithLogitsLoss(reduction="none"),
-    "regression": nn.MSELoss(reduction="none"),
+    "classification": nn.CrossEntropyLoss(reduction="sum"),
+    "binary": nn.BCEWithLogitsLoss(reduction="sum"),
+    "regression": nn.MSELoss(reduction="sum"),
 }
 
 
-def losses(task: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of each record (averaged over a regression's outputs)."""
+def summed_loss(task: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss summed over records (and averaged over a regression's outputs)."""
     if task == "binary":
         outputs, targets = outputs.squeeze(1), targets.float()
     loss: Tensor = LOSSES[task](outputs, targets)
-    return loss.mean(dim=1) if task == "regression" else loss
-
-
-def summed_loss(task: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss summed over records."""
-    return losses(task, outputs, targets).sum()
+    return loss / targets.shape[1] if task == "regression" else loss
 
 
 @dataclass(frozen=True)
@@ -168,9 +163,6 @@ class TrunkOptions:
         Of the learning rate over rounds; see :func:`fedsplit.schedule.scheduled`.
     batch_size, epochs : int
         Records per step, and passes over the records in each round.
-    trim : float
-        Share of each mini-batch that a step leaves out: the records with the largest loss, which wrong labels have
-        (Shen and Sanghavi, ICML 2019, arXiv 1810.11874). Their cut gradients are zero.
     """
 
     optimizer: str
@@ -180,7 +172,6 @@ class TrunkOptions:
     schedule: str
     batch_size: int
     epochs: int
-    trim: float = 0.0
 
 
 class Trunk:
@@ -272,14 +263,13 @@ class Trunk:
         cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
         targets = torch.from_numpy(batches.targets[rows])
         predictions = self.module(cut)
-        each = losses(self.task, predictions, targets)
-        kept = each.topk(len(rows) - int(self.options.trim * len(rows)), largest=False).values
+        loss = summed_loss(self.task, predictions, targets)
         self.optimizer.zero_grad()
-        kept.mean().backward()  # type: ignore[no-untyped-call]
+        (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         assert cut.grad is not None
-        gradients[positions] = cut.grad.flatten().numpy()[cells] * len(kept)
-        return each.sum().item(), _correct(self.task, predictions.detach(), targets)
+        gradients[positions] = cut.grad.flatten().numpy()[cells] * len(rows)
+        return loss.item(), _correct(self.task, predictions.detach(), targets)
 
     def predict(self, batches: Batches) -> FloatArray:
         """Return the outputs ``(records, outputs)`` for released records."""

@@ -265,25 +265,6 @@ def test_several_batches_are_steps_in_the_named_order() -> None:
         torch.testing.assert_close(mine, parameter)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_trimming_leaves_out_the_records_with_the_largest_loss(task: str) -> None:
-    """Of 20 records six: the step and the cut gradients are those of a batch of the other fourteen."""
-    targets, dense = some_targets(task, 20), dense_of(1, 20)
-    module, plain = network(TASKS[task]), network(TASKS[task])
-    found, metrics = trunk(task, module, trim=0.34).train(batches(20, targets), 0, 1)
-    predictions = plain(torch.from_numpy(dense))
-    each = np.array([obvious_loss(task, predictions[i : i + 1], targets[i : i + 1]).item() for i in range(20)])
-    kept = np.sort(np.argsort(each)[:14])
-    expected = np.zeros_like(dense)
-    cut = torch.from_numpy(dense[kept]).requires_grad_()
-    obvious_loss(task, plain(cut), targets[kept]).backward()
-    expected[kept] = cut.grad.numpy()
-    np.testing.assert_allclose(found, expected[dense != 0], rtol=1e-4, atol=1e-6)
-    assert metrics["train_loss"] == pytest.approx(each.mean(), rel=1e-5)  # of all of them
-    for parameter, mine in zip(plain.parameters(), module.parameters(), strict=True):
-        torch.testing.assert_close(mine.detach(), parameter.detach() - 0.1 * parameter.grad / 14)
-
-
 def test_the_cut_is_shaped_for_the_module() -> None:
     class Checks(nn.Module):
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Whether an upload answers what was asked: the server treats devices' messages as hostile."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,14 @@ class PendingBlock:
 
     cut: CutGradients
     records: IntArray
+
+    def scaled(self, factor: float, dtype: str) -> "PendingBlock":
+        """Return the same gradients times a factor, for the wire's ``dtype``."""
+        cut = self.cut
+        values = cut.values() * np.float32(factor)
+        return replace(
+            self, cut=CutGradients.pack(cut.round_number, cut.digest, cut.devices, cut.lengths, values, dtype)
+        )
 
 
 def check_size(size: int, asked: Download, width: int, parameters: int, outputs: int) -> None:

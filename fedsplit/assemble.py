@@ -264,17 +264,33 @@ def _check_allowed(settings: Settings, allowed: Sequence[str]) -> None:
 
 
 def split_strategy(
-    settings: Settings, source: Source, model: SplitModel, run: int, owners: Owners | None = None
+    settings: Settings,
+    source: Source,
+    model: SplitModel,
+    run: int,
+    owners: Owners | None = None,
+    *,
+    secret_noise: bool = False,
 ) -> SplitStrategy:
-    """Return the server's strategy before its first round; ``owners`` as in :class:`fedsplit.roster.Roster`."""
+    """Return the server's strategy before its first round; ``owners`` as in :class:`fedsplit.roster.Roster`.
+
+    With ``secret_noise`` what the first layer's strategy draws does not follow from the seed, which nodes know.
+    """
     chosen, protocol, seed, rounds = settings.first_layer, settings.protocol, settings.run.seed, settings.run.rounds
     layer = model.first_layer
     first_layer = None
     if chosen.strategy != "frozen" and protocol.mode != "release-once":
         strategy = build_strategy(chosen.strategy, chosen.args)
-        first_layer = FirstLayerServer(strategy, layer.initial_weights(), chosen.lr, chosen.schedule, rounds)
+        first_layer = FirstLayerServer(
+            strategy,
+            layer.initial_weights(),
+            chosen.lr,
+            chosen.schedule,
+            rounds,
+            seed=None if secret_noise else seed,
+        )
     trunk_options = TrunkOptions(
-        **settings.trunk.model_dump(), batch_size=protocol.batch_size, epochs=protocol.trunk_epochs
+        **settings.trunk.model_dump(exclude={"replay_mb"}), batch_size=protocol.batch_size, epochs=protocol.trunk_epochs
     )
     trunk = Trunk(model.trunk, layer.cut_shape, source.task, source.outputs, trunk_options, rounds, seed)
     options = ProtocolOptions(
@@ -282,6 +298,7 @@ def split_strategy(
         rounds=rounds,
         dtype=protocol.dtype,
         max_staleness=protocol.max_staleness,
+        staleness_weight=protocol.staleness_weight,
         min_nodes=protocol.min_nodes,
         timeout=protocol.timeout,
         max_offences=protocol.max_offences,
@@ -289,7 +306,9 @@ def split_strategy(
         test_devices=source.test_devices,
         evaluate_every=settings.run.evaluate_every,
         donors=settings.donors,
+        replay_bytes=None if settings.trunk.replay_mb is None else int(settings.trunk.replay_mb * 1e6),
     )
-    schedule = Schedule(protocol.once, protocol.chunk, settings.devices.fraction, rounds, seed)
+    devices = settings.devices
+    schedule = Schedule(protocol.once, protocol.chunk, devices.fraction, rounds, seed, devices.sampling)
     roster = Roster(source.count, protocol.max_offences, owners)
     return SplitStrategy(trunk, first_layer, layer, schedule, options, run, roster=roster)

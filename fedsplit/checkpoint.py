@@ -2,7 +2,8 @@
 
 ``first_layer.safetensors`` and ``trunk.safetensors`` hold the weights alone, for use elsewhere; ``state.pt`` holds
 the rest as plain tensors and numbers (read back with ``weights_only``, so nothing in it can run). Replayed releases
-never change, so each round's go into a file of their own, beside the checkpoint.
+change only where they are forgotten, so each round's go into a file of their own, beside the checkpoint, which is named
+by the round and the number of records.
 """
 
 import os
@@ -45,7 +46,7 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
         Time spent in training so far.
     """
     progress = strategy.progress
-    _save_replay(_replay_folder(folder), progress.replay)
+    sizes = _save_replay(_replay_folder(folder), progress.replay)
     new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
@@ -56,7 +57,7 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
     state = {
         "run": progress.run,
         "round": progress.round_number,
-        "replayed": [len(b) for b in progress.replay],
+        "replayed": sizes,
         "evaluation": progress.evaluation,
         "totals": asdict(progress.totals),
         "position": strategy.schedule.position,
@@ -72,6 +73,7 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+    _remove_others(_replay_folder(folder), sizes)
 
 
 def load_checkpoint(folder: Path, strategy: SplitStrategy) -> float | None:
@@ -114,16 +116,13 @@ def forget_device(folder: Path, device: int) -> int:
         raise RunError(f"{folder} holds no checkpoint") from None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, *_DAMAGE) as error:
         raise RunError(f"checkpoint {checkpoint} is damaged: {type(error).__name__}") from None
-    kept = [batches.without(device) for batches in replay]
-    removed = sum(len(b) for b in replay) - sum(len(b) for b in kept)
-    old = set(_replay_folder(checkpoint).glob("*.npz"))
-    _save_replay(_replay_folder(checkpoint), kept)
-    state["replayed"] = [len(b) for b in kept]
+    kept = {number: batches.without(device) for number, batches in replay.items()}
+    removed = sum(map(len, replay.values())) - sum(map(len, kept.values()))
+    state["replayed"] = _save_replay(_replay_folder(checkpoint), kept)
     state["pending"] = [block for block in state["pending"] if device not in block["devices"]]
     with replacing(checkpoint / "state.pt") as new:
         new.write_bytes(_saved(state))
-    for path in old - {_replay_path(_replay_folder(checkpoint), *named) for named in enumerate(state["replayed"])}:
-        path.unlink()
+    _remove_others(_replay_folder(checkpoint), state["replayed"])
     shutil.rmtree(folder / "audit", ignore_errors=True)
     return removed
 
@@ -164,25 +163,31 @@ def _replay_path(folder: Path, number: int, size: int) -> Path:
     return folder / f"{number:06d}-{size}.npz"
 
 
-def _save_replay(folder: Path, replay: list[Batches]) -> None:
-    for number, batches in enumerate(replay):
+def _save_replay(folder: Path, replay: dict[int, Batches]) -> dict[int, int]:
+    """Write what is not there yet; return how many records there are of each round."""
+    for number, batches in replay.items():
         path = _replay_path(folder, number, len(batches))
         if not path.exists():
             folder.mkdir(exist_ok=True)
             with replacing(path) as new, new.open("wb") as file:
                 np.savez(file, **vars(batches))
+    return {number: len(batches) for number, batches in replay.items()}
 
 
-def _load_replay(folder: Path, sizes: list[int]) -> list[Batches]:
-    for path in folder.glob("*.npz"):
-        if int(path.name.split("-")[0]) >= len(sizes):
-            path.unlink()  # of a round that the checkpoint does not have
-    replay = []
-    for number, size in enumerate(sizes):
+def _load_replay(folder: Path, sizes: dict[int, int]) -> dict[int, Batches]:
+    _remove_others(folder, sizes)
+    replay = {}
+    for number, size in sizes.items():
         with np.load(_replay_path(folder, number, size), allow_pickle=False) as file:
             loaded = {f.name: file[f.name] for f in fields(Batches)}
-        replay.append(Batches(**{**loaded, "width": int(loaded["width"])}))
+        replay[number] = Batches(**{**loaded, "width": int(loaded["width"])})
     return replay
+
+
+def _remove_others(folder: Path, sizes: dict[int, int]) -> None:
+    """Delete what the checkpoint does not have: of rounds after it, and what was forgotten."""
+    for path in set(folder.glob("*.npz")) - {_replay_path(folder, *named) for named in sizes.items()}:
+        path.unlink()
 
 
 def _to_tensors(value: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedsplit.errors import ConfigError
 from fedsplit.first_layer import STRATEGIES
@@ -56,7 +56,8 @@ class DeviceSettings(Section):
     """``[devices]``: how many there are (test devices included), how many a node hosts, who holds what.
 
     ``test``: a list of device ids, a number (the last ones) or ``"all"`` (every device that has test records).
-    ``fraction`` of the training devices is sampled in each round.
+    ``fraction`` of the training devices is sampled in each round, ``sampling`` by chance or by size; see
+    :class:`fedsplit.schedule.Schedule`.
     """
 
     count: Positive | None = None
@@ -64,6 +65,7 @@ class DeviceSettings(Section):
     partition: Literal["natural", "iid", "dirichlet"] = "natural"
     alpha: Rate = 0.5
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    sampling: Literal["uniform", "size"] = "uniform"
     test: Literal["all"] | Positive | list[Annotated[int, Field(ge=0)]]
 
 
@@ -112,7 +114,8 @@ class ProtocolSettings(Section):
     """``[protocol]``: the mode (no default), records per device and round, the trunk's mini-batches, the wire.
 
     ``chunk``: a number of records, ``"epoch"`` (all of a device's records), or in single-pass ``"spread"`` (an even
-    share in each round). ``timeout`` is the seconds a message may take. A node is left out for good after
+    share in each round). First-layer gradients that come s rounds later than the mode's way count (1 + s)^-a, where a
+    is ``staleness_weight``. ``timeout`` is the seconds a message may take. A node is left out for good after
     ``max_offences`` replies that no honest node would send.
     """
 
@@ -122,6 +125,7 @@ class ProtocolSettings(Section):
     trunk_epochs: Positive = 1
     dtype: Literal["float16", "float32"] = "float16"
     max_staleness: Annotated[int, Field(ge=0)] = 1
+    staleness_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     min_nodes: Positive = 1
     timeout: Rate = 600.0
     max_offences: Positive = 3
@@ -141,23 +145,37 @@ class ProtocolSettings(Section):
 class FirstLayerSettings(Section):
     """``[first-layer]``: the Flower strategy that aggregates it (or ``frozen``), its learning rate, its arguments.
 
+    ``strategy``: ``frozen``, or as in :func:`fedsplit.first_layer.build_strategy`.
     ``schedule`` as in :func:`fedsplit.schedule.scheduled`.
     """
 
-    strategy: Literal["frozen", *STRATEGIES] = "FedAdam"  # type: ignore[valid-type]
+    strategy: str = "FedAdam"
     lr: Rate = 0.003
     schedule: Literal["constant", "cosine", "step"] = "constant"
     args: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, strategy: str) -> str:
+        if strategy not in (known := ("frozen", *STRATEGIES)) and not all(strategy.partition(":")):
+            allowed = ", ".join(map(repr, known))
+            raise ValueError(f"should be one of {allowed} or 'module:Class', got {strategy!r}")
+        return strategy
+
 
 class TrunkSettings(Section):
-    """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.schedule.scheduled`."""
+    """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.schedule.scheduled`.
+
+    ``replay_mb``: the most megabytes that releases kept for replay take between rounds; without it all are kept.
+    While the trunk learns it has a second copy of them, and the round's own.
+    """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     lr: Rate = 0.001
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine", "step"] = "constant"
+    replay_mb: Rate | None = None
 
     @model_validator(mode="after")
     def _momentum(self) -> "TrunkSettings":
@@ -279,6 +297,8 @@ class Settings(Section):
             raise ValueError(f"run.evaluate-every must be 0 in mode {mode!r}: test records are exposed once too")
         if self.protocol.mode == "release-once" and not (self.public and self.public.epochs):
             raise ValueError("protocol.mode 'release-once' needs a [public] section with epochs of at least 1")
+        if self.trunk.replay_mb is not None and not self.protocol.once:
+            raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
         if (self.model.name is None) == (self.model.builder is None):
             raise ValueError(f"model needs a name or a builder, not {'both' if self.model.name else 'neither'}")
         return self

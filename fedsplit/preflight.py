@@ -10,6 +10,7 @@ import numpy as np
 from fedsplit.config import Settings
 from fedsplit.data import Records, Source
 from fedsplit.errors import ConfigError
+from fedsplit.first_layer import PER_DEVICE
 from fedsplit.model import FirstLayer
 from fedsplit.packing import IntArray
 from fedsplit.privacy.accountant import epsilon, gaussian_precision, largest_precision
@@ -38,17 +39,26 @@ class _Plan:
         keyed = dropping.mask == "keyed" or (dropping.policy not in ("random", "at-most") and not dropping.noise)
         if protocol.once or (self.frozen and keyed):
             return 1  # the same weights and masks give the same bytes
-        fraction = self.settings.devices.fraction
+        devices = self.settings.devices
+        fraction = devices.fraction
         counts = {d: len(records) for d, records in self.train.items()}
         if fraction == 1.0:  # devices of one size are asked alike
             counts = {d: n for n, d in {n: d for d, n in counts.items()}.items()}
-        schedule = Schedule(protocol.once, protocol.chunk, fraction, run.rounds, run.seed)
+        schedule = Schedule(protocol.once, protocol.chunk, fraction, run.rounds, run.seed, devices.sampling)
         schedule.set_counts(counts)
         seen: dict[int, set[int]] = {}
         for round_number in range(1, run.rounds + 1):
             for device, row in schedule.rows(round_number).items():
                 seen.setdefault(device, set()).add(row[1])
         return max(map(len, seen.values()), default=0)
+
+    @property
+    def most_asked(self) -> int:
+        """The most records that a device is asked for in a round."""
+        chunk, most = self.settings.protocol.chunk, max(map(len, self.train.values()), default=0)
+        if chunk == "spread":
+            return math.ceil(most / self.settings.run.rounds)
+        return most if isinstance(chunk, str) else min(chunk, most)
 
     @property
     def evaluations(self) -> int:
@@ -121,11 +131,19 @@ def _evaluations(plan: _Plan) -> str:
 def _gradients(plan: _Plan) -> str:
     if plan.frozen:
         return ""
+    strategy, least, asked = plan.settings.first_layer.strategy, plan.limits.gradient_records, plan.most_asked
+    alone = strategy in PER_DEVICE
     way = "(use protocol.mode 'release-once', or first-layer.strategy 'frozen')"
+    why = f"; {strategy} needs each device's alone, which tell more than a sum over a node's" if alone else ""
     if not plan.limits.gradients:
-        return f"first-layer gradients would leave, gradients is false {way}"
+        return f"first-layer gradients would leave, gradients is false {way}{why}"
     if plan.limits.epsilon is not None:
-        return f"first-layer gradients would leave without noise, epsilon is {plan.limits.epsilon:g} {way}"
+        return f"first-layer gradients would leave without noise, epsilon is {plan.limits.epsilon:g} {way}{why}"
+    if alone and asked < least:
+        return (
+            f"{strategy} needs the first-layer gradients of each device alone, of {asked} records at most, "
+            f"gradient-records is {least} (use a larger protocol.chunk, or a first-layer.strategy that takes a mean)"
+        )
     return ""
 
 

@@ -43,6 +43,10 @@ class Schedule:
         Of the devices that have training records, sampled anew in each round.
     rounds, seed : int
         Of the run.
+    sampling : str
+        ``uniform``: every device is as likely; ``size``: one after another without replacement, each with a
+        probability proportional to its number of records. With a fixed ``chunk`` records are then about as likely on
+        any device; with a growing one large devices count twice, by how often they are asked and by how much they give.
     position : dict
         By device: records asked for so far (once) or chunks.
     """
@@ -52,6 +56,7 @@ class Schedule:
     fraction: float
     rounds: int
     seed: int
+    sampling: str = "uniform"
     position: dict[int, int] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
 
@@ -80,7 +85,9 @@ class Schedule:
             return devices
         rng = np.random.default_rng(seed_of(self.seed, "cohort", round_number))
         size = max(1, round(self.fraction * len(devices)))
-        return sorted(rng.choice(devices, size, replace=False).tolist())
+        counts = np.array([self._counts[d] for d in devices])
+        likely = counts / counts.sum() if self.sampling == "size" else None
+        return sorted(rng.choice(devices, size, replace=False, p=likely).tolist())
 
     def _row(self, device: int, count: int, round_number: int) -> Row:
         at = self.position.get(device, 0)

@@ -25,7 +25,7 @@ from fedsplit.model import FirstLayer
 from fedsplit.packing import sum_groups
 from fedsplit.record import to_record
 from fedsplit.roster import Roster, payload_of, unanswered
-from fedsplit.schedule import Schedule
+from fedsplit.schedule import Schedule, seed_of
 from fedsplit.trunk import Batches, Trunk
 from fedsplit.wire import (
     CutGradients,
@@ -56,6 +56,11 @@ class ProtocolOptions:
         Of cut gradients on the wire: ``float16`` or ``float32``.
     max_staleness : int
         Rounds that cut gradients wait for a node that did not answer.
+    staleness_weight : float
+        Exponent a of the weight (1 + s)^-a of first-layer gradients that come s rounds later than the mode's way.
+    replay_bytes : int or None
+        The most that releases kept for replay may take. The oldest are forgotten first, within a round at random;
+        public ones never.
     min_nodes : int
         The run stops when fewer of the nodes that were asked have answered (all of them, if fewer were asked).
     timeout : float
@@ -83,6 +88,8 @@ class ProtocolOptions:
     test_devices: tuple[int, ...]
     evaluate_every: int
     donors: tuple[int, ...] = ()
+    staleness_weight: float = 0.0
+    replay_bytes: int | None = None
 
     @property
     def replays(self) -> bool:
@@ -116,12 +123,15 @@ class Totals:
 
 @dataclass
 class Progress:
-    """What a run must remember between rounds, besides weights, trunk and first-layer strategy."""
+    """What a run must remember between rounds, besides weights, trunk and first-layer strategy.
+
+    ``replay`` are the releases that the trunk learns from again, by their round; 0 for public ones.
+    """
 
     run: int
     round_number: int = 0
     pending: list[PendingBlock] = field(default_factory=list)
-    replay: list[Batches] = field(default_factory=list)
+    replay: dict[int, Batches] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     totals: Totals = field(default_factory=Totals)
 
@@ -201,6 +211,7 @@ class SplitStrategy(Strategy):
         round_number = self.progress.round_number = self._resumed_at + server_round
         self.metrics = {"round": round_number}
         self._drop_stale(round_number)
+        self._weigh_stale(round_number)
         self._keep_from = min([b.cut.round_number for b in self.progress.pending], default=round_number)
         self.register(grid)
         if len(self.nodes) < self.options.min_nodes:
@@ -230,17 +241,32 @@ class SplitStrategy(Strategy):
         releases = [r for r in releases if len(r.targets)]
         new = [Batches.join(releases)] if releases else []
         progress.totals.samples += sum(len(b) for b in new)
-        replay = progress.replay if self.options.replays else []
+        replay = list(progress.replay.values()) if self.options.replays else []
         if not new and not replay:
             return
         fresh = sum(len(b) for b in replay)
         began = time.perf_counter()
         values, metrics = self.trunk.train(Batches.concat([*replay, *new]), fresh, round_number)
         self.metrics.update(metrics, trunk_seconds=round(time.perf_counter() - began, 4))
-        if self.options.replays:
-            progress.replay.extend(new)
+        if self.options.replays and new:
+            progress.replay[round_number] = new[0]
+            self._forget_oldest()
         if self.first_layer and new:
             self._queue(releases, values)
+
+    def _forget_oldest(self) -> None:
+        """Keep what is replayed within its limit: of the newest rounds as much as fits beside the public records."""
+        replay, room = self.progress.replay, self.options.replay_bytes
+        if room is None:
+            return
+        for number in sorted(replay, key=lambda n: (n > 0, -n)):  # public ones first, who fit, then the newest
+            seed = seed_of(self.schedule.seed, "replay", self.progress.round_number, number)
+            kept = replay[number].part(max(0, room), np.random.default_rng(seed))
+            room -= kept.nbytes
+            if len(kept):
+                replay[number] = kept
+            else:
+                del replay[number]
 
     def _queue(self, releases: Sequence[Release], values: Any) -> None:
         """Sort cut gradients, which are in canonical order, back to the nodes that wait for them."""
@@ -256,7 +282,7 @@ class SplitStrategy(Strategy):
             cut = CutGradients.pack(self.progress.round_number, digest, release.devices, own, mine, self.options.dtype)
             self.progress.pending.append(PendingBlock(cut, release.records))
 
-    def _step_first_layer(self, uploads: Sequence[Upload]) -> None:
+    def _step_first_layer(self, uploads: Sequence[Upload], stream: str = "first-layer") -> None:
         if self.first_layer is None:
             return
         contributions = []
@@ -264,12 +290,27 @@ class SplitStrategy(Strategy):
             sums = upload.gradients
             for total, count in zip(sums.sums, sums.records.tolist(), strict=True):
                 contributions.append((self.layer.unflatten(total), count))
-        self.first_layer.step(self.progress.round_number, contributions)
+        self.first_layer.step(self.progress.round_number, contributions, stream)
 
     def _drop_stale(self, round_number: int) -> None:
         delay = 0 if self.options.mode == "synchronous" else 1  # which is the other modes' way
         oldest = round_number - delay - self.options.max_staleness
         self.progress.pending = [b for b in self.progress.pending if b.cut.round_number >= oldest]
+
+    def _weigh_stale(self, round_number: int) -> None:
+        """Weigh down cut gradients that are sent once more, for a round: their sums of dW come back smaller by as much.
+
+        A step that is (1 + s)^-a as long is FedAsync's polynomial weighting (Xie, Koyejo and Gupta, arXiv 1903.03934).
+        The sum of a node's blocks is weighed block by block so, since dW is linear in them; counts stay what they are.
+        To a device's guard a sum that is asked for again, and is smaller, is another sum, and it may refuse that.
+        """
+        if not self.options.staleness_weight:
+            return
+        delay = 0 if self.options.mode == "synchronous" else 1
+        pending = self.progress.pending
+        for i, block in enumerate(pending):
+            if (late := round_number - delay - block.cut.round_number) > 0:  # s - 1 was weighed in the round before
+                pending[i] = block.scaled((late / (1 + late)) ** self.options.staleness_weight, self.options.dtype)
 
     # ---------------------------------------------------------------- evaluation
 
@@ -280,9 +321,10 @@ class SplitStrategy(Strategy):
         round_number, every = self.progress.round_number, self.options.evaluate_every
         last = round_number == self.options.rounds
         if last and self.progress.pending:
+            self._weigh_stale(round_number + 1)
             messages = self._messages(MessageType.TRAIN, {}, self.progress.pending)
             replies = grid.send_and_receive(messages, timeout=self.options.timeout)
-            self._step_first_layer(self._receive(replies, needed=0))
+            self._step_first_layer(self._receive(replies, needed=0), "flush")
         if last:
             self._gather(grid)
         if not last and (every == 0 or round_number % every):

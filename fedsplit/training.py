@@ -117,7 +117,7 @@ class TrainingRun:
         self.source: Source = data_source(settings)
         self.model: SplitModel = split_model(settings, self.source)
         run = secrets.randbits(62)
-        self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run, owners)
+        self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run, owners, secret_noise=real)
         self.public = public_records(settings, self.source)
         self.rounds_done = 0
         self.result: dict[str, Any] | None = None
@@ -177,7 +177,12 @@ class TrainingRun:
         if strategy.first_layer:
             strategy.first_layer.weights = self.model.first_layer.initial_weights()
         if settings.protocol.mode == "release-once":
-            strategy.progress.replay = [public]
+            most = strategy.options.replay_bytes
+            if most is not None and public.nbytes > most:
+                raise ConfigError(
+                    f"trunk.replay-mb must be at least {public.nbytes / 1e6:.3g}, which public records take"
+                )
+            strategy.progress.replay = {0: public}
         strategy.compare = PublicOnly(strategy.trunk, public, settings.run.rounds).compare
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:

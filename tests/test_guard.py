@@ -1270,6 +1270,38 @@ def test_the_preflight_counts_what_would_leave(changes: dict[str, Any], refused:
         assert not refused
 
 
+@pytest.mark.parametrize(
+    ("lines", "strategy", "chunk", "said"),
+    [
+        ("", "FedMedian", 20, "; FedMedian needs each device's alone, which tell more than a sum over a node's"),
+        ("gradients = true\nepsilon = 3.0", "Krum", 20, "; Krum needs each device's alone"),
+        ("", "FedAdam", 20, ""),
+        (
+            "gradients = true\ngradient-records = 21",
+            "Krum",
+            "epoch",
+            "each device alone, of 20 records at most, gradient-",
+        ),
+        ("gradients = true\ngradient-records = 8", "Krum", 7, "each device alone, of 7 records at most, gradient-"),
+        ("gradients = true\ngradient-records = 8", "FedAdam", 7, None),
+        ("gradients = true\ngradient-records = 7", "Krum", 7, None),
+    ],
+)
+def test_the_preflight_says_what_a_robust_strategy_needs(
+    lines: str, strategy: str, chunk: int | str, said: str | None, tmp_path: Path
+) -> None:
+    changes = {"protocol": {**PIPELINED, "chunk": chunk}, "run": {"rounds": 1}, "first_layer": {"strategy": strategy}}
+    settings = run_settings(tmp_path / "s", f"equations = 1.0\n{lines}", **changes)
+    source = data_source(settings)
+    layer = split_model(settings, source).first_layer
+    if said is None:
+        check_limits(settings, source, layer, limits(settings))
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_limits(settings, source, layer, limits(settings))
+    assert said in str(caught.value) and ("alone" in str(caught.value)) == bool(said)
+
+
 def overlapping(device_id: int, num_devices: int) -> DeviceData:
     """Every record shares a segment with the next."""
     train, test = (private(device_id, num_devices).train, private(device_id, num_devices).test)

@@ -177,6 +177,32 @@ def test_positions_are_all_that_a_resumed_schedule_needs(once: bool) -> None:
     assert found + [resumed.rows(n) for n in range(5, 11)] == expected
 
 
+def sampled(sampling: str, rounds: int, counts: dict[int, int], fraction: float = 0.5) -> list[list[int]]:
+    made = Schedule(False, 1, fraction, rounds, 5, sampling)
+    made.set_counts(counts)
+    return [sorted(made.rows(n)) for n in range(1, rounds + 1)]
+
+
+def test_by_size_a_device_is_as_likely_as_it_has_records() -> None:
+    """One of four: the share of the rounds is within 4 standard errors of the share of the records."""
+    counts, rounds = {3: 10, 1: 40, 8: 1, 6: 149}, 4000
+    found = Counter(device for (device,) in sampled("size", rounds, counts, fraction=0.25))
+    for device, count in counts.items():
+        share = count / 200
+        assert abs(found[device] / rounds - share) < 4 * (share * (1 - share) / rounds) ** 0.5
+    evenly = Counter(device for (device,) in sampled("uniform", rounds, counts, fraction=0.25))
+    assert max(evenly.values()) < 1.2 * min(evenly.values())
+
+
+def test_by_size_devices_are_drawn_without_replacement_anew_and_by_the_seed() -> None:
+    counts = {d: 1 + d for d in range(10)} | {77: 0}
+    found = sampled("size", 50, counts)
+    assert all(len(set(cohort)) == 5 and 77 not in cohort for cohort in found)
+    assert len({tuple(cohort) for cohort in found}) > 10
+    assert found == sampled("size", 50, counts)
+    assert sampled("size", 3, counts, fraction=1.0) == [list(range(10))] * 3
+
+
 # --- cohorts ---------------------------------------------------------------------------------------------------
 
 

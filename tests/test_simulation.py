@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from references import largest_difference, moved, trained
 
 from fedsplit import simulate, simulation
 from fedsplit.checkpoint import load_checkpoint
+from fedsplit.client_app import client_app
 from fedsplit.config import Settings, load_settings
-from fedsplit.errors import RunError
-from fedsplit.first_layer import STRATEGIES
-from fedsplit.training import TrainingRun
+from fedsplit.errors import ConfigError, RunError
+from fedsplit.grid import InProcessGrid
+from fedsplit.training import TrainingRun, open_run_folder
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -144,13 +146,62 @@ def test_an_interrupted_run_resumes_exactly(mode: str, chunk: int | str, tmp_pat
         assert resumed[name] == whole[name]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_flower_strategy_steps_the_first_layer(strategy: str, tmp_path: Path) -> None:
-    args = {"Krum": {"num_malicious_nodes": 1}, "MultiKrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 2}}
-    settings = small_settings(first_layer={"strategy": strategy, "lr": 0.05, "args": args.get(strategy, {})})
-    result = simulate(settings, out=tmp_path / "run")
-    assert moved(settings, trained(tmp_path / "run"), ["first."]) > 1e-3
-    assert result["test_accuracy"] is not None
+def interrupted(settings: Settings, out: Path, after: int) -> dict[str, Any]:
+    """Return the result of a run that is stopped after a round and resumed."""
+
+    def interrupt(metrics: dict[str, object]) -> None:
+        if metrics["round"] == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(settings, out=out, report=interrupt)
+    return simulate(settings, out=out, resume=True)
+
+
+@pytest.mark.parametrize("mode", ["single-pass", "release-once"])
+def test_replay_keeps_within_its_limit_and_a_resumed_run_forgets_the_same(mode: str, tmp_path: Path) -> None:
+    """Of 65 records at about 50 bytes; in release-once 10 more are public, and stay."""
+    once = {"public": {"devices": [1], "epochs": 1}} if mode == "release-once" else {}
+    chunk = "spread" if mode == "single-pass" else 3
+    settings = small_settings(
+        run={"rounds": 6}, protocol={"mode": mode, "chunk": chunk}, trunk={"replay-mb": 0.0016}, **once
+    )
+    kept: list[dict[int, int]] = []
+
+    class Watched(TrainingRun):
+        def _after_round(self, server_round: int, arrays: Any) -> None:
+            super()._after_round(server_round, arrays)
+            if server_round == 0:
+                return
+            replay = self.strategy.progress.replay
+            files = sorted(path.name for path in (self.folder / "releases").glob("*.npz"))
+            assert sum(b.nbytes for b in replay.values()) <= 1600
+            assert files == sorted(f"{number:06d}-{len(b)}.npz" for number, b in replay.items())
+            kept.append({number: len(b) for number, b in replay.items()})
+
+    folder = tmp_path / "whole"
+    open_run_folder(folder, settings, resume=False)
+    run = Watched(settings, folder)
+    whole = run.train(InProcessGrid(client_app(settings.to_json(), str(folder / "nodes")), 5))
+    last = kept[-1]
+    assert 12 < sum(last.values()) < whole["samples"] and last.keys() - {0} == {n for n in last if n > 1}
+    assert last[max(last)] > 0 and (last.get(0) == 10) == (mode == "release-once")
+    for after in (3, 5):
+        resumed = interrupted(settings, tmp_path / f"cut-{after}", after)
+        assert largest_difference(trained(folder), trained(tmp_path / f"cut-{after}")) == 0.0
+        assert resumed["test_loss"] == whole["test_loss"]
+    free = simulate(
+        small_settings(run={"rounds": 6}, protocol={"mode": mode, "chunk": chunk}, **once), out=tmp_path / "free"
+    )
+    assert free["test_loss"] != whole["test_loss"]
+
+
+def test_public_records_that_take_more_than_replay_may_are_refused(tmp_path: Path) -> None:
+    settings = small_settings(
+        protocol={"mode": "release-once"}, public={"devices": [1], "epochs": 1}, trunk={"replay-mb": 0.0003}
+    )
+    with pytest.raises(ConfigError, match=r"trunk\.replay-mb must be at least 0\.000\d+, which public records take"):
+        simulate(settings, out=tmp_path / "run")
 
 
 def test_a_weighted_mean_needs_no_contributions_per_device(tmp_path: Path) -> None:

@@ -124,6 +124,54 @@ def test_gradients_too_late_are_dropped(tmp_path: Path) -> None:
     assert run.strategy.progress.pending == []
 
 
+def sums_of_node_1(folder: Path, exponent: float, lost: range, protocol: dict[str, Any]) -> list[tuple[int, Any]]:
+    """Return node 1's (record counts, sums) in all backward halves; some of its answers fail."""
+    heard: list[tuple[int, Any]] = []
+    asked = []
+
+    def loses(number: int, message: Message, reply: Message) -> Message | None:
+        if message.metadata.message_type == "train" and node_of(message) == 1:
+            asked.append(number)
+            if len(asked) in lost:  # a node that is silent would not be asked again before it has registered
+                return Message(Error(2, "lost"), reply_to=message)
+            if len(sums := upload_of(reply).gradients.sums):
+                heard.append((int(upload_of(reply).gradients.records.sum()), sums[0]))
+        return reply
+
+    train(folder, loses, protocol={"max-staleness": 2, "staleness-weight": exponent, **protocol})
+    return heard
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("lost", "place", "late"),
+    [(range(2, 3), 0, 1), (range(2, 4), 0, 2), (range(4, 5), 2, 1)],
+    ids=["one", "two", "in the last round"],
+)
+def test_gradients_that_come_late_count_less(lost: range, place: int, late: int, dtype: str, tmp_path: Path) -> None:
+    """Until they come, everything is the same: the sum is (1 + s)^-a of what it would be, the count is not."""
+    found = [sums_of_node_1(tmp_path / str(a), a, lost, {"dtype": dtype})[: place + 1] for a in (0.0, 0.5, 2.0)]
+    (count, whole), others = found[0][place], [f[place] for f in found[1:]]
+    assert count == 10 and np.abs(whole).max() > 0.1
+    for a, (records, sums) in zip((0.5, 2.0), others, strict=True):
+        assert records == count
+        np.testing.assert_allclose(
+            sums, (1 + late) ** -a * whole, rtol=1e-5, atol=(1e-6, 2e-3)[dtype == "float16"] * np.abs(whole).max()
+        )
+    for plain, weighed in zip(found[0][:place], found[1][:place], strict=True):
+        assert np.array_equal(plain[1], weighed[1])  # those that are in time
+
+
+def test_synchronous_weighs_the_late_part_of_a_sum_alone(tmp_path: Path) -> None:
+    """The fourth answer is lost, round 2's backward half: it comes with round 3's. g3 + g2 / 2^a, so differences
+    halve from one a to the next."""
+    found = [sums_of_node_1(tmp_path / str(a), a, range(4, 5), {"mode": "synchronous"}) for a in (0.0, 1.0, 2.0)]
+    assert [records for records, _ in found[0]] == [10, 20, 10]
+    none, one, two = (f[1][1] for f in found)
+    assert np.abs(one - two).max() > 0.01
+    np.testing.assert_allclose(none - one, 2 * (one - two), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["synchronous", "pipelined"])
 def test_a_straggler_in_the_last_round_does_not_end_the_run(mode: str, tmp_path: Path) -> None:
     def silent_at_the_end(number: int, message: Message, reply: Message) -> Message | None:

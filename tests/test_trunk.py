@@ -120,6 +120,27 @@ def test_rounds_are_put_behind_one_another_for_replay() -> None:
     assert np.array_equal(whole.dense(np.arange(12))[0], expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 900), st.integers(1, 12), st.integers(0, 3))
+def test_a_part_is_as_many_whole_records_as_fit(size: int, records: int, seed: int) -> None:
+    whole = Batches.join([release({1: records, 4: 2})])
+    found = whole.part(size, np.random.default_rng(seed))
+    rows = [whole.targets.tolist().index(t) for t in found.targets.tolist()]
+    assert rows == sorted(rows)
+    assert np.array_equal(found.dense(np.arange(len(found)))[0], whole.dense(ints(*rows))[0])
+    assert found.nbytes <= max(size, 8)  # of nothing there is still where it begins
+    if len(found) < len(whole):  # not one more of the largest would fit
+        assert found.nbytes + 8 + 8 + 8 + 2 + 4 * WIDTH > size
+
+
+def test_parts_are_drawn_at_random() -> None:
+    whole = Batches.join([release({1: 60})])
+    drawn = [whole.part(whole.nbytes // 2, np.random.default_rng(n)).targets.tolist() for n in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert 20 < len(drawn[0]) < 40 and max(np.diff(drawn[0])) > 1
+    assert whole.part(whole.nbytes, np.random.default_rng(0)) is whole
+
+
 # --- mini-batches ----------------------------------------------------------------------------------------------
 
 

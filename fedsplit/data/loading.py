@@ -10,8 +10,8 @@ from typing import Any
 from fedsplit.errors import ConfigError, DataError
 
 
-def resolve_function(reference: str, setting: str) -> Callable[..., Any]:
-    """Import the function that a setting names.
+def resolve_function(reference: str, setting: str, kind: str = "function") -> Callable[..., Any]:
+    """Import the function (or what else can be called) that a setting names.
 
     Parameters
     ----------
@@ -19,6 +19,8 @@ def resolve_function(reference: str, setting: str) -> Callable[..., Any]:
         ``module:function``, the module as in an import statement.
     setting : str
         The setting's name, for the errors: for example ``data.builder``.
+    kind : str
+        ``function`` or ``class``, for the errors.
 
     Raises
     ------
@@ -27,7 +29,7 @@ def resolve_function(reference: str, setting: str) -> Callable[..., Any]:
     """
     module_name, _, name = reference.partition(":")
     if not (module_name and name):
-        raise ConfigError(f"{setting} must be 'module:function', got {reference!r}")
+        raise ConfigError(f"{setting} must be 'module:{kind}', got {reference!r}")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -38,7 +40,7 @@ def resolve_function(reference: str, setting: str) -> Callable[..., Any]:
         raise ConfigError(f"{setting} {reference!r}: importing {module_name} raised {kind}") from None
     function = getattr(module, name, None)
     if not callable(function):
-        raise ConfigError(f"{setting} {reference!r}: module {module_name} has no function {name!r}")
+        raise ConfigError(f"{setting} {reference!r}: module {module_name} has no {kind} {name!r}")
     return function  # type: ignore[no-any-return]
 
 

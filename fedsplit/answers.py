@@ -9,6 +9,7 @@ from fedsplit.errors import WireError
 from fedsplit.packing import IntArray
 from fedsplit.wire import CutGradients, Download, Release, Upload
 
+UNLABELLED = "unlabelled"  # in a task's place: labels stay at home
 _LARGEST = 1e30  # of anything that a node sends: the trunk's and the strategies' numbers are float32
 
 
@@ -46,7 +47,7 @@ def check_upload(
     width : int
         Outputs of the first layer.
     task, outputs
-        Which targets there can be.
+        Which targets there can be; of :data:`UNLABELLED` records none.
 
     Raises
     ------
@@ -96,6 +97,10 @@ def _check_gradients(upload: Upload, asked: Download, pending: Sequence[PendingB
 
 def _check_targets(release: Release, task: str, outputs: int) -> None:
     targets = release.targets
+    if task == UNLABELLED:
+        if targets.shape[1:] != (0,):
+            raise WireError("targets must not be there: labels stay at home")
+        return
     if task == "regression":
         if targets.dtype.kind != "f" or targets.shape[1:] != (outputs,):
             raise WireError(f"targets must be float32 with {outputs} columns")

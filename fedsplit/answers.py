@@ -10,7 +10,7 @@ from fedsplit.packing import IntArray
 from fedsplit.wire import CutGradients, Download, Release, Upload
 
 UNLABELLED = "unlabelled"  # in a task's place: labels stay at home
-_LARGEST = 1e30  # of anything that a node sends: the trunk's and the strategies' numbers are float32
+LARGEST = 1e30  # of anything that a node sends: the trunk's and the strategies' numbers are float32
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def _check_sizes(upload: Upload) -> None:
     """Refuse numbers that are finite, and would not stay so."""
     release, sums = upload.release, upload.gradients.sums
     largest = float(np.abs(release.codes).max(initial=0)) * 2.0 ** int(release.exponents.max(initial=0))
-    if largest > _LARGEST or np.abs(sums).max(initial=0) > _LARGEST:
-        raise WireError(f"values must be at most {_LARGEST:g}")
+    if largest > LARGEST or np.abs(sums).max(initial=0) > LARGEST:
+        raise WireError(f"values must be at most {LARGEST:g}")
 
 
 def _check_gradients(upload: Upload, asked: Download, pending: Sequence[PendingBlock]) -> None:

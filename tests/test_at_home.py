@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import references
 import torch
 from conftest import small_settings
 from flwr.app import Message
@@ -47,14 +48,14 @@ def at_home(**changes: dict[str, Any]) -> Settings:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("per_node", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
-def test_without_dropping_it_is_centralised_sgd(kind: str, per_node: int, out: Path) -> None:
+def test_without_dropping_it_is_centralised_sgd(kind: str, out: Path) -> None:
+    """Fifty rounds over three nodes of two devices."""
     settings = at_home(
         run={"rounds": 50},
         data={"builder": f"own:{kind}"},
         model={"builder": f"own:{kind}_model"},
-        devices={"per-node": per_node},
+        devices={"per-node": 2},
     )
     simulate(settings, out=out)
     found = trained(out)
@@ -62,10 +63,28 @@ def test_without_dropping_it_is_centralised_sgd(kind: str, per_node: int, out: P
     assert largest_difference(found, centralised(settings)) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_how_devices_are_packed_into_nodes_changes_nothing(dtype: str, tmp_path: Path) -> None:
+    for per_node in (1, 2, 5):
+        settings = at_home(
+            run={"rounds": 10},
+            devices={"per-node": per_node},
+            protocol={"dtype": dtype},
+            dropping={"policy": "random", "keep": 0.5},
+            first_layer={"strategy": "FedAdam", "lr": 0.01},
+        )
+        simulate(settings, out=tmp_path / str(per_node))
+    found = [trained(tmp_path / str(per_node)) for per_node in (1, 2, 5)]
+    assert largest_difference(found[0], found[1]) < 1e-5
+    assert largest_difference(found[0], found[2]) < 1e-5
+
+
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "adam": {"trunk": {"optimizer": "adam", "lr": 0.01}},
     "momentum and decay": {"trunk": {"momentum": 0.9, "weight-decay": 0.01}},
     "dropping and a schedule": {"dropping": {"policy": "random", "keep": 0.5}, "trunk": {"schedule": "cosine"}},
+    "dropout and batch norm": {"model": {"builder": "own:random_model"}},
     "a frozen first layer": {"first-layer": {"strategy": "frozen"}},
     "a sum of each device's": {"first-layer": {"strategy": "FedMedian"}},
     "some devices": {"devices": {"fraction": 0.5}},
@@ -368,6 +387,16 @@ def test_a_lying_node_is_left_out(
     assert re.fullmatch(rf"node 3 \(devices 1\) is left out: {refusal}.* \(offence 1\)", told)
     assert moved(training.settings, trained(out)) > 1e-3
     assert largest_difference(trained(out), without_node_1_at_first) == 0.0
+
+
+def test_a_node_that_is_silent_about_its_labels_counts_for_nothing_in_the_round(
+    without_node_1_at_first: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = at_home()
+    first, *others = references.chunks(settings)
+    without = tuple(torch.cat([part[:7], part[14:]]) for part in first)
+    monkeypatch.setattr(references, "chunks", lambda _: [without, *others])
+    assert largest_difference(without_node_1_at_first, centralised(settings)) < 1e-5
 
 
 # --- the devices do not trust the server -------------------------------------------------------------------------

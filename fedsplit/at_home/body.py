@@ -54,7 +54,13 @@ class Body(Trunk):
         return np.concatenate([p.detach().numpy().ravel() for p in self._layer.parameters()]).astype(np.float32)
 
     def train_features(self, batches: Batches, round_number: int) -> FloatArray:
-        """Return the features ``(records, features)`` that the body makes of a round's records, and begin a step."""
+        """Return the features ``(records, features)`` that the body makes of a round's records, and begin a step.
+
+        Raises
+        ------
+        RunError
+            If they are not finite.
+        """
         self._begin(round_number)
         # as in Trunk.train: the same order and the same random numbers
         rows = np.random.default_rng(seed_of(self.seed, "order", round_number, 0)).permutation(len(batches))
@@ -66,6 +72,7 @@ class Body(Trunk):
         self._open = _Step(rows, cells, positions, cut, found)
         features = np.empty(tuple(found.shape), dtype=np.float32)
         features[rows] = found.detach().numpy()
+        self._check_finite(round_number, 0.0, features)
         return features
 
     def learn(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.answers import LARGEST
 from fedsplit.at_home.head import Head
 from fedsplit.errors import WireError
 from fedsplit.packing import (
@@ -27,7 +28,6 @@ _DOWNLOAD, _UPLOAD = 5, 6  # 1 to 4 are in fedsplit.wire
 _KIND_AT = 3  # of a payload's bytes
 _SPARE = 4096  # bytes of an upload besides its records and the head's gradient
 _ROUNDING = 1.01
-_LARGEST = 1e30  # of anything that a node sends
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class HeadUpload:
         check("records", records in (0, number), f"must be {number}, those that were asked about, or 0")
         check("correct", 0 <= right <= records, f"must be in 0..{records}")
         loss = float(take.array("loss", "f8", 1, size=1)[0])
-        check("loss", 0 <= loss <= _LARGEST, f"must be in 0..{_LARGEST:g}")
+        check("loss", 0 <= loss <= LARGEST, f"must be in 0..{LARGEST:g}")
         given = 0 if test else records
         at_head = take.array("head", "f8", 1, size=head.size if given else 0).astype(np.float64)
         features = Rows.read(take, "features", given, head.features)
@@ -196,8 +196,8 @@ def _check_possible(upload: HeadUpload, head: Head, asked: HeadDownload) -> None
     """
     at_features, at_head = upload.features.values(), upload.head
     check("head", bool(np.isfinite(at_head).all()), "must be finite")
-    columns = most = np.full(head.features, _LARGEST)
-    each = _LARGEST
+    columns = most = np.full(head.features, LARGEST)
+    each = LARGEST
     if head.task != "regression":
         columns = np.abs(asked.features.values()).sum(axis=0, dtype=np.float64) * _ROUNDING
         most = 2 * np.abs(head.weight(asked.head)).max(axis=0).astype(np.float64) * _ROUNDING

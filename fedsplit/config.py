@@ -139,7 +139,7 @@ class ProtocolSettings(Section):
         if self.labels == "at-home" and (self.mode, self.trunk_epochs) != ("synchronous", 1):
             raise ValueError(
                 "labels 'at-home' is for mode 'synchronous' with trunk-epochs 1 (the trunk takes one step for each "
-                f"exchange with the labels), not for mode {self.mode!r} with {self.trunk_epochs}"
+                f"exchange with the labels), got mode {self.mode!r} and trunk-epochs {self.trunk_epochs}"
             )
         return self
 

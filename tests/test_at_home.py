@@ -22,7 +22,7 @@ from fedsplit.assemble import real_node, simulated_node
 from fedsplit.at_home.head import Head, cut_head
 from fedsplit.at_home.messages import HeadDownload, HeadUpload, Rows
 from fedsplit.at_home.node import AtHomeNode
-from fedsplit.client_app import client_app
+from fedsplit.client_app import HOME, client_app
 from fedsplit.config import Settings
 from fedsplit.errors import ConfigError, WireError
 from fedsplit.grid import InProcessGrid
@@ -499,6 +499,33 @@ def test_an_owner_can_keep_labels_at_home(tmp_path: Path) -> None:
         )
     )
     assert upload.release.targets.shape == (len(upload.release.counts), 0)
+
+
+@pytest.mark.slow
+def test_real_nodes_whose_owners_keep_their_labels_train_a_model(out: Path) -> None:
+    """Frozen weights and the same masks: each record leaves once, and the trunk learns from it in every round."""
+    settings = at_home(
+        run={"rounds": 12},
+        protocol={"chunk": "epoch"},
+        dropping={"policy": "top-k", "k": 6, "mask": "keyed"},
+        first_layer={"strategy": "frozen"},
+        trunk={"optimizer": "adam", "lr": 0.02},
+    )
+
+    def owned(wire: Wire) -> None:
+        for device, context in enumerate(wire._contexts.values()):
+            home = Home.create(out.parent / str(device), [device], ["own:linear", "own:linear_model"])
+            (home.folder / "limits.toml").write_text("equations = 1.0\nleverage = 1.0\nactive = 1.0\nlabels = false\n")
+            context.node_config = {HOME: str(home.folder)}
+
+    training, wire = run(settings, out, owned)
+    assert training.result is not None and training.result["exposures_max"] == 1
+    assert training.result["samples"] == 12 * sum(len(linear(d, DEVICES).train) for d in range(DEVICES))
+    simulated = simulate(settings, out=out.parent / "simulated")
+    assert training.result["test_loss"] == simulated["test_loss"]
+    assert largest_difference(trained(out), trained(out.parent / "simulated")) == 0.0
+    assert moved(settings, trained(out), ["trunk."]) > 0.1
+    assert not any(labels_in(bodies(wire.came), linear(d, DEVICES).train.y) for d in range(DEVICES))
 
 
 # --- what cannot work is refused ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ Chance is the share of the largest class. Writes a table and `labels.json` to `s
 import argparse
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -150,7 +151,9 @@ def from_clusters(rounds: list[list[Seen]], part: Callable[[Seen], Float], rng: 
         rows, y = np.concatenate([part(s) for s in seen]), np.concatenate([s.y for s in seen])
         directions = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
         classes = len(seen[0].weight)
-        tries = [kmeans2(directions, classes, minit="++", rng=rng, missing="warn") for _ in range(5)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an empty cluster is a bad try: another is better
+            tries = [kmeans2(directions, classes, minit="++", rng=rng) for _ in range(5)]
         cost = [np.square(directions - centres[names]).sum() for centres, names in tries]
         names = tries[int(np.argmin(cost))][1]
         counts = np.zeros((classes, classes), dtype=np.int64)

@@ -9,7 +9,8 @@ from fedsplit.errors import WireError
 from fedsplit.packing import IntArray
 from fedsplit.wire import CutGradients, Download, Release, Upload
 
-_LARGEST = 1e30  # of anything that a node sends: the trunk's and the strategies' numbers are float32
+UNLABELLED = "unlabelled"  # in a task's place: labels stay at home
+LARGEST = 1e30  # of anything that a node sends: the trunk's and the strategies' numbers are float32
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def check_upload(
     width : int
         Outputs of the first layer.
     task, outputs
-        Which targets there can be.
+        Which targets there can be; of :data:`UNLABELLED` records none.
 
     Raises
     ------
@@ -83,8 +84,8 @@ def _check_sizes(upload: Upload) -> None:
     """Refuse numbers that are finite, and would not stay so."""
     release, sums = upload.release, upload.gradients.sums
     largest = float(np.abs(release.codes).max(initial=0)) * 2.0 ** int(release.exponents.max(initial=0))
-    if largest > _LARGEST or np.abs(sums).max(initial=0) > _LARGEST:
-        raise WireError(f"values must be at most {_LARGEST:g}")
+    if largest > LARGEST or np.abs(sums).max(initial=0) > LARGEST:
+        raise WireError(f"values must be at most {LARGEST:g}")
 
 
 def _check_gradients(upload: Upload, asked: Download, pending: Sequence[PendingBlock]) -> None:
@@ -104,6 +105,10 @@ def _check_gradients(upload: Upload, asked: Download, pending: Sequence[PendingB
 
 def _check_targets(release: Release, task: str, outputs: int) -> None:
     targets = release.targets
+    if task == UNLABELLED:
+        if targets.shape[1:] != (0,):
+            raise WireError("targets must not be there: labels stay at home")
+        return
     if task == "regression":
         if targets.dtype.kind != "f" or targets.shape[1:] != (outputs,):
             raise WireError(f"targets must be float32 with {outputs} columns")

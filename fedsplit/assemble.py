@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedsplit.at_home.body import Body
+from fedsplit.at_home.head import Head, cut_head
+from fedsplit.at_home.node import AtHomeNode
+from fedsplit.at_home.strategy import AtHomeStrategy
 from fedsplit.config import Settings
 from fedsplit.data import DeviceData, Records, Source, open_own, open_source, read_records
 from fedsplit.data.loading import resolve_function
@@ -107,6 +111,8 @@ def split_model(settings: Settings, source: Source) -> SplitModel:
             assert model.name is not None
             built = build_model(model.name, source.input_shape, source.outputs, model.width, model.activation)
     _check_fit(built, source)
+    if settings.protocol.labels == "at-home":
+        cut_head(built.trunk)  # raises
     dropping(settings).check_layer(built.first_layer.width, built.first_layer.positive_only)
     return built
 
@@ -209,8 +215,9 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
                 ExposureAccountant.create(home(run) / f"ledger-{name}.npz", owner)
         return Guard(own_limits, ExposureAccountant(path, owner, durable=False), model.first_layer, enforce=enforce)
 
+    node = _node_kind(settings, source, model)
     recorder = partial(record_exchange, Path(folder).parent / "audit" / "exchanges", partition)
-    return Node(
+    return node(
         model.first_layer,
         dropping(settings),
         np.array_split(np.arange(source.count), partitions)[partition].tolist(),
@@ -242,7 +249,8 @@ def real_node(settings_json: str, folder: str, data: str | None = None) -> Node:
         source = open_own(data, home.devices, source)
     if home.limits.enforce:
         check_limits(settings, source, model.first_layer, home.limits, home.devices)
-    return Node(
+    node = _node_kind(settings, source, model)
+    return node(
         model.first_layer,
         dropping(settings),
         home.devices,
@@ -253,6 +261,12 @@ def real_node(settings_json: str, folder: str, data: str | None = None) -> Node:
         dtype=settings.protocol.dtype,
         keyed=settings.dropping.mask == "keyed",
     )
+
+
+def _node_kind(settings: Settings, source: Source, model: SplitModel) -> Callable[..., Node]:
+    if settings.protocol.labels == "shared":
+        return Node
+    return partial(AtHomeNode, head=Head.of(model.trunk, source.task))
 
 
 def _check_allowed(settings: Settings, allowed: Sequence[str]) -> None:
@@ -292,7 +306,9 @@ def split_strategy(
     trunk_options = TrunkOptions(
         **settings.trunk.model_dump(exclude={"replay_mb"}), batch_size=protocol.batch_size, epochs=protocol.trunk_epochs
     )
-    trunk = Trunk(model.trunk, layer.cut_shape, source.task, source.outputs, trunk_options, rounds, seed)
+    at_home = protocol.labels == "at-home"
+    half = Body if at_home else Trunk
+    trunk = half(model.trunk, layer.cut_shape, source.task, source.outputs, trunk_options, rounds, seed)
     options = ProtocolOptions(
         mode=protocol.mode,
         rounds=rounds,
@@ -311,4 +327,5 @@ def split_strategy(
     devices = settings.devices
     schedule = Schedule(protocol.once, protocol.chunk, devices.fraction, rounds, seed, devices.sampling)
     roster = Roster(source.count, protocol.max_offences, owners)
-    return SplitStrategy(trunk, first_layer, layer, schedule, options, run, roster=roster)
+    kind = AtHomeStrategy if at_home else SplitStrategy
+    return kind(trunk, first_layer, layer, schedule, options, run, roster=roster)

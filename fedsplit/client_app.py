@@ -82,14 +82,11 @@ def answer(node: Callable[[], "Node"], kind: str, payload: bytes) -> bytes:
 
 
 def _answer(node: "Node", kind: str, payload: bytes) -> bytes:
-    from fedsplit.wire import Download
-
     if kind == "query":
         return node.register().to_bytes()
     if kind not in KINDS:
         raise RunError("there is no message of this kind")
-    download = Download.from_bytes(payload, parameters=node.first_layer.size)
-    return (node.exchange(download) if kind == "train" else node.evaluate(download)).to_bytes()
+    return node.answer(kind, payload)
 
 
 def run_settings(run_config: UserConfig) -> str:

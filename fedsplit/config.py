@@ -116,13 +116,15 @@ class ProtocolSettings(Section):
     ``chunk``: a number of records, ``"epoch"`` (all of a device's records), or in single-pass ``"spread"`` (an even
     share in each round). First-layer gradients that come s rounds later than the mode's way count (1 + s)^-a, where a
     is ``staleness_weight``. ``timeout`` is the seconds a message may take. A node is left out for good after
-    ``max_offences`` replies that no honest node would send.
+    ``max_offences`` replies that no honest node would send. ``labels``: whether they go to the server with the releases
+    or stay at home, where the trunk's last layer is then computed; see :mod:`fedsplit.at_home`.
     """
 
     mode: Literal["synchronous", "pipelined", "single-pass", "release-once"]
     chunk: Positive | Literal["epoch", "spread"] = "epoch"
     batch_size: Positive = 64
     trunk_epochs: Positive = 1
+    labels: Literal["shared", "at-home"] = "shared"
     dtype: Literal["float16", "float32"] = "float16"
     max_staleness: Annotated[int, Field(ge=0)] = 1
     staleness_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -134,6 +136,15 @@ class ProtocolSettings(Section):
     def _spread(self) -> "ProtocolSettings":
         if self.chunk == "spread" and self.mode != "single-pass":
             raise ValueError(f"chunk 'spread' is for mode 'single-pass', not {self.mode!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _at_home(self) -> "ProtocolSettings":
+        if self.labels == "at-home" and (self.mode, self.trunk_epochs) != ("synchronous", 1):
+            raise ValueError(
+                "labels 'at-home' is for mode 'synchronous' with trunk-epochs 1 (the trunk takes one step for each "
+                f"exchange with the labels), got mode {self.mode!r} and trunk-epochs {self.trunk_epochs}"
+            )
         return self
 
     @property

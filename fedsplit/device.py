@@ -112,19 +112,7 @@ class Node:
         outputs = self._forward(chunk, download.weights, mask_round, want_slopes=True)
         chunk, outputs, more = self._admit(guard, download, chunk, outputs, mask_round)
         if len(chunk.devices):
-            kept = outputs.kept
-            state.save_pending(
-                download.round_number,
-                Pending(
-                    download.weights,
-                    chunk.devices,
-                    chunk.records,
-                    chunk.index,
-                    kept.counts,
-                    kept.bitmap,
-                    outputs.slopes,
-                ),
-            )
+            state.save_pending(download.round_number, pending_of(download, chunk, outputs))
         upload = self._upload(chunk, outputs.kept, gradients, lost, failed, [*refused, *more], guard, download.nonce)
         if self._record is not None:
             self._record(download, upload, chunk.index)
@@ -132,11 +120,21 @@ class Node:
 
     def evaluate(self, download: Download) -> Upload:
         """Release the test records that the schedule names, with the masks of prediction (always keyed)."""
+        return self._release_tests(download)[0]
+
+    def answer(self, kind: str, payload: bytes) -> bytes:
+        """Answer the payload of a ``train`` or ``evaluate`` message; raises FedsplitError."""
+        download = Download.from_bytes(payload, parameters=self.first_layer.size)
+        return (self.exchange(download) if kind == "train" else self.evaluate(download)).to_bytes()
+
+    def _release_tests(self, download: Download) -> tuple[Upload, Chunk, Outputs]:
         guard = self._guard(download.run, "test")
         chunk, failed = self._select(download.schedule, test=True)
         outputs = self._forward(chunk, download.weights, KEYED_ROUND, want_slopes=False)
         chunk, outputs, refused = self._admit(guard, download, chunk, outputs, KEYED_ROUND)
-        return self._upload(chunk, outputs.kept, self._gradients([], []), _NONE, failed, refused, guard, download.nonce)
+        nothing = self._gradients([], [])
+        upload = self._upload(chunk, outputs.kept, nothing, _NONE, failed, refused, guard, download.nonce)
+        return upload, chunk, outputs
 
     def _upload(
         self,
@@ -149,10 +147,15 @@ class Node:
         guard: Guard,
         nonce: int,
     ) -> Upload:
-        release = Release.pack(kept, chunk.devices, chunk.records, chunk.y, self.dtype, self.dropping.bits)
+        labels = self._labels(chunk)
+        release = Release.pack(kept, chunk.devices, chunk.records, labels, self.dtype, self.dropping.bits)
         rows = np.array(refused, dtype=np.int64).reshape(-1, 3)
         ledger = Ledger(guard.accountant.exposures(), **vars(guard.accountant.most()))
         return Upload(release, gradients, lost, failed, rows, ledger, nonce)
+
+    def _labels(self, chunk: Chunk) -> NDArray[Any]:
+        """Return the labels that travel with a release."""
+        return chunk.y
 
     def _size(self, device: int) -> tuple[int, int]:
         try:
@@ -356,6 +359,14 @@ class _Share:
     counts: IntArray
     bitmap: NDArray[np.uint8]
     delta: FloatArray
+
+
+def pending_of(download: Download, chunk: Chunk, outputs: Outputs) -> Pending:
+    """Return what a later exchange needs of a release."""
+    kept = outputs.kept
+    return Pending(
+        download.weights, chunk.devices, chunk.records, chunk.index, kept.counts, kept.bitmap, outputs.slopes
+    )
 
 
 def _why(error: Exception) -> str:

@@ -95,10 +95,16 @@ def check_limits(
         if device in source.test_devices:
             test.append(data.test)
     plan = _Plan(settings, layer, limits, train, test)
-    rules = (_releases, _overlap, _evaluations, _gradients, _equations, _epsilon)
+    rules = (_labels, _releases, _overlap, _evaluations, _gradients, _equations, _epsilon)
     problems = [text for rule in rules if (text := rule(plan))]
     if problems:
         raise ConfigError(f"the limits do not allow this run: {'; '.join(problems)}")
+
+
+def _labels(plan: _Plan) -> str:
+    if plan.limits.labels or plan.settings.protocol.labels == "at-home":
+        return ""
+    return "labels would leave, labels is false (use protocol.labels 'at-home')"
 
 
 def _releases(plan: _Plan) -> str:

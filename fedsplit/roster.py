@@ -192,12 +192,11 @@ class Roster:
         self.account(node).exchanges += 1
         self.account(node).bytes_down += size
 
-    def seen(self, node: int, size: int, refused: int = 0) -> None:
+    def seen(self, node: int, size: int) -> None:
         """Note a good reply."""
         account = self.account(node)
         account.last_seen = time.time()
         account.bytes_up += size
-        account.refused += refused
 
     def miss(self, node: int, *, gone: bool) -> None:
         """Note that a node has not answered; one that is ``gone`` is asked for its devices before anything else."""

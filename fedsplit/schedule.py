@@ -64,6 +64,12 @@ class Schedule:
         """Say which devices are there and how many training records each has."""
         self._counts = {int(d): int(n) for d, n in counts.items() if n}
 
+    @property
+    def largest_round(self) -> int:
+        """The most records that any round can bring, of the devices that are there."""
+        sizes = sorted(n if isinstance(self.chunk, str) else min(n, self.chunk) for n in self._counts.values())
+        return sum(sizes[-self._cohort_size(len(sizes)) :])
+
     def rows(self, round_number: int) -> dict[int, Row]:
         """Return (device, pass, start, stop) by device, and advance the positions."""
         rows = {}
@@ -84,10 +90,12 @@ class Schedule:
         if self.fraction == 1.0 or not devices:
             return devices
         rng = np.random.default_rng(seed_of(self.seed, "cohort", round_number))
-        size = max(1, round(self.fraction * len(devices)))
         counts = np.array([self._counts[d] for d in devices])
         likely = counts / counts.sum() if self.sampling == "size" else None
-        return sorted(rng.choice(devices, size, replace=False, p=likely).tolist())
+        return sorted(rng.choice(devices, self._cohort_size(len(devices)), replace=False, p=likely).tolist())
+
+    def _cohort_size(self, devices: int) -> int:
+        return max(1, round(self.fraction * devices))
 
     def _row(self, device: int, count: int, round_number: int) -> Row:
         at = self.position.get(device, 0)

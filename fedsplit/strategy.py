@@ -8,9 +8,9 @@ with the weights for round r+1, and the last round's are flushed by one backward
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 _PATIENCE = 5.0  # seconds after which it is said who is waited for
 _COMING_BACK = 10.0  # seconds that a node may take to say that it is there again
 Compare = Callable[[Trunk, Batches], dict[str, Any]]
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -340,16 +342,20 @@ class SplitStrategy(Strategy):
         """Score the trunk on the released test records."""
         releases = [u.release for u in self._receive(replies, needed=0, test=True) if len(u.release.targets)]
         if not releases:
+            return self._note_scores({})
+        test = Batches.join(releases)
+        compared = self.compare(self.trunk, test) if self.compare is not None else {}
+        return self._note_scores({**self.trunk.evaluate(test), **compared})
+
+    def _note_scores(self, scores: dict[str, Any]) -> MetricRecord | None:
+        if not scores:
             if self.progress.round_number == self.options.rounds and self.options.test_devices:
                 log.warning("no test record was released: the accuracy of the end is not known")
                 self.progress.evaluation = {}  # an earlier round's is not that of the end
             return None
-        test = Batches.join(releases)
-        self.progress.evaluation = self.trunk.evaluate(test)
-        if self.compare is not None:
-            self.progress.evaluation |= self.compare(self.trunk, test)
-        self.metrics.update(self.progress.evaluation)
-        return MetricRecord({k: v for k, v in self.progress.evaluation.items() if isinstance(v, float)})
+        self.progress.evaluation = scores
+        self.metrics.update(scores)
+        return MetricRecord({k: v for k, v in scores.items() if isinstance(v, float)})
 
     # ------------------------------------------------------------------- messages
 
@@ -438,13 +444,16 @@ class SplitStrategy(Strategy):
                 schedule=np.array(rows.get(node, []), dtype=np.int64).reshape(-1, 4),
                 pending=blocks.get(node, []),
             )
-            payload = download.to_bytes()
             self._sent[node] = download
-            self.progress.totals.bytes_down += len(payload)
-            self.roster.sent(node, len(payload))
-            messages.append(Message(to_record(payload), node, kind, ttl=self.options.timeout))
-        self.progress.totals.exchanges += len(messages)
+            messages.append(self._message(kind, node, download.to_bytes()))
         return messages
+
+    def _message(self, kind: str, node: int, payload: bytes) -> Message:
+        """Return a message to a node, and count it."""
+        self.progress.totals.bytes_down += len(payload)
+        self.progress.totals.exchanges += 1
+        self.roster.sent(node, len(payload))
+        return Message(to_record(payload), node, kind, ttl=self.options.timeout)
 
     def _receive(self, replies: Iterable[Message], *, needed: int, test: bool = False) -> list[Upload]:
         """Check the replies to :meth:`_messages` and return the good ones in the order of their devices.
@@ -457,18 +466,39 @@ class SplitStrategy(Strategy):
             If fewer nodes answered well than the run needs.
         """
         asked, self._sent = self._sent, {}
-        uploads: dict[int, Upload] = {}
+        found = self._answers(replies, asked, self._checked, needed)
+        for node, upload in found.items():
+            self.roster.account(node).refused += int(upload.refused[:, 2].sum())
+            if len(upload.lost):
+                log.warning("%s has lost its pending chunk of round %s", self.roster.name(node), upload.lost.tolist())
+            self._account(upload, test=test)
+            self._note_failures(upload, asked[node], test=test)
+        self._settle(asked, found)
+        return list(found.values())
+
+    def _answers(
+        self,
+        replies: Iterable[Message],
+        asked: Mapping[int, Asked],
+        read: Callable[[bytes, Asked], Answer],
+        needed: int,
+    ) -> dict[int, Answer]:
+        """Read the replies to what was asked; return the good ones by node, in the order of ``asked``.
+
+        ``read`` raises WireError for a payload that no honest node would send. Raises as :meth:`_receive`.
+        """
+        good: dict[int, Answer] = {}
         reasons: dict[int, str] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
             if node not in asked and reply.has_error():
                 continue  # Flower's own word that a node has not answered
-            if node not in asked or node in uploads or node in reasons:
+            if node not in asked or node in good or node in reasons:
                 log.warning("round %d: a reply that nobody asked for", self.progress.round_number)
                 continue
             try:
                 payload = payload_of(reply)
-                upload = self._checked(payload, asked[node])
+                good[node] = read(payload, asked[node])
             except WireError as error:
                 reasons[node] = str(error)
                 self.roster.offend(node, str(error))
@@ -479,40 +509,39 @@ class SplitStrategy(Strategy):
                 what = "has not answered" if gone else f"is left out: {error}"
                 log.warning("round %d: %s %s", self.progress.round_number, self.roster.name(node), what)
                 continue
-            uploads[node] = upload
-            self.roster.seen(node, len(payload), int(upload.refused[:, 2].sum()))
-            if len(upload.lost):
-                log.warning("%s has lost its pending chunk of round %s", self.roster.name(node), upload.lost.tolist())
-            self._account(upload, payload, test=test)
-            self._note_failures(upload, asked[node], test=test)
-        for node in asked.keys() - uploads.keys() - reasons.keys():
+            self.roster.seen(node, len(payload))
+            self.progress.totals.bytes_up += len(payload)
+        for node in asked.keys() - good.keys() - reasons.keys():
             self.roster.miss(node, gone=True)
             log.warning("round %d: %s has not answered", self.progress.round_number, self.roster.name(node))
-        if len(uploads) < min(needed, len(asked)):
+        if len(good) < min(needed, len(asked)):
             why = f"; first reason: {next(iter(reasons.values()))}" if reasons else ""
             raise RunError(
-                f"round {self.progress.round_number}: {len(uploads)} of {len(asked)} nodes answered, "
+                f"round {self.progress.round_number}: {len(good)} of {len(asked)} nodes answered, "
                 f"protocol.min-nodes is {self.options.min_nodes}{why}"
             )
-        self._settle(asked, uploads)
-        return [uploads[node] for node in asked if node in uploads]
+        return {node: good[node] for node in asked if node in good}
+
+    @property
+    def _targets(self) -> str:
+        """Which targets come with releases: those of the task."""
+        return self.trunk.task
 
     def _checked(self, payload: bytes, asked: Download) -> Upload:
         """Read an upload that answers ``asked``; raises WireError."""
         pending, trunk = self.progress.pending, self.trunk
         check_size(len(payload), asked, self.layer.width, self.layer.size, trunk.outputs)
         upload = Upload.from_bytes(payload, parameters=self.layer.size)
-        check_upload(upload, asked, pending, self.layer.width, trunk.task, trunk.outputs)
+        check_upload(upload, asked, pending, self.layer.width, self._targets, trunk.outputs)
         return upload
 
-    def _settle(self, asked: dict[int, Download], uploads: dict[int, Upload]) -> None:
+    def _settle(self, asked: dict[int, Download], uploads: Iterable[int]) -> None:
         """Forget the cut gradients that nodes have answered, so that none is applied twice."""
         answered = {id(block) for node in uploads for block in asked[node].pending}
         self.progress.pending = [b for b in self.progress.pending if id(b.cut) not in answered]
 
-    def _account(self, upload: Upload, payload: bytes, *, test: bool) -> None:
+    def _account(self, upload: Upload, *, test: bool) -> None:
         totals = self.progress.totals
-        totals.bytes_up += len(payload)
         totals.dense_bytes_up += 4 * self.layer.width * len(upload.release.targets)
         exposures = int(upload.ledger.exposures)
         if test:

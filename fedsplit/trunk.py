@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedsplit.dropping import unpack_bitmap
 from fedsplit.errors import RunError
+from fedsplit.loss import summed_loss
 from fedsplit.metrics import score
 from fedsplit.packing import FloatArray, IntArray
 from fedsplit.schedule import scheduled, seed_of
@@ -135,21 +136,6 @@ def minibatches(order: IntArray, size: int) -> Iterator[IntArray]:
         yield order[start:stop]
 
 
-LOSSES = {
-    "classification": nn.CrossEntropyLoss(reduction="sum"),
-    "binary": nn.BCEWithLogitsLoss(reduction="sum"),
-    "regression": nn.MSELoss(reduction="sum"),
-}
-
-
-def summed_loss(task: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss summed over records (and averaged over a regression's outputs)."""
-    if task == "binary":
-        outputs, targets = outputs.squeeze(1), targets.float()
-    loss: Tensor = LOSSES[task](outputs, targets)
-    return loss / targets.shape[1] if task == "regression" else loss
-
-
 @dataclass(frozen=True)
 class TrunkOptions:
     """How the trunk learns; see the settings of the same names.
@@ -236,9 +222,7 @@ class Trunk:
         RunError
             If loss, gradients or parameters are no longer finite.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = scheduled(self.options.lr, self.options.schedule, round_number, self.rounds)
-        self.module.train()
+        self._begin(round_number)
         gradients = np.zeros(len(batches.values), dtype=np.float32)
         loss = correct = 0.0
         with torch.random.fork_rng(devices=[]):
@@ -249,14 +233,22 @@ class Trunk:
                 for rows in minibatches(rng.permutation(len(batches)), self.options.batch_size):
                     step_loss, step_correct = self._step(batches, rows, gradients)
                     loss, correct = loss + step_loss, correct + step_correct
-        tensors = self.module.state_dict().values()
-        if not (np.isfinite(loss) and np.isfinite(gradients).all() and all(t.isfinite().all() for t in tensors)):
-            # raised before a checkpoint could replace the last good one
-            raise RunError(f"round {round_number}: the trunk is not finite: lower trunk.lr, or a device sent too much")
+        self._check_finite(round_number, loss, gradients)
         metrics = {"train_loss": loss / len(batches)}
         if self.task != "regression":
             metrics["train_accuracy"] = correct / len(batches)
         return gradients[batches.starts[fresh] :], metrics
+
+    def _begin(self, round_number: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = scheduled(self.options.lr, self.options.schedule, round_number, self.rounds)
+        self.module.train()
+
+    def _check_finite(self, round_number: int, loss: float, gradients: FloatArray) -> None:
+        tensors = self.module.state_dict().values()
+        if not (np.isfinite(loss) and np.isfinite(gradients).all() and all(t.isfinite().all() for t in tensors)):
+            # raised before a checkpoint could replace the last good one
+            raise RunError(f"round {round_number}: the trunk is not finite: lower trunk.lr, or a device sent too much")
 
     def _step(self, batches: Batches, rows: IntArray, gradients: FloatArray) -> tuple[float, int]:
         outputs, cells, positions = batches.dense(rows)

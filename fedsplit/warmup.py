@@ -17,11 +17,12 @@ from fedsplit.data import Records
 from fedsplit.dropping import KEYED_ROUND, Dropping, simulation_secret
 from fedsplit.errors import RunError
 from fedsplit.forward import Chunk, forward
+from fedsplit.loss import summed_loss
 from fedsplit.metrics import correct
 from fedsplit.model import SplitModel
 from fedsplit.packing import FloatArray
 from fedsplit.schedule import seed_of
-from fedsplit.trunk import Batches, Trunk, minibatches, summed_loss
+from fedsplit.trunk import Batches, Trunk, minibatches
 from fedsplit.wire import Release
 
 PUBLIC = -1  # the device id that public records go by

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fedsplit.assemble import data_source, dropping, public_records, split_model
 from fedsplit.config import Settings, load_settings
 from fedsplit.data import Records, Source
+from fedsplit.loss import summed_loss
 from fedsplit.model import SplitModel
 from fedsplit.privacy.attacks import decoder, lmmse, map_qp
 from fedsplit.privacy.audit import audit
@@ -35,7 +36,7 @@ from fedsplit.privacy.prior import Prior
 from fedsplit.privacy.scores import summarise
 from fedsplit.privacy.transcript import Subjects
 from fedsplit.schedule import seed_of
-from fedsplit.trunk import Trunk, TrunkOptions, summed_loss
+from fedsplit.trunk import Trunk, TrunkOptions
 from fedsplit.warmup import WarmUp, public_release, warm_up
 
 RESULTS = Path(__file__).parent / "results" / "frontier"

@@ -19,8 +19,8 @@ from flwr.simulation import run_simulation
 
 from fedsplit.assemble import data_source, dropping, split_model
 from fedsplit.config import Settings
+from fedsplit.loss import summed_loss
 from fedsplit.model import SplitModel
-from fedsplit.trunk import summed_loss
 
 BATCH = 16  # records of each device in a step
 SETTINGS = "NAIVE_SETTINGS"  # environment variable: the run's settings as JSON

@@ -31,7 +31,8 @@ from rich.table import Table
 from fedsplit import simulate
 from fedsplit.assemble import data_source, dropping, split_model
 from fedsplit.config import Settings, check_settings
-from fedsplit.trunk import minibatches, summed_loss
+from fedsplit.loss import summed_loss
+from fedsplit.trunk import minibatches
 
 RESULTS = Path(__file__).parent / "results" / "throughput"
 MODELS = {"conv": {"name": "sensor-cnn", "width": 16}, "light": {"name": "mlp", "width": 256}}

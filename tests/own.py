@@ -104,5 +104,11 @@ def regression_model() -> SplitModel:
     return SplitModel.from_sequential(net, input_shape=(5,))
 
 
+def random_model() -> SplitModel:
+    """With layers that draw numbers and see the whole batch."""
+    trunk = [nn.Linear(10, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3)]
+    return SplitModel.from_sequential(nn.Sequential(nn.Linear(12, 10), nn.ReLU(), *trunk), input_shape=(12,))
+
+
 def not_a_model() -> torch.Tensor:
     return torch.zeros(1)

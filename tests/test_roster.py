@@ -361,7 +361,8 @@ def test_rows_say_what_was_seen_of_each(clock: Clock, caplog: pytest.LogCaptureF
     look(roster, grid)
     clock.now += 5
     roster.sent(9, 100)
-    roster.seen(9, 1000, refused=3)
+    roster.seen(9, 1000)
+    roster.account(9).refused += 3
     roster.sent(9, 50)
     roster.miss(9, gone=False)
     roster.sent(8, 10)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedsplit.dropping import Dropping, Kept
+from fedsplit.loss import summed_loss
 from fedsplit.metrics import correct, score
 from fedsplit.schedule import seed_of
-from fedsplit.trunk import Batches, Trunk, TrunkOptions, minibatches, summed_loss
+from fedsplit.trunk import Batches, Trunk, TrunkOptions, minibatches
 from fedsplit.wire import Release
 
 WIDTH = 11

@@ -12,6 +12,8 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsplit.at_home.head import Head
+from fedsplit.at_home.messages import HeadDownload, HeadUpload, Rows
 from fedsplit.dropping import Dropping, Kept, simulation_secret, unpack_bitmap
 from fedsplit.errors import WireError
 from fedsplit.packing import pack_arrays
@@ -30,7 +32,8 @@ from fedsplit.wire import (
 )
 
 PARAMETERS = 5
-KINDS = {"upload": 1, "download": 2, "registration": 3}
+KINDS = {"upload": 1, "download": 2, "registration": 3, "head download": 5, "head upload": 6}
+HEAD = Head(4, 3, bias=True, task="classification")
 Arrays = list[np.ndarray]
 
 
@@ -121,9 +124,29 @@ def some_registration(rng: np.random.Generator, devices: int) -> Registration:
     return Registration(some_ids(rng, devices), *rng.integers(0, 2**31, (2, devices)))
 
 
+def some_head_download(rng: np.random.Generator, records: list[int], dtype: str) -> HeadDownload:
+    features = (rng.normal(size=(sum(records), 4)) * 10.0 ** rng.integers(-9, 9, (sum(records), 1))).astype(np.float32)
+    head = rng.normal(size=HEAD.size).astype(np.float32)
+    names, number, ids = rng.integers(2**62, size=3).tolist(), int(rng.integers(1, 2**32)), some_ids(rng, len(records))
+    return HeadDownload(names[0], number, names[1], names[2], ids, ints(*records), head, Rows.pack(features, dtype))
+
+
+def some_head_upload(asked: HeadDownload, y: np.ndarray, dtype: str) -> HeadUpload:
+    found = HEAD.sums(asked.head, asked.features.values(), y)
+    rows = Rows.pack(found.features.astype(np.float32), dtype)
+    return HeadUpload(asked.nonce, len(y), found.loss, found.correct, found.head, rows)
+
+
+ASKED = some_head_download(np.random.default_rng(5), [2, 0, 3], "float32")
+
+
 def read(kind: str, payload: bytes) -> Any:
     if kind == "registration":
         return Registration.from_bytes(payload)
+    if kind == "head download":
+        return HeadDownload.from_bytes(payload, HEAD)
+    if kind == "head upload":
+        return HeadUpload.from_bytes(payload, HEAD, ASKED, test=False)
     return {"upload": Upload, "download": Download}[kind].from_bytes(payload, parameters=PARAMETERS)
 
 
@@ -183,6 +206,19 @@ def test_downloads_come_back(seed: int, lengths: list[list[int]], rows: int, dty
     assert_same(found, sent)
     for a, b in zip(found.pending, sent.pending, strict=True):
         assert a.values().tobytes() == b.values().tobytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds, sizes, dtypes, st.booleans())
+def test_features_and_what_answers_them_come_back(seed: int, records: list[int], dtype: str, test: bool) -> None:
+    rng = np.random.default_rng(seed)
+    asked = some_head_download(rng, records, dtype)
+    assert_same(HeadDownload.from_bytes(asked.to_bytes(), HEAD), asked)
+    upload = some_head_upload(asked, rng.integers(0, 3, sum(records)), dtype)
+    if test or not sum(records):
+        nothing = Rows.pack(np.zeros((0, 4), np.float32), dtype)
+        upload = dataclasses.replace(upload, head=np.zeros(0), features=nothing)
+    assert_same(HeadUpload.from_bytes(upload.to_bytes(), HEAD, asked, test=test), upload)
 
 
 @settings(max_examples=50, deadline=None)
@@ -339,6 +375,10 @@ def message(kind: str, dtype: str = "float16") -> Any:
         return some_upload(rng, [2, 0, 3], 13, dtype, targets, groups=2, lost=2, bits=bits)
     if kind == "download":
         return some_download(rng, [[3, 0, 2], [4]], 3, dtype)
+    if kind == "head download":
+        return some_head_download(rng, [2, 0, 3], dtype)
+    if kind == "head upload":
+        return some_head_upload(ASKED, ints(0, 2, 1, 0, 1), dtype)
     return some_registration(rng, 4)
 
 
@@ -494,6 +534,18 @@ def assert_usable(found: Any) -> None:
         assert (found.schedule[:, 2] <= found.schedule[:, 3]).all()
         for block in found.pending:
             assert np.isfinite(block.values()).all()
+    elif isinstance(found, HeadDownload):
+        assert np.isfinite(found.head).all()
+        assert np.isfinite(found.features.values()).all()
+        assert (np.diff(found.devices) > 0).all()
+        assert found.features.codes.shape == (found.records.sum(), HEAD.features)
+    elif isinstance(found, HeadUpload):
+        assert found.nonce == ASKED.nonce
+        assert 0 <= found.correct <= found.records <= 5
+        assert 0 <= found.loss < np.inf
+        assert np.isfinite(found.head).all()
+        assert np.isfinite(found.features.values()).all()
+        assert found.features.codes.shape == (found.records, HEAD.features)
     else:
         assert (found.train >= 0).all()
         assert (found.test >= 0).all()
@@ -501,7 +553,7 @@ def assert_usable(found: Any) -> None:
 
 VARIANTS = [
     *(("upload", dtype) for dtype in ("float16", "float32", "1 bits", "3 bits", "8 bits")),
-    *((kind, dtype) for kind in ("download", "registration") for dtype in ("float16", "float32")),
+    *((kind, dtype) for kind in KINDS if kind != "upload" for dtype in ("float16", "float32")),
 ]
 
 
@@ -559,7 +611,15 @@ DOWNLOAD_FIELDS = {
     "exponents": 7,
 }
 REGISTRATION_FIELDS = {"devices": 0, "train": 1, "test": 2}
-FIELDS = {"upload": UPLOAD_FIELDS, "download": DOWNLOAD_FIELDS, "registration": REGISTRATION_FIELDS}
+HEAD_DOWNLOAD_FIELDS = {"numbers": 0, "devices": 1, "records": 2, "head": 3, "features": 4, "exponents": 5}
+HEAD_UPLOAD_FIELDS = {"counts": 0, "loss": 1, "head": 2, "features": 3, "exponents": 4}
+FIELDS = {
+    "upload": UPLOAD_FIELDS,
+    "download": DOWNLOAD_FIELDS,
+    "registration": REGISTRATION_FIELDS,
+    "head download": HEAD_DOWNLOAD_FIELDS,
+    "head upload": HEAD_UPLOAD_FIELDS,
+}
 
 
 def put(at: Any, value: Any) -> Callable[[np.ndarray], None]:
@@ -675,6 +735,32 @@ REFUSALS: list[tuple[str, str, str, Callable[[np.ndarray], Any], str]] = [
     ("registration", "float16", "test", put(0, 2**31), "records must be in 0..2\\^31-1"),
     ("registration", "float16", "test", lambda a: a[1:], "test records must have 4 rows, got 3"),
     ("registration", "float16", "train", lambda a: a.astype(np.int32), "train records must be of dtype i8, got i4"),
+    ("head download", "float16", "numbers", put(0, -1), "run must not be negative"),
+    ("head download", "float16", "numbers", put(1, 0), "round must be in 1"),
+    ("head download", "float16", "devices", swap_rows, "devices must be ascending device ids"),
+    ("head download", "float16", "records", put(0, -1), "records must be counts of the records sent"),
+    ("head download", "float16", "records", put(0, 2**62), "records must be counts of the records sent"),
+    ("head download", "float16", "records", put(0, 1), "features must have 4 rows, got 5"),
+    ("head download", "float16", "head", put(3, np.nan), "head must be finite"),
+    ("head download", "float16", "head", lambda a: a[1:], "head must have 15 rows, got 14"),
+    ("head download", "float32", "features", put((1, 2), np.inf), "values must be finite"),
+    ("head download", "float32", "features", lambda a: a[:, 1:], "features must have 4 columns"),
+    ("head download", "float32", "exponents", put(1, 1), "exponents must be in 0..0"),
+    ("head download", "float16", "exponents", put(1, 112), "exponents must be in -200..111"),
+    ("head upload", "float16", "counts", flip(0, 1), "nonce must be that of the message"),
+    ("head upload", "float16", "counts", put(1, 4), "records must be 5, those that were asked about, or 0"),
+    ("head upload", "float16", "counts", put(1, 0), "correct must be in 0..0"),
+    ("head upload", "float16", "counts", put(2, 6), "correct must be in 0..5"),
+    ("head upload", "float16", "counts", put(2, -1), "correct must be in 0..5"),
+    ("head upload", "float16", "loss", put(0, np.nan), "loss must be in 0"),
+    ("head upload", "float16", "loss", put(0, -1e-9), "loss must be in 0"),
+    ("head upload", "float16", "head", put(0, np.inf), "head must be finite"),
+    ("head upload", "float16", "head", lambda a: a[1:], "head must have 15 rows, got 14"),
+    ("head upload", "float16", "head", put(14, 5.1), "head must be a gradient that labels can give"),
+    ("head upload", "float32", "features", put((0, 0), -1e3), "features must be gradients that labels can give"),
+    ("head upload", "float32", "features", lambda a: a[:, 1:], "features must have 4 columns"),
+    ("head upload", "float32", "features", put((0, 0), np.nan), "values must be finite"),
+    ("head upload", "float32", "exponents", lambda a: a[1:], "features exponents must have 5 rows, got 4"),
 ]
 
 

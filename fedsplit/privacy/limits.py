@@ -26,6 +26,9 @@ class Limits(Section):
         Equations about a record over all its releases, as a share of the record's numbers.
     leverage : float
         Largest leverage of any of a record's numbers in all that was released of it: at 1 the number is determined.
+    labels : bool
+        Whether labels may leave. Where they may not, what leaves in their stead can still give them away; see
+        :mod:`fedsplit.at_home`.
     gradients : bool
         Whether sums of first-layer gradients may leave at all.
     gradient_records : int
@@ -49,6 +52,7 @@ class Limits(Section):
     releases: Annotated[int, Field(ge=0)] = 1
     equations: Share = 0.125
     leverage: Share = 0.9
+    labels: bool = True
     gradients: bool = False
     gradient_records: Annotated[int, Field(ge=2)] = 16
     gradient_share: Share = 0.5

@@ -220,6 +220,7 @@ def test_a_trial_that_fails_says_why(config: Path, tmp_path: Path) -> None:
     assert outcome == Outcome(None, [], "5 nodes are connected, protocol.min-nodes is 99", failed=True)
 
 
+@pytest.mark.slow
 def test_a_search_ends_with_a_front_that_can_be_run(
     config: Path, out: Path, main: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +248,7 @@ def test_a_search_ends_with_a_front_that_can_be_run(
     assert {path.parts[-3] for path in (out / "trials").glob("*/seed-0/audit")} == kept
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_with_nothing_lost_or_run_twice(config: Path, out: Path) -> None:
     command = [sys.executable, "-m", "fedsplit.cli", "tune", str(config), "--out", str(out), "--parallel", "2"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
@@ -268,6 +270,7 @@ def test_a_killed_search_goes_on_with_nothing_lost_or_run_twice(config: Path, ou
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
+@pytest.mark.slow
 def test_a_front_has_no_two_alike_and_equal_settings_are_run_once(config: Path, out: Path) -> None:
     overrides = ["tune.space={dropping = {k = [2, 4]}}", "tune.objectives=['test_accuracy']", "tune.seeds=1"]
     study = study_of(config, out, *overrides, "tune.constraints.exposures_max=9")
@@ -276,6 +279,7 @@ def test_a_front_has_no_two_alike_and_equal_settings_are_run_once(config: Path, 
     assert len(list((out / "trials").iterdir())) <= 2
 
 
+@pytest.mark.slow
 def test_constraints_hold_in_the_front_or_the_search_says_what_was_best(config: Path, out: Path) -> None:
     one = ["tune.objectives=['test_accuracy']", "tune.seeds=1", "tune.trials=4"]
     study = study_of(config, out, *one, "tune.constraints.strongest_psnr=-20")

@@ -1313,6 +1313,7 @@ def test_the_command_line_refuses_it_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(CONFIGS / "mnist-paper.toml"), "--out", str(tmp_path / "run"), "--set", "guard.mode=enforce"]
+    arguments += ["--engine", "inline"]  # a Ray that starts meanwhile has its say on stderr, too
     monkeypatch.setattr(sys, "argv", ["fedsplit", "simulate", *arguments])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(cli, "_quiet", lambda verbose: None)

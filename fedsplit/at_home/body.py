@@ -1,6 +1,7 @@
 """The server's half where labels stay at home: all of the trunk but its last layer, in steps of one batch."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from fedsplit.at_home.head import Head, cut_head
 from fedsplit.packing import FloatArray, IntArray
 from fedsplit.schedule import seed_of
-from fedsplit.trunk import Batches, Trunk, TrunkOptions, trunk_outputs
+from fedsplit.trunk import Batches, Trunk, trunk_outputs
 
 
 @dataclass(frozen=True)
@@ -27,31 +28,24 @@ class _Step:
 class Body(Trunk):
     """A trunk whose last layer computes on the devices; its parameters stay here, with their optimizer.
 
-    Raises
-    ------
-    ConfigError
-        If the trunk cannot be cut; see :func:`fedsplit.at_home.head.cut_head`.
+    It must be one that :func:`fedsplit.at_home.head.cut_head` cuts.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        cut_shape: tuple[int, ...],
-        task: str,
-        outputs: int,
-        options: TrunkOptions,
-        rounds: int,
-        seed: int,
-    ) -> None:
-        super().__init__(module, cut_shape, task, outputs, options, rounds, seed)
-        self.body, self._layer = cut_head(module)
-        self.head = Head.of(module, task)
-        self._open: _Step | None = None
+    _open: _Step | None = None
+
+    @cached_property
+    def _cut(self) -> tuple[nn.Sequential, nn.Linear]:
+        return cut_head(self.module)
+
+    @cached_property
+    def head(self) -> Head:
+        """The shape of the last layer."""
+        return Head.of(self.module, self.task)
 
     @property
     def head_parameters(self) -> FloatArray:
         """The head's parameters as one float32 vector; see :class:`fedsplit.at_home.head.Head`."""
-        return np.concatenate([p.detach().numpy().ravel() for p in self._layer.parameters()]).astype(np.float32)
+        return np.concatenate([p.detach().numpy().ravel() for p in self._cut[1].parameters()]).astype(np.float32)
 
     def train_features(self, batches: Batches, round_number: int) -> FloatArray:
         """Return the features ``(records, features)`` that the body makes of a round's records, and begin a step.
@@ -68,7 +62,7 @@ class Body(Trunk):
         cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, "trunk", round_number))
-            found = self.body(cut)
+            found = self._cut[0](cut)
         self._open = _Step(rows, cells, positions, cut, found)
         features = np.empty(tuple(found.shape), dtype=np.float32)
         features[rows] = found.detach().numpy()
@@ -104,7 +98,7 @@ class Body(Trunk):
         assert step is not None
         self.optimizer.zero_grad()
         used = 0
-        for parameter in self._layer.parameters():
+        for parameter in self._cut[1].parameters():
             mean = head[used : used + parameter.numel()] / count
             parameter.grad = torch.from_numpy(mean.astype(np.float32)).reshape(parameter.shape)
             used += parameter.numel()
@@ -119,4 +113,4 @@ class Body(Trunk):
     def test_features(self, batches: Batches) -> FloatArray:
         """Return the features ``(records, features)`` of released test records."""
         self.module.eval()
-        return trunk_outputs(self.body, self.cut_shape, batches)
+        return trunk_outputs(self._cut[0], self.cut_shape, batches)

@@ -216,7 +216,8 @@ class Study:
                     self._tell(trial, same)
                     report(self)
                     continue
-                task = remote.remote(settings.to_json(), self._trial_folder(trial.number), self.plan, self._others())
+                others = [point.values for point in self.front()]
+                task = remote.remote(settings.to_json(), self._trial_folder(trial.number), self.plan, others)
                 busy[task] = trial
             if not busy:
                 return
@@ -226,20 +227,14 @@ class Study:
             report(self)
 
     def _same(self, trial: Trial) -> Outcome | None:
-        """Return what a trial with the same settings came to: it would come to that again."""
-        for other in self.trials:
-            if other.params == trial.params:
-                return Outcome(**other.user_attrs["outcome"])
-        return None
+        """Return what a trial with the same settings came to, unless it failed: it would come to that again."""
+        found = [Outcome(**other.user_attrs["outcome"]) for other in self.trials if other.params == trial.params]
+        return next((outcome for outcome in found if not outcome.failed), None)
 
     def _again(self, number: int) -> Trial:
         """Return a trial that was running when the study was stopped: it is run again with what was drawn for it."""
         (found,) = (t for t in self._study.get_trials(deepcopy=False) if t.number == number)
         return Trial(self._study, found._trial_id)
-
-    def _others(self) -> list[dict[str, float]]:
-        """Return what trials within the constraints came to."""
-        return [point.values for point in self.front()]
 
     def _tell(self, trial: Trial, outcome: Outcome) -> None:
         trial.set_user_attr("outcome", asdict(outcome))

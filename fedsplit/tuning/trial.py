@@ -113,7 +113,7 @@ def run_trial(settings_json: str, folder: Path, plan: Plan, others: Sequence[Val
         Of the trial; each seed's run folder is made in it.
     plan : Plan
     others : sequence of dict
-        What trials that are through came to, of those within the constraints.
+        What the front's trials came to.
     """
     import torch
 

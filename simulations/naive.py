@@ -1,10 +1,12 @@
 """Split learning as it is first written on Flower: one message for each device and half-step, weights in every one.
 
-All devices take a step together, each with a mini-batch of its own; the server keeps the trunk and both optimizers.
+All devices take a step together, each with a mini-batch of its own; the server keeps the trunk and both optimizers. A
+device that does not answer is left out of the step.
 """
 
 import os
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -19,8 +21,10 @@ from flwr.simulation import run_simulation
 
 from fedsplit.assemble import data_source, dropping, split_model
 from fedsplit.config import Settings
+from fedsplit.data import Records, Source
 from fedsplit.loss import summed_loss
 from fedsplit.model import SplitModel
+from fedsplit.schedule import scheduled
 
 BATCH = 16  # records of each device in a step
 SETTINGS = "NAIVE_SETTINGS"  # environment variable: the run's settings as JSON
@@ -29,23 +33,32 @@ app = ClientApp()
 
 
 @lru_cache(maxsize=1)
-def _model() -> tuple[SplitModel, float, int]:
+def _model() -> tuple[SplitModel, float, Source]:
     settings = Settings.from_json(os.environ[SETTINGS])
-    return split_model(settings, data_source(settings)), dropping(settings).keep, settings.devices.count or 0
+    source = data_source(settings)
+    return split_model(settings, source), dropping(settings).keep, source
 
 
 @lru_cache(maxsize=64)
-def _data(device: int, count: int) -> Any:
-    return replicated.device(device, count).train
+def _data(device: int) -> Records:
+    return _model()[2].device(device).train
+
+
+def _rows(device: int, seed: int, step: int) -> Any:
+    """Return a device's mini-batch: it goes through its records in a new order in each pass."""
+    records = len(_data(device))
+    passed, within = divmod(step, -(-records // BATCH))
+    order = np.random.default_rng([seed, device, passed]).permutation(records)
+    return order[np.arange(within * BATCH, (within + 1) * BATCH) % records]
 
 
 def _cut(message: Message, context: Context) -> tuple[torch.Tensor, Any, SplitModel]:
     """Return a step's first-layer outputs after dropping, with their graph."""
-    model, keep, count = _model()
+    model, keep, _ = _model()
     model.first_layer.layer.load_state_dict(message.content["weights"].to_torch_state_dict())
-    step = int(message.content["config"]["step"])
-    records = _data(int(context.node_config["partition-id"]), count)
-    rows = np.arange(step * BATCH, (step + 1) * BATCH) % len(records)
+    device, config = int(context.node_config["partition-id"]), message.content["config"]
+    step, records = int(config["step"]), _data(device)
+    rows = _rows(device, int(config["seed"]), step)
     outputs = model.first_layer.activation(model.first_layer.outputs(torch.from_numpy(records.x[rows])))
     generator = torch.Generator().manual_seed(step)
     return outputs * (torch.rand(outputs.shape, generator=generator) < keep), records.y[rows], model
@@ -93,8 +106,13 @@ def run(settings: Settings, steps: int) -> float:
     return seconds[0] / (steps * BATCH * nodes)
 
 
-def train(grid: Grid, settings: Settings, steps: int) -> float:
-    """Train over a grid's nodes for some steps, after one that starts everything; return the seconds that they took."""
+def train(
+    grid: Grid, settings: Settings, steps: int, after: Callable[[int, SplitModel], None] = lambda step, model: None
+) -> float:
+    """Train over a grid's nodes for some steps, after one that starts everything; return the seconds that they took.
+
+    ``after`` is called after every step with its number, from 0.
+    """
     model = split_model(settings, data_source(settings))
     layer, trunk = model.first_layer.layer, model.trunk
     optimizer = torch.optim.Adam([*layer.parameters(), *trunk.parameters()], settings.trunk.lr)
@@ -104,23 +122,28 @@ def train(grid: Grid, settings: Settings, steps: int) -> float:
     for step in range(steps + 1):
         if step == 1:
             began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled(settings.trunk.lr, settings.trunk.schedule, step + 1, steps + 1)
 
         def ask(kind: str, extra: dict[int, Any], step: int = step) -> dict[int, Message]:
-            weights, config = ArrayRecord(layer.state_dict()), ConfigRecord({"step": step})
-            contents = {n: RecordDict({"weights": weights, "config": config, **extra.get(n, {})}) for n in nodes}
+            weights = ArrayRecord(layer.state_dict())
+            config = ConfigRecord({"step": step, "seed": settings.run.seed})
+            contents = {n: RecordDict({"weights": weights, "config": config, **more}) for n, more in extra.items()}
             messages = [Message(c, n, f"{MessageType.TRAIN}.{kind}") for n, c in contents.items()]
             return {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
 
-        replies = ask("forward", {})
-        cuts = {n: torch.from_numpy(np.array(r.content["cut"]["cut"].numpy())) for n, r in replies.items()}
-        cut = torch.cat(list(cuts.values())).requires_grad_()
-        labels = torch.from_numpy(np.concatenate([r.content["cut"]["labels"].numpy() for r in replies.values()]))
-        optimizer.zero_grad()
-        (summed_loss("classification", trunk(cut), labels) / len(cut)).backward()
-        assert cut.grad is not None
-        parts = dict(zip(replies, cut.grad.split(BATCH), strict=True))
-        back = ask("backward", {n: {"gradients": _arrays(cut=g.numpy())} for n, g in parts.items()})
-        for name, parameter in layer.named_parameters():
-            parameter.grad = torch.from_numpy(sum(r.content["gradients"][name].numpy() for r in back.values()))
-        optimizer.step()
+        if replies := ask("forward", {node: {} for node in nodes}):
+            cuts = {n: torch.from_numpy(np.array(r.content["cut"]["cut"].numpy())) for n, r in replies.items()}
+            cut = torch.cat(list(cuts.values())).requires_grad_()
+            labels = torch.from_numpy(np.concatenate([r.content["cut"]["labels"].numpy() for r in replies.values()]))
+            optimizer.zero_grad()
+            (summed_loss("classification", trunk(cut), labels) / len(cut)).backward()
+            assert cut.grad is not None
+            parts = dict(zip(replies, cut.grad.split(BATCH), strict=True))
+            back = ask("backward", {n: {"gradients": _arrays(cut=g.numpy())} for n, g in parts.items()})
+            for name, parameter in layer.named_parameters():
+                found = [reply.content["gradients"][name].numpy() for reply in back.values()]
+                parameter.grad = torch.from_numpy(sum(found)) if found else None
+            optimizer.step()
+        after(step, model)
     return time.perf_counter() - began

@@ -85,7 +85,7 @@ def changed(settings: Settings, changes: dict[str, dict[str, Any]]) -> Settings:
     """Return the settings with some keys of some sections changed (None removes a key)."""
     raw = settings.model_dump(by_alias=True, exclude_none=True)
     for section, values in changes.items():
-        raw[section] = {k: v for k, v in (raw[section] | values).items() if v is not None}
+        raw[section] = {k: v for k, v in (raw.get(section, {}) | values).items() if v is not None}
     return check_settings(raw)
 
 

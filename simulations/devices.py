@@ -1,0 +1,406 @@
+"""What training would take on real devices: accuracy against simulated time, bytes and multiply-adds of a device.
+
+    python simulations/devices.py
+
+The network and the devices of configs/wearables.toml on a virtual clock, for each preset of `[devices.profile]`. Every
+row is tested again and again on all records of the same held-out devices, outside the training, which takes no
+simulated time and no bytes:
+
+naive split         a message for every mini-batch and half-step, weights in each, nothing dropped (naive.py)
+FedAvg, E epochs    Flower's FedAvg of the whole network, E local epochs in a round
+FedAvg, warmed up   the same with one epoch, after training on the records of the donors of release-once
+pipelined           one exchange per round with a whole epoch of records, 100 of 800 outputs kept
+pipelined, all      the same with nothing dropped
+single-pass         every record is released once, 100 of 800 outputs kept
+release-once        the same in one exchange, over a first layer that the records of four donors have taught
+
+An exchange ends with the last answer, or at a deadline: each row's own, which 95 % of exchanges would make if many
+devices of the preset had these records. Who is away, late or lost is left out of that round or step in all rows. Writes
+a table, `devices.json` and `devices.png` to `simulations/results/devices`. With `--tune` the rows are FedAvg with other
+local epochs and learning rates.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import naive
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from numpy.typing import NDArray
+from protocols import changed, interval
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rivals import Cost, array_bytes, step, train_fedavg, train_naively, whole
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedsplit import simulate
+from fedsplit.assemble import data_source, dropping, split_model
+from fedsplit.config import Settings, load_settings, presets
+from fedsplit.data import Records, Source
+from fedsplit.metrics import score
+from fedsplit.model import SplitModel
+from fedsplit.trunk import trunk_outputs
+from fedsplit.virtual.calibration import record_seconds
+from fedsplit.virtual.clock import VirtualClock, Work
+from fedsplit.virtual.profile import Profile
+from fedsplit.virtual.sizes import Sizes
+from fedsplit.virtual.trace import SECOND
+from fedsplit.warmup import public_release
+
+RESULTS = Path(__file__).parent / "results" / "devices"
+CONFIG = Path(__file__).parent.parent / "configs" / "wearables.toml"
+SHARE, POPULATION = 0.95, 2000  # of exchanges that make the deadline, among so many devices
+TARGET = 0.8  # the accuracy of which the table says when it is reached
+Changes = dict[str, dict[str, Any]]
+Point = tuple[float, float]  # simulated seconds, accuracy
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way of training; ``epochs`` are FedAvg's in each round."""
+
+    kind: str
+    changes: Changes = field(default_factory=dict)
+    epochs: int = 0
+
+
+ALL: Changes = {"dropping": {"policy": "none", "k": None}}
+DONORS: Changes = {"public": {"devices": [0, 1, 2, 3], "epochs": 40}}
+PIPELINED: Changes = {"run": {"rounds": 20}, "protocol": {"mode": "pipelined", "chunk": "epoch"}, "first-layer": {"lr": 0.01}}
+ONCE: Changes = {"run": {"rounds": 40}, "protocol": {"mode": "release-once", "chunk": "epoch"}}
+
+
+def _rival(kind: str, rounds: int, lr: float, epochs: int = 0, public: Changes | None = None) -> Row:
+    own = {"run": {"rounds": rounds}, "trunk": {"lr": lr}, "protocol": {"dtype": "float32"}}
+    return Row(kind, {**own, **ALL, **(public or {})}, epochs)
+
+
+ROWS = {
+    "naive split": _rival("naive", 300, 0.005),
+    "FedAvg, 1 epoch": _rival("FedAvg", 100, 0.01, 1),
+    "FedAvg, 5 epochs": _rival("FedAvg", 30, 0.01, 5),
+    "FedAvg, warmed up": _rival("FedAvg", 50, 0.005, 1, DONORS),
+    "pipelined": Row("fedsplit", PIPELINED),
+    "pipelined, all": Row("fedsplit", {**PIPELINED, **ALL}),
+    "single-pass": Row("fedsplit"),
+    "release-once": Row("fedsplit", {**ONCE, **DONORS}),
+}
+CHOICES = {
+    "pipelined": ROWS["pipelined"],
+    **{f"naive split, {lr:g}": _rival("naive", 300, lr) for lr in (0.002, 0.005, 0.01)},
+    **{
+        f"FedAvg, {epochs}, {lr:g}": _rival("FedAvg", rounds, lr, epochs)
+        for epochs, rounds in ((1, 100), (5, 30), (20, 12))
+        for lr in (0.002, 0.005, 0.01, 0.02)
+    },
+    **{
+        f"FedAvg, warmed up, {epochs}, {lr:g}": _rival("FedAvg", rounds, lr, epochs, DONORS)
+        for epochs, rounds in ((1, 50), (5, 20))
+        for lr in (0.002, 0.005, 0.01)
+    },
+}
+"""What the rivals' local epochs and learning rates were chosen from."""
+
+
+# ------------------------------------------------------------------------------------------- what an exchange takes
+
+
+def measured(row: Row, settings: Settings) -> Cost:
+    """Measure what a record costs on one core."""
+    model = split_model(settings, data_source(settings))
+    first, net, batch = model.first_layer, whole(model), settings.protocol.batch_size
+    x, y = torch.randn(batch, *first.input_shape), torch.zeros(batch, dtype=torch.int64)
+
+    def outputs() -> torch.Tensor:
+        return first.activation(first.outputs(x[: naive.BATCH]))
+
+    forward, both = (_multiply_adds(work) // naive.BATCH for work in (outputs, lambda: outputs().sum().backward()))
+    if row.kind == "fedsplit":
+        return Cost(record_seconds(first, dropping(settings), settings.protocol.dtype), (forward, both - forward))
+    if row.kind == "naive":  # its backward half computes the outputs once more
+        seconds = (_seconds(outputs), _seconds(lambda: outputs().sum().backward()))
+        return Cost((seconds[0] / naive.BATCH, seconds[1] / naive.BATCH), (forward, both))
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+
+    def train() -> None:
+        step(net, optimizer, x, y)
+
+    return Cost((0.0, _seconds(train) / batch), (0, _multiply_adds(train) // batch))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    found = []
+    for _ in range(31):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return median(found)
+
+
+def _multiply_adds(work: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() // 2
+
+
+def holders(settings: Settings, source: Source) -> dict[int, int]:
+    """Return by device that trains: its number of records."""
+    sizes = {d: len(source.device(d).train) for d in range(source.count) if d not in settings.donors}
+    return {device: records for device, records in sizes.items() if records}
+
+
+def deadline(row: Row, settings: Settings, cost: Cost) -> float:
+    """Return the seconds in which 95 % of exchanges would be over, if many devices of the profile had these records."""
+    source, profile = data_source(settings), settings.devices.profile
+    assert profile is not None
+    clock = VirtualClock(Profile.of(profile, POPULATION, seed=0), limit=1.0, seed=0)
+    records = np.resize(list(holders(settings, source).values()), POPULATION)
+    exchanges = _exchanges(row, settings, cost, split_model(settings, source), records)
+    needs = [clock.duration(Work(np.arange(POPULATION), *exchange)) for exchange in exchanges]
+    return float(f"{max(np.quantile(need, SHARE) for need in needs) / SECOND:.3g}")
+
+
+def _exchanges(row: Row, settings: Settings, cost: Cost, model: SplitModel, records: NDArray[Any]) -> list[Any]:
+    """Return bytes down, bytes up and seconds of the devices in a typical exchange; in each half-step."""
+    first, one = model.first_layer, np.ones(len(records), dtype=np.int64)
+    there, back = cost.seconds
+    if row.kind == "naive":
+        batch, weights = naive.BATCH, 4 * first.size * one
+        dense = 4 * first.width * batch * one
+        return [(weights, dense + 8 * batch, batch * there * one), (weights + dense, weights, batch * back * one)]
+    if row.kind == "FedAvg":
+        size = array_bytes(RecordDict({"arrays": ArrayRecord(whole(model).state_dict())})) * one
+        return [(size, size, row.epochs * records * back)]
+    if settings.protocol.mode == "single-pass":
+        records = -(-records // settings.run.rounds)
+    learns = one * (settings.protocol.mode != "release-once")
+    values = records * (settings.dropping.k or first.width // 2)  # relu lets about half of the outputs through
+    sizes = Sizes(first.size, first.width, value=2, bits=0, columns=None)
+    down, up = sizes.download(one, learns, learns * values), sizes.upload(records, values, 0 * one, 0 * one, learns)
+    return [(down, up, records * (there + learns * back))]
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def run(row: Row, settings: Settings, cost: Cost) -> dict[str, Any]:
+    """Run one row with one seed; for a process of its own."""
+    began, limit = time.perf_counter(), deadline(row, settings, cost)
+    if row.kind == "fedsplit":
+        found = _run_fedsplit(changed(settings, {"protocol": {"deadline": limit}}), cost)
+    else:
+        found = _run_rival(row, settings, cost, limit)
+    return {**found, "deadline": limit, "wall": time.perf_counter() - began}
+
+
+def _run_rival(row: Row, settings: Settings, cost: Cost, limit: float) -> dict[str, Any]:
+    source, profile, points = data_source(settings), settings.devices.profile, []
+    assert profile is not None
+    clock = VirtualClock(Profile.of(profile, source.count, settings.run.seed), limit, settings.run.seed)
+
+    def note(model: SplitModel) -> None:
+        points.append((clock.now / SECOND, accuracy(model, settings, source)))
+
+    if row.kind == "naive":
+        train_naively(settings, holders(settings, source), clock, cost, note)
+    else:
+        train_fedavg(settings, holders(settings, source), clock, cost, row.epochs, note)
+    return figures(points, vars(clock.counts), cost)
+
+
+def _run_fedsplit(settings: Settings, cost: Cost) -> dict[str, Any]:
+    """Simulate, and test what each round's checkpoint holds."""
+    source, points = data_source(settings), []
+    model = split_model(settings, source)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def note(metrics: dict[str, Any]) -> None:
+            model.first_layer.layer.load_state_dict(load_file(f"{folder}/checkpoint/first_layer.safetensors"))
+            model.trunk.load_state_dict(load_file(f"{folder}/checkpoint/trunk.safetensors"))
+            points.append((metrics["simulated_seconds"], accuracy(model, settings, source)))
+
+        result = simulate(settings, out=folder, report=note)
+        with Path(folder, "devices.csv").open(encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+    if (alone := result.get("public_only_accuracy")) is not None:
+        points.insert(0, (0.0, alone))
+    counts = {name: np.array([float(line[name]) for line in lines]) for name in lines[0]}
+    return {**figures(points, counts, cost), "exposures": result["exposures_max"]}
+
+
+def accuracy(model: SplitModel, settings: Settings, source: Source) -> float:
+    """Return the accuracy on all test records, whose outputs are dropped as in training."""
+    parts = [source.device(d).test for d in source.test_devices]
+    test = Records(np.concatenate([r.x for r in parts]), np.concatenate([r.y for r in parts]))
+    released = public_release(model, test, dropping(settings), settings.protocol.dtype, seed=0)
+    outputs = trunk_outputs(model.trunk.eval(), model.first_layer.cut_shape, released)
+    model.trunk.train()
+    return float(score(source.task, outputs, test.y)["test_accuracy"])
+
+
+def figures(points: list[Point], counts: dict[str, NDArray[Any]], cost: Cost) -> dict[str, Any]:
+    """Return one run's figures; bytes, multiply-adds and exchanges are means over the devices that took part."""
+    work = cost.multiply_adds[0] * counts["released"] + cost.multiply_adds[1] * counts["answered"]
+    sums = {"exchanges": counts["asked"], "bytes_up": counts["bytes_up"], "bytes_down": counts["bytes_down"]}
+    part = counts["asked"] > 0
+    return {
+        "points": points,
+        "accuracy": points[-1][1],
+        "seconds": points[-1][0],
+        **{name: float(values[part].mean()) for name, values in {**sums, "multiply_adds": work}.items()},
+        "heard": float(counts["heard"].sum() / counts["asked"].sum()),
+    }
+
+
+def at(points: list[Point], seconds: float) -> float:
+    """Return the accuracy at a time."""
+    return next((found for when, found in reversed(points) if when <= seconds), float("nan"))
+
+
+def reached(points: list[Point]) -> float:
+    """Return when the target is reached for the first time."""
+    return next((when for when, found in points if found >= TARGET), float("inf"))
+
+
+# ---------------------------------------------------------------------------------------------------------- the study
+
+
+def _start_worker() -> None:
+    import flwr.supercore  # noqa: F401  sets its own log level when first imported
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    logging.getLogger("fedsplit").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+
+
+def measure(rows: dict[str, Row], kinds: list[str], seeds: range) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Run everything; return runs by preset and row, in the order of seeds."""
+    base = load_settings(CONFIG, ["run.engine=inline"])
+    torch.set_num_threads(1)
+    costs: dict[str, Cost] = {}
+    known: dict[tuple[str, str], Cost] = {}
+    for name, row in rows.items():
+        own = changed(base, row.changes)
+        key = (row.kind, own.dropping.policy)
+        known[key] = costs[name] = known.get(key) or measured(row, own)
+    jobs = [(kind, name, seed) for kind in kinds for name in rows for seed in seeds]
+    settings = []
+    for kind, name, seed in jobs:
+        own = changed(base, rows[name].changes)
+        release, gradient = costs[name].seconds
+        profile = {"preset": kind, "release-seconds": release, "gradient-seconds": gradient}
+        settings.append(changed(own, {"run": {"seed": seed}, "devices": {"profile": profile}}))
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {name: [] for name in rows} for kind in kinds}
+    # fresh processes, since a fork of one that has used torch's threads can hang
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+        runs = pool.map(run, [rows[name] for _, name, _ in jobs], settings, [costs[name] for _, name, _ in jobs])
+        for (kind, name, _), result in track(zip(jobs, runs, strict=True), "training", len(jobs), console=Console(stderr=True)):
+            found[kind][name].append(result)
+    return found
+
+
+def summarise(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return one preset's figures by row: means over seeds, with the accuracy at the time when ``pipelined`` ends."""
+    ends = mean(r["seconds"] for r in rows.get("pipelined", next(iter(rows.values()))))
+    summary = {}
+    for name, runs in rows.items():
+        means = {key: mean(r[key] for r in runs) for key in runs[0] if key not in ("points", "accuracy")}
+        accuracies = [r["accuracy"] for r in runs]
+        found, half = interval(accuracies)
+        then, then_half = interval([at(r["points"], ends) for r in runs])
+        summary[name] = {
+            "accuracy": found,
+            "interval": half,
+            "accuracies": accuracies,
+            "then": then,
+            "then_interval": then_half,
+            "reached": [reached(r["points"]) for r in runs],
+            **means,
+        }
+    return summary
+
+
+def print_tables(results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Print a table per preset."""
+    columns = ("accuracy", "when pipelined ends", "seconds", f"to {TARGET}", "MB up", "MB down", "G mult-adds", "heard")
+    for kind, rows in results.items():
+        table = Table(title=kind, title_justify="left")
+        for column in ("row", *columns):
+            table.add_column(column, justify="left" if column == "row" else "right")
+        for name, row in rows.items():
+            table.add_row(
+                name,
+                f"{row['accuracy']:.3f} ± {row['interval']:.3f}",
+                f"{row['then']:.3f} ± {row['then_interval']:.3f}",
+                _figure(row["seconds"]),
+                _figure(mean(row["reached"])),
+                f"{row['bytes_up'] / 1e6:.2f}",
+                f"{row['bytes_down'] / 1e6:.2f}",
+                f"{row['multiply_adds'] / 1e9:.2f}",
+                f"{100 * row['heard']:.0f} %",
+            )
+        Console(width=130).print(table)
+
+
+def _figure(value: float) -> str:
+    if value == float("inf"):
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def draw(results: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """Plot accuracy over simulated time, the mean of seeds from when all have been tested on: a panel per preset."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(results), 4), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axis, (kind, rows) in zip(panels, results.items(), strict=True):
+        for i, (name, runs) in enumerate(rows.items()):
+            times = np.unique([when for r in runs for when, _ in r["points"]])
+            curve = [mean(at(r["points"], when) for r in runs) for when in times]
+            style = "-" if name in ROWS and ROWS[name].kind == "fedsplit" else "--"
+            axis.plot(np.maximum(times, 0.1), curve, style, drawstyle="steps-post", color=f"C{i}", label=name)
+        axis.set(title=kind, xlabel="simulated seconds", xscale="log", ylim=(0.4, 0.9))
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy on held-out devices")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run everything and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--presets", nargs="+", choices=presets(), default=list(presets()))
+    parser.add_argument("--tune", action="store_true", help="rows: what the rivals' settings were chosen from")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.tune:
+        runs = measure(CHOICES, options.presets, range(100, 100 + options.seeds))
+    else:
+        runs = measure(ROWS, options.presets, range(options.seeds))
+    results = {kind: summarise(rows) for kind, rows in runs.items()}
+    print_tables(results)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "devices.json").write_text(json.dumps({"rows": results, "runs": runs}, indent=1) + "\n")
+    draw(runs, options.out / "devices.png")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,26 +27,22 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
-import naive
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from exchanges import Cost, Row, deadline, holders, measured
 from numpy.typing import NDArray
 from protocols import changed, interval
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rivals import Cost, array_bytes, step, train_fedavg, train_naively, whole
+from rivals import train_fedavg, train_naively
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
 
 from fedsplit import simulate
 from fedsplit.assemble import data_source, dropping, split_model
@@ -55,33 +51,21 @@ from fedsplit.data import Records, Source
 from fedsplit.metrics import score
 from fedsplit.model import SplitModel
 from fedsplit.trunk import trunk_outputs
-from fedsplit.virtual.calibration import record_seconds
-from fedsplit.virtual.clock import VirtualClock, Work
+from fedsplit.virtual.clock import VirtualClock
 from fedsplit.virtual.profile import Profile
-from fedsplit.virtual.sizes import Sizes
 from fedsplit.virtual.trace import SECOND
 from fedsplit.warmup import public_release
 
 RESULTS = Path(__file__).parent / "results" / "devices"
 CONFIG = Path(__file__).parent.parent / "configs" / "wearables.toml"
-SHARE, POPULATION = 0.95, 2000  # of exchanges that make the deadline, among so many devices
 TARGET = 0.8  # the accuracy of which the table says when it is reached
 Changes = dict[str, dict[str, Any]]
 Point = tuple[float, float]  # simulated seconds, accuracy
 
-
-@dataclass(frozen=True)
-class Row:
-    """A way of training; ``epochs`` are FedAvg's in each round."""
-
-    kind: str
-    changes: Changes = field(default_factory=dict)
-    epochs: int = 0
-
-
 ALL: Changes = {"dropping": {"policy": "none", "k": None}}
 DONORS: Changes = {"public": {"devices": [0, 1, 2, 3], "epochs": 40}}
-PIPELINED: Changes = {"run": {"rounds": 20}, "protocol": {"mode": "pipelined", "chunk": "epoch"}, "first-layer": {"lr": 0.01}}
+EPOCHS: Changes = {"run": {"rounds": 20}, "protocol": {"mode": "pipelined", "chunk": "epoch"}}
+PIPELINED: Changes = {**EPOCHS, "first-layer": {"lr": 0.01}}
 ONCE: Changes = {"run": {"rounds": 40}, "protocol": {"mode": "release-once", "chunk": "epoch"}}
 
 
@@ -115,84 +99,6 @@ CHOICES = {
     },
 }
 """What the rivals' local epochs and learning rates were chosen from."""
-
-
-# ------------------------------------------------------------------------------------------- what an exchange takes
-
-
-def measured(row: Row, settings: Settings) -> Cost:
-    """Measure what a record costs on one core."""
-    model = split_model(settings, data_source(settings))
-    first, net, batch = model.first_layer, whole(model), settings.protocol.batch_size
-    x, y = torch.randn(batch, *first.input_shape), torch.zeros(batch, dtype=torch.int64)
-
-    def outputs() -> torch.Tensor:
-        return first.activation(first.outputs(x[: naive.BATCH]))
-
-    forward, both = (_multiply_adds(work) // naive.BATCH for work in (outputs, lambda: outputs().sum().backward()))
-    if row.kind == "fedsplit":
-        return Cost(record_seconds(first, dropping(settings), settings.protocol.dtype), (forward, both - forward))
-    if row.kind == "naive":  # its backward half computes the outputs once more
-        seconds = (_seconds(outputs), _seconds(lambda: outputs().sum().backward()))
-        return Cost((seconds[0] / naive.BATCH, seconds[1] / naive.BATCH), (forward, both))
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-
-    def train() -> None:
-        step(net, optimizer, x, y)
-
-    return Cost((0.0, _seconds(train) / batch), (0, _multiply_adds(train) // batch))
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    found = []
-    for _ in range(31):
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return median(found)
-
-
-def _multiply_adds(work: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops() // 2
-
-
-def holders(settings: Settings, source: Source) -> dict[int, int]:
-    """Return by device that trains: its number of records."""
-    sizes = {d: len(source.device(d).train) for d in range(source.count) if d not in settings.donors}
-    return {device: records for device, records in sizes.items() if records}
-
-
-def deadline(row: Row, settings: Settings, cost: Cost) -> float:
-    """Return the seconds in which 95 % of exchanges would be over, if many devices of the profile had these records."""
-    source, profile = data_source(settings), settings.devices.profile
-    assert profile is not None
-    clock = VirtualClock(Profile.of(profile, POPULATION, seed=0), limit=1.0, seed=0)
-    records = np.resize(list(holders(settings, source).values()), POPULATION)
-    exchanges = _exchanges(row, settings, cost, split_model(settings, source), records)
-    needs = [clock.duration(Work(np.arange(POPULATION), *exchange)) for exchange in exchanges]
-    return float(f"{max(np.quantile(need, SHARE) for need in needs) / SECOND:.3g}")
-
-
-def _exchanges(row: Row, settings: Settings, cost: Cost, model: SplitModel, records: NDArray[Any]) -> list[Any]:
-    """Return bytes down, bytes up and seconds of the devices in a typical exchange; in each half-step."""
-    first, one = model.first_layer, np.ones(len(records), dtype=np.int64)
-    there, back = cost.seconds
-    if row.kind == "naive":
-        batch, weights = naive.BATCH, 4 * first.size * one
-        dense = 4 * first.width * batch * one
-        return [(weights, dense + 8 * batch, batch * there * one), (weights + dense, weights, batch * back * one)]
-    if row.kind == "FedAvg":
-        size = array_bytes(RecordDict({"arrays": ArrayRecord(whole(model).state_dict())})) * one
-        return [(size, size, row.epochs * records * back)]
-    if settings.protocol.mode == "single-pass":
-        records = -(-records // settings.run.rounds)
-    learns = one * (settings.protocol.mode != "release-once")
-    values = records * (settings.dropping.k or first.width // 2)  # relu lets about half of the outputs through
-    sizes = Sizes(first.size, first.width, value=2, bits=0, columns=None)
-    down, up = sizes.download(one, learns, learns * values), sizes.upload(records, values, 0 * one, 0 * one, learns)
-    return [(down, up, records * (there + learns * back))]
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
@@ -309,7 +215,8 @@ def measure(rows: dict[str, Row], kinds: list[str], seeds: range) -> dict[str, d
     # fresh processes, since a fork of one that has used torch's threads can hang
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_start_worker) as pool:
         runs = pool.map(run, [rows[name] for _, name, _ in jobs], settings, [costs[name] for _, name, _ in jobs])
-        for (kind, name, _), result in track(zip(jobs, runs, strict=True), "training", len(jobs), console=Console(stderr=True)):
+        bar = track(zip(jobs, runs, strict=True), "training", len(jobs), console=Console(stderr=True))
+        for (kind, name, _), result in bar:
             found[kind][name].append(result)
     return found
 

@@ -89,9 +89,12 @@ def run(settings: Settings, steps: int) -> float:
     """Train for some steps, after one that starts everything; return the seconds of one record."""
     os.environ[SETTINGS] = settings.to_json()
     server, seconds = ServerApp(), []
+    nodes = settings.devices.count or 0
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
+        while len(list(grid.get_node_ids())) < nodes:
+            time.sleep(0.1)
         seconds.append(train(grid, settings, steps))
 
     ray.init(
@@ -100,7 +103,6 @@ def run(settings: Settings, steps: int) -> float:
         log_to_driver=False,
         runtime_env={"env_vars": {n: os.environ[n] for n in (SETTINGS, replicated.RECORDS)}},
     )
-    nodes = settings.devices.count or 0
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server, app, num_supernodes=nodes, backend_config=resources)
     return seconds[0] / (steps * BATCH * nodes)
@@ -116,8 +118,7 @@ def train(
     model = split_model(settings, data_source(settings))
     layer, trunk = model.first_layer.layer, model.trunk
     optimizer = torch.optim.Adam([*layer.parameters(), *trunk.parameters()], settings.trunk.lr)
-    while len(nodes := list(grid.get_node_ids())) < (settings.devices.count or 0):
-        time.sleep(0.1)
+    nodes = list(grid.get_node_ids())
     began = time.perf_counter()
     for step in range(steps + 1):
         if step == 1:

@@ -2,22 +2,20 @@
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import naive
 import numpy as np
 import torch
+from exchanges import Cost, array_bytes, step, whole
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from torch import nn
 
 from fedsplit.assemble import data_source, public_records, split_model
 from fedsplit.config import Settings
 from fedsplit.data import Source
 from fedsplit.dropping import Dropping
 from fedsplit.grid import InProcessGrid
-from fedsplit.loss import summed_loss
 from fedsplit.model import SplitModel
 from fedsplit.schedule import scheduled
 from fedsplit.trunk import minibatches
@@ -25,17 +23,6 @@ from fedsplit.virtual.clock import VirtualClock, Work
 from fedsplit.warmup import WarmUp, warm_up
 
 Note = Callable[[SplitModel], None]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a record costs a device on the way to the cut and on the way back (FedAvg: all of it on the way back).
-
-    ``seconds`` of one core of this machine, and multiply-adds.
-    """
-
-    seconds: tuple[float, float]
-    multiply_adds: tuple[int, int]
 
 
 class ClockedGrid(InProcessGrid):
@@ -97,23 +84,6 @@ class ClockedGrid(InProcessGrid):
         outcome = self._clock.exchange(work)
         self._clock.note_records(work, outcome, forward, back)
         return [reply for reply, heard in zip(replies, outcome.heard, strict=True) if heard]
-
-
-def array_bytes(content: RecordDict) -> int:
-    """Return the bytes of a message's arrays, as Flower serialises them."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
-
-
-def whole(model: SplitModel) -> nn.Sequential:
-    """Return the network in one piece, which shares the model's parameters."""
-    return nn.Sequential(model.first_layer.layer, model.first_layer.activation, model.trunk)
-
-
-def step(net: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Take a step on a mini-batch."""
-    optimizer.zero_grad()
-    (summed_loss("classification", net(x), y) / len(y)).backward()
-    optimizer.step()
 
 
 def fedavg_app(settings: Settings, source: Source, epochs: int) -> ClientApp:

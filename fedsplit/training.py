@@ -4,7 +4,7 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -77,19 +77,19 @@ def _check_same(config: Path, settings: Settings) -> None:
         raise ConfigError(f"cannot resume with other settings: {key} was {old.get(key)!r}, is {new.get(key)!r}")
 
 
-def check_data(source: Source) -> list[int]:
+def check_data(source: Source) -> dict[int, int]:
     """Read every device's records once, so that bad data is refused before anything starts.
 
     Returns
     -------
-    list of int
-        The devices that have training records.
+    dict
+        By device: its number of training records.
 
     Raises
     ------
     DataError
     """
-    return [device for device in range(source.count) if len(source.device(device).train)]
+    return {device: len(source.device(device).train) for device in range(source.count)}
 
 
 class TrainingRun:
@@ -144,20 +144,14 @@ class TrainingRun:
         run._created = self._created
         return run
 
-    def check_startable(self, devices: Sequence[int]) -> None:
-        """Refuse a profile with which no round can begin.
+    def check_startable(self, records: Mapping[int, int]) -> None:
+        """Refuse a profile with which no round can begin; raises ConfigError.
 
-        Parameters
-        ----------
-        devices : sequence of int
-            Those with training records.
-
-        Raises
-        ------
-        ConfigError
+        ``records`` are the numbers of training records by device.
         """
         if isinstance(self.strategy, VirtualStrategy):
-            self.strategy.check_startable(np.setdiff1d(devices, self.settings.donors).astype(np.int64))
+            donors = self.settings.donors
+            self.strategy.check_startable({d: n for d, n in records.items() if n and d not in donors})
 
     def train(self, grid: Grid) -> dict[str, Any]:
         """Train (from the last checkpoint, if there is one) and return what ``result.json`` holds."""

@@ -257,4 +257,4 @@ class VirtualClock:
 
 
 def _micro(seconds: NDArray[np.floating[Any]]) -> IntArray:
-    return np.rint(np.minimum(seconds * SECOND, NEVER / 2)).astype(np.int64)
+    return np.asarray(np.rint(np.minimum(seconds * SECOND, NEVER / 2)), dtype=np.int64)

@@ -7,6 +7,7 @@ the same work, and their ledgers count it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -196,36 +197,37 @@ class VirtualStrategy(SplitStrategy):
         )
         return work, released, answered
 
-    def check_startable(self, devices: IntArray) -> None:
+    def check_startable(self, counts: Mapping[int, int]) -> None:
         """Refuse what cannot begin, before anything does.
 
         Parameters
         ----------
-        devices : int64 array
-            Those that train.
+        counts : mapping
+            By device that trains, ascending: its number of training records.
 
         Raises
         ------
         ConfigError
             If there will never be enough devices at once, or none of them can answer within the deadline.
         """
+        devices = np.array(list(counts), dtype=np.int64)
         if self._least > len(devices):
             raise ConfigError(f"protocol.min-nodes is {self._least}, but only {len(devices)} devices train")
         if why := self.clock.profile.presence.hopeless(devices, self._least):
             raise ConfigError(
                 f"devices.profile: no round can begin: {why}, protocol.min-nodes is {self._least} of {len(devices)}"
             )
-        one, none = np.ones(len(devices), np.int64), np.zeros(len(devices), np.int64)
-        least = Work(
-            devices,
-            self.sizes.download(one, none, none),
-            self.sizes.upload(none, none, none, none, none),
-            0.0 * one,
-            one > 0,
-        )
-        fastest = int((needs := self.clock.duration(least)).argmin())
-        if needs[fastest] > self.clock.limit:
+        first = replace(self.schedule, fraction=1.0, position={}, heard={})
+        first.set_counts(counts)
+        rows = list(first.rows(1).values())
+        work, _, _ = self._work(rows, [], [])
+        records = np.array([stop - start for *_, start, stop in rows], dtype=np.int64)
+        # as if each record released nothing but zeros
+        none = np.zeros(len(work.devices), np.int64)
+        work = replace(work, bytes_up=self.sizes.upload(records, none, none, none, none))
+        needs = self.clock.duration(work)
+        if len(needs) and needs.min() > self.clock.limit:
             raise ConfigError(
-                f"protocol.deadline {self.clock.limit / SECOND:g} s is shorter than even the fastest device (device "
-                f"{devices[fastest]}) needs for an empty exchange: {needs[fastest] / SECOND:.3g} s"
+                f"protocol.deadline {self.clock.limit / SECOND:g} s is shorter than even the fastest device, "
+                f"{work.devices[needs.argmin()]}, needs for a round: {needs.min() / SECOND:.3g} s"
             )

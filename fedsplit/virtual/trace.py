@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.errors import ConfigError, DataError
-from fedsplit.packing import IntArray
+from fedsplit.packing import MAX_DEVICES, IntArray
 
 SECOND = 1_000_000  # microseconds
 NEVER = 2**62  # microseconds: longer than any run
@@ -57,7 +57,7 @@ class Trace:
             In one line: the file, the line and what is wrong.
         """
         try:
-            with Path(path).open(encoding="utf-8", newline="") as file:
+            with Path(path).open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a mark
                 rows = list(csv.reader(file))
         except OSError as error:
             raise ConfigError(f"devices.profile.trace {path}: {error.strerror}") from None
@@ -182,7 +182,7 @@ def _number(path: Path | str, line: int, name: str, text: str) -> float:
     except ValueError:
         value = math.nan
     rule, holds = {
-        "device": ("a device's id", value >= 0 and value == value // 1),
+        "device": ("a device's id", 0 <= value < MAX_DEVICES and value == value // 1),
         "seconds": ("at least 0", 0 <= value < NEVER / SECOND),
         _AVAILABLE: ("0 or 1", value in (0, 1)),
         "latency": ("at least 0", 0 <= value < math.inf),

@@ -109,8 +109,9 @@ class Trace:
     def next_change(self, now: int) -> int:
         """Return when any device's next row begins, after a time; :data:`NEVER` if none does."""
         begun, within = self._since(now)
-        if later := [int(s) for s in self._times if s > within]:
-            return begun + later[0]
+        following = int(np.searchsorted(self._times, within, side="right"))
+        if following < len(self._times):
+            return begun + int(self._times[following])
         return NEVER if self.period is None else begun + self.period
 
     def gone_at(self, now: int) -> IntArray:
@@ -129,7 +130,12 @@ class Trace:
         """Return the largest number of some devices that are there at the same time, ever."""
         if _AVAILABLE not in self.columns:
             return len(devices)
-        return max(int(self.at(int(s))[_AVAILABLE][devices].sum()) for s in self._times)
+        those = np.isin(self.devices, devices)
+        # a row changes the number by its difference from the device's row before; each device's first counts itself
+        change = np.diff(self.columns[_AVAILABLE], prepend=0.0)
+        change[self._starts[:-1]] = self.columns[_AVAILABLE][self._starts[:-1]]
+        places = np.searchsorted(self._times, self.seconds[those])
+        return int(np.bincount(places, weights=change[those]).cumsum().max(initial=0))
 
     @property
     def says_who_is_there(self) -> bool:

@@ -19,6 +19,8 @@ from fedsplit.validation import Section, one_line
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Turn = Annotated[float, Field(ge=0.1, le=1e9)]
 
 
 class RunSettings(Section):
@@ -63,8 +65,8 @@ class LogNormal(Section):
 class OnOff(Section):
     """Times, in mean seconds and exponentially distributed, for which a device is there and away by turns."""
 
-    on: Rate
-    off: Rate
+    on: Turn
+    off: Turn
 
 
 class ProfileSettings(Section):
@@ -87,7 +89,7 @@ class ProfileSettings(Section):
     availability: Annotated[float, Field(gt=0, le=1)] | OnOff = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     trace: str | None = None
-    trace_period: Rate | None = None
+    trace_period: Seconds | None = None
     release_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     gradient_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
@@ -199,8 +201,8 @@ class ProtocolSettings(Section):
     max_staleness: Annotated[int, Field(ge=0)] = 1
     staleness_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     min_nodes: Positive = 1
-    timeout: Rate = 600.0
-    deadline: Rate | None = None
+    timeout: Seconds = 600.0
+    deadline: Seconds | None = None
     max_offences: Positive = 3
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ class Presence(ABC):
 
     @abstractmethod
     def gone_at(self, now: int) -> IntArray:
-        """Return by device until when it stays, if it is there."""
+        """Return by device until when it stays; ``now`` if it is away."""
 
     @abstractmethod
     def hopeless(self, devices: IntArray, least: int) -> str | None:
@@ -94,9 +94,9 @@ class ByTurns(Presence):
         return int(self._until.min())
 
     def gone_at(self, now: int) -> IntArray:
-        """Return the end of each device's turn."""
+        """Return the end of each device's turn to be there, or ``now``."""
         self._advance(now)
-        return self._until.copy()
+        return np.where(self._on, self._until, now)
 
     def hopeless(self, devices: IntArray, least: int) -> str | None:
         """Judge by the share of the time that a device is there."""

@@ -453,6 +453,23 @@ def test_a_round_waits_until_its_deadline_and_an_evaluation_does_not(tmp_path: P
     assert 0.3 <= time.monotonic() - began < 600
 
 
+@pytest.mark.parametrize("exchange", [1, 2, 3])
+def test_each_exchange_of_a_round_has_its_deadline_with_labels_at_home(exchange: int, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def silent(number: int, message: Message, reply: Message) -> Message | None:
+        if number == 2 and node_of(message) == 1 and message.metadata.message_type == "train":
+            asked.append(number)
+            return None if len(asked) == exchange else reply
+        return reply
+
+    began = time.monotonic()
+    protocol = {"mode": "synchronous", "labels": "at-home", "batch-size": 1000, "timeout": 30.0, "deadline": 0.3}
+    run = train(tmp_path, silent, protocol=protocol)
+    assert run.result is not None and run.result["rounds"] == 4
+    assert len(asked) >= exchange and time.monotonic() - began < 30
+
+
 def test_offences_need_not_follow_one_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def lies(number: int, message: Message, reply: Message) -> Message:
         return garbage(reply) if number in (1, 3, 5) and node_of(message) == 1 else reply

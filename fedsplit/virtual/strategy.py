@@ -108,7 +108,7 @@ class VirtualStrategy(SplitStrategy):
         waiting = self.schedule.waiting()
         candidates = np.union1d(np.array(waiting, dtype=np.int64), self._devices_pending)
         self._there = self.clock.there(candidates, min(self._least, len(candidates)))
-        self.schedule.keep(set(self._there.tolist()) & set(waiting))
+        self.schedule.leave_out(set(candidates.tolist()) - set(self._there.tolist()))
         return super()._cohort(round_number)
 
     @property

@@ -571,7 +571,7 @@ class SplitStrategy(Strategy):
             if spare:  # it is only slower than others
                 continue
             log.warning("round %d: %s has not answered", self.progress.round_number, self.roster.name(node))
-        if len(good) < min(needed, len(asked)):
+        if len(good) < min(needed, len(asked)) and not self._can_do_without:
             why = f"; first reason: {next(iter(reasons.values()))}" if reasons else ""
             raise RunError(
                 f"round {self.progress.round_number}: {len(good)} of {len(asked)} nodes answered, "
@@ -591,6 +591,11 @@ class SplitStrategy(Strategy):
         upload = Upload.from_bytes(payload, parameters=self.layer.size)
         check_upload(upload, asked, pending, self.layer.width, self._targets, trunk.outputs)
         return upload
+
+    @property
+    def _can_do_without(self) -> bool:
+        """Whether a round may bring nothing: the trunk learns from earlier releases, and is asked for few new ones."""
+        return self.options.replays and bool(self.progress.replay)
 
     def _settle(self, asked: dict[int, Download], uploads: Iterable[int]) -> None:
         """Forget the cut gradients that nodes have answered, so that none is applied twice."""

@@ -184,7 +184,7 @@ def test_turns_do_not_depend_on_when_they_are_asked_for(seed: int, end: int, ste
     for step in range(steps):
         small.there(end * step // steps, 1, 0)
     assert fates(small, [end]) == fates(large, [end])
-    assert small.next_change(end) == large.next_change(end) > end
+    assert small.next_change(end, np.arange(4)) == large.next_change(end, np.arange(4)) > end
 
 
 def test_a_devices_turns_do_not_depend_on_how_many_devices_there_are() -> None:
@@ -204,9 +204,9 @@ def test_turns_have_their_means() -> None:
         left = presence.gone_at(now)[there] - now  # an exponential time has no memory
         assert left.mean() == pytest.approx(6 * SECOND, rel=4 / len(left) ** 0.5)
     single = ByTurns(6.0, 2.0, 1, 1)
-    now = single.next_change(0)
+    now = single.next_change(0, np.arange(1))
     for _ in range(3000):
-        there, then = single.there(now, 1, 0)[0], single.next_change(now)
+        there, then = single.there(now, 1, 0)[0], single.next_change(now, np.arange(1))
         (on if there else off).append(then - now)
         assert single.gone_at(now)[0] == (then if there else now)
         now = then
@@ -224,7 +224,7 @@ def test_chance_is_drawn_for_each_round_and_for_each_look() -> None:
     assert np.array_equal(presence.there(99, 1, 0), looks[0])  # for the round, not for the time
     assert np.array_equal(ByChance(0.3, 10, 1).there(0, 1, 0), looks[0][:10])
     assert not np.array_equal(ByChance(0.3, 4000, 2).there(0, 1, 0), looks[0])
-    assert presence.next_change(7) == 7 + AGAIN == 7 + 60_000_000
+    assert presence.next_change(7, np.arange(5)) == 7 + AGAIN == 7 + 60_000_000
     assert (presence.gone_at(5) == NEVER).all()
     assert ByChance(1.0, 5, 1).there(0, 1, 0).all()
 

@@ -16,7 +16,7 @@ from test_wire import ints
 
 from fedsplit import SplitModel
 from fedsplit.checkpoint import _from_tensors, _to_tensors
-from fedsplit.config import LogNormal, OnOff, ProfileSettings, check_settings, presets
+from fedsplit.config import LogNormal, OnOff, ProfileSettings, _presets, check_settings
 from fedsplit.dropping import Dropping
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.virtual import clock as clock_module
@@ -40,10 +40,10 @@ def profile_of(**keys: Any) -> ProfileSettings:
 
 @pytest.mark.parametrize("name", ["phones-4g", "wearables-ble", "hospital-lan"])
 def test_a_preset_is_whole_and_a_given_key_wins(name: str) -> None:
-    typical, chosen = presets()[name], profile_of(preset=name)
+    typical, chosen = _presets()[name], profile_of(preset=name).filled()
     assert chosen.uplink == LogNormal(**typical["uplink"]) and chosen.availability == typical["availability"]
     assert {"compute", "uplink", "downlink", "latency", "availability", "dropout"} == set(typical)
-    other = profile_of(preset=name, uplink=3.0, availability={"on": 60.0, "off": 30.0})
+    other = profile_of(preset=name, uplink=3.0, availability={"on": 60.0, "off": 30.0}).filled()
     assert other.uplink == 3.0 and other.availability == OnOff(on=60.0, off=30.0)
     assert other.downlink == chosen.downlink and other.dropout == chosen.dropout == typical["dropout"]
     whole = small_settings(devices={"profile": {"preset": name, "uplink": 3.0}})
@@ -327,7 +327,7 @@ def test_by_turns_a_round_waits_for_the_next_turn() -> None:
     clock, same = (a_clock(availability={"on": 60.0, "off": 90.0}) for _ in range(2))
     there, presence, now = clock.there(ALL, 4), same.profile.presence, 0
     while presence.there(now, 1, 0).sum() < 4:
-        now = presence.next_change(now)
+        now = presence.next_change(now, ALL)
     assert clock.now == now > 0 and there.tolist() == np.flatnonzero(presence.there(now, 1, 0)).tolist()
 
 

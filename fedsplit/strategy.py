@@ -252,7 +252,7 @@ class SplitStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Step the first layer, and (but for synchronous mode, where it is done) train the trunk."""
-        uploads = self._receive(replies, needed=self.options.min_nodes)
+        uploads = self._receive(replies, needed=0 if self._can_wait else self.options.min_nodes)
         if self.options.mode != "synchronous":
             self._learn([u.release for u in uploads])  # before the step: these were released by the old weights
         self._step_first_layer(uploads)
@@ -522,6 +522,11 @@ class SplitStrategy(Strategy):
         if not test:
             self._ask_again([row for node in asked if node not in found for row in asked[node].schedule.tolist()])
         return list(found.values())
+
+    @property
+    def _can_wait(self) -> bool:
+        """Whether a round needs no answer: what does not come is asked for again, of the last ones alone perhaps."""
+        return self.options.asks_again and bool(self.schedule.heard)
 
     def _ask_again(self, rows: Iterable[Row]) -> None:
         """Note which of the schedule's rows have brought nothing."""

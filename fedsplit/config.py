@@ -97,7 +97,7 @@ class ProfileSettings(Section):
         """Return the profile with the preset's figures in place of those that are not given, or an ideal device's."""
         ideal = {"compute": 1.0, "latency": 0.0, "availability": 1.0, "dropout": 0.0}
         given = self.model_dump(by_alias=True, exclude_none=True)
-        return ProfileSettings.model_validate({**ideal, **_presets().get(self.preset or "", {}), **given})
+        return ProfileSettings.model_validate({**ideal, **presets().get(self.preset or "", {}), **given})
 
     @model_validator(mode="after")
     def _period(self) -> "ProfileSettings":
@@ -107,7 +107,7 @@ class ProfileSettings(Section):
 
 
 @cache
-def _presets() -> dict[str, dict[str, Any]]:
+def presets() -> dict[str, dict[str, Any]]:
     """Return the typical figures of some kinds of devices; the file says where they come from."""
     return tomllib.loads((Path(__file__).parent / "virtual" / "presets.toml").read_text(encoding="utf-8"))
 

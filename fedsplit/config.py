@@ -19,6 +19,8 @@ from fedsplit.validation import Section, one_line
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Turn = Annotated[float, Field(ge=0.1, le=1e9)]
 
 
 class RunSettings(Section):
@@ -63,8 +65,8 @@ class LogNormal(Section):
 class OnOff(Section):
     """Times, in mean seconds and exponentially distributed, for which a device is there and away by turns."""
 
-    on: Rate
-    off: Rate
+    on: Turn
+    off: Turn
 
 
 class ProfileSettings(Section):
@@ -74,29 +76,28 @@ class ProfileSettings(Section):
     of a round trip, once an exchange. Each is a number or a lognormal over the devices. ``availability``: the
     probability that a device is there in a round, or a Markov chain. ``dropout``: the probability that it is lost in an
     exchange. ``trace``: a CSV file, see :class:`fedsplit.virtual.trace.Trace`, that begins again every ``trace_period``
-    seconds. ``preset`` stands for typical figures, of which those that are given take the place.
+    seconds. ``preset`` stands for typical figures, of which those that are given take the place; see :meth:`filled`.
     ``release_seconds`` and ``gradient_seconds``: what one core of this machine needs to release a record, and for its
     gradient; measured where they are absent, so give them where runs must be equal.
     """
 
     preset: Literal["phones-4g", "wearables-ble", "hospital-lan"] | None = None
-    compute: Rate | LogNormal = 1.0
+    compute: Rate | LogNormal | None = None
     uplink: Rate | LogNormal | None = None
     downlink: Rate | LogNormal | None = None
-    latency: Annotated[float, Field(ge=0, allow_inf_nan=False)] | LogNormal = 0.0
-    availability: Annotated[float, Field(gt=0, le=1)] | OnOff = 1.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    latency: Annotated[float, Field(ge=0, allow_inf_nan=False)] | LogNormal | None = None
+    availability: Annotated[float, Field(gt=0, le=1)] | OnOff | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     trace: str | None = None
-    trace_period: Rate | None = None
+    trace_period: Seconds | None = None
     release_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     gradient_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, given: Any) -> Any:
-        if isinstance(given, dict) and (typical := presets().get(str(given.get("preset")))):
-            return {**typical, **given}
-        return given
+    def filled(self) -> "ProfileSettings":
+        """Return the profile with the preset's figures in place of those that are not given, or an ideal device's."""
+        ideal = {"compute": 1.0, "latency": 0.0, "availability": 1.0, "dropout": 0.0}
+        given = self.model_dump(by_alias=True, exclude_none=True)
+        return ProfileSettings.model_validate({**ideal, **presets().get(self.preset or "", {}), **given})
 
     @model_validator(mode="after")
     def _period(self) -> "ProfileSettings":
@@ -199,8 +200,8 @@ class ProtocolSettings(Section):
     max_staleness: Annotated[int, Field(ge=0)] = 1
     staleness_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     min_nodes: Positive = 1
-    timeout: Rate = 600.0
-    deadline: Rate | None = None
+    timeout: Seconds = 600.0
+    deadline: Seconds | None = None
     max_offences: Positive = 3
 
     @model_validator(mode="after")
@@ -384,9 +385,22 @@ class Settings(Section):
             raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
         if self.devices.profile and self.protocol.labels == "at-home":
             raise ValueError("devices.profile: there is no virtual clock for protocol.labels 'at-home'")
+        releases_alone = self.first_layer.strategy == "frozen" or self.protocol.mode in ("release-once", "synchronous")
+        if self.devices.profile and self.guard.mode == "enforce" and not releases_alone:
+            # on a virtual clock releases come before the gradients that they come after elsewhere, and to a guard the
+            # order matters
+            raise ValueError(
+                "guard.mode 'enforce' with a devices.profile is for frozen first layers and synchronous mode"
+            )
         sought = (*self.tune.objectives, *self.tune.constraints) if self.tune else ()
-        if "simulated_seconds" in sought and self.devices.profile is None:
-            raise ValueError("tune: simulated_seconds needs a [devices.profile]")
+        profile = self.devices.profile
+        if "simulated_seconds" in sought and (
+            not profile or None in (profile.release_seconds, profile.gradient_seconds)
+        ):
+            raise ValueError(
+                "tune: simulated_seconds needs a [devices.profile] with release-seconds and gradient-seconds (as in "
+                "the config.toml of a run): trials would measure beside each other"
+            )
         if (self.model.name is None) == (self.model.builder is None):
             raise ValueError(f"model needs a name or a builder, not {'both' if self.model.name else 'neither'}")
         return self

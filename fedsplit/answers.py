@@ -20,6 +20,15 @@ class PendingBlock:
     cut: CutGradients
     records: IntArray
 
+    def among(self, devices: IntArray) -> "PendingBlock":
+        """Return the part of some devices."""
+        rows = np.isin(self.cut.devices, devices)
+        return self if rows.all() else PendingBlock(self.cut.take(rows), self.records[rows])
+
+    def without(self, devices: IntArray) -> "PendingBlock":
+        """Return the part of all other devices."""
+        return self.among(np.setdiff1d(self.cut.devices, devices))
+
     def scaled(self, factor: float, dtype: str) -> "PendingBlock":
         """Return the same gradients times a factor, for the wire's ``dtype``."""
         cut = self.cut

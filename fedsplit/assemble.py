@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from fedsplit.at_home.body import Body
 from fedsplit.at_home.head import Head, cut_head
 from fedsplit.at_home.node import AtHomeNode
 from fedsplit.at_home.strategy import AtHomeStrategy
-from fedsplit.config import Settings
+from fedsplit.config import ProfileSettings, Settings, load_settings
 from fedsplit.data import DeviceData, Records, Source, open_own, open_source, read_records
 from fedsplit.data.loading import resolve_function
 from fedsplit.device import Node
@@ -33,6 +34,11 @@ from fedsplit.schedule import Schedule, seed_of
 from fedsplit.state import NodeState
 from fedsplit.strategy import ProtocolOptions, SplitStrategy
 from fedsplit.trunk import Trunk, TrunkOptions
+from fedsplit.virtual.calibration import record_seconds
+from fedsplit.virtual.clock import VirtualClock
+from fedsplit.virtual.profile import Profile
+from fedsplit.virtual.sizes import Sizes
+from fedsplit.virtual.strategy import VirtualStrategy
 
 _KNOWN_DEVICES = 256  # of a real node: those whose records were compared with the ones it knows
 _CACHED_BYTES = 2**28  # of a user's own data, in each process of a run; packaged data sets are shared arrays
@@ -322,10 +328,60 @@ def split_strategy(
         test_devices=source.test_devices,
         evaluate_every=settings.run.evaluate_every,
         donors=settings.donors,
+        deadline=protocol.deadline,
+        asks_again=protocol.mode == "release-once"
+        and (settings.dropping.mask == "keyed" or dropping(settings).deterministic),
         replay_bytes=None if settings.trunk.replay_mb is None else int(settings.trunk.replay_mb * 1e6),
     )
     devices = settings.devices
-    schedule = Schedule(protocol.once, protocol.chunk, devices.fraction, rounds, seed, devices.sampling)
+    schedule = Schedule(
+        protocol.once, protocol.chunk, devices.fraction, rounds, seed, devices.sampling, devices.over_sampling
+    )
     roster = Roster(source.count, protocol.max_offences, owners)
-    kind = AtHomeStrategy if at_home else SplitStrategy
+    kind: Callable[..., SplitStrategy] = AtHomeStrategy if at_home else SplitStrategy
+    if devices.profile:
+        options = replace(options, min_nodes=1, deadline=None)  # which are the clock's matter
+        kind = partial(VirtualStrategy, **_virtual(settings, devices.profile, source, model))
     return kind(trunk, first_layer, layer, schedule, options, run, roster=roster)
+
+
+def _virtual(settings: Settings, profile: ProfileSettings, source: Source, model: SplitModel) -> dict[str, Any]:
+    protocol, seed, layer, policy = settings.protocol, settings.run.seed, model.first_layer, dropping(settings)
+    limit = min(protocol.timeout, protocol.deadline or protocol.timeout)
+    columns = source.outputs if source.task == "regression" else None
+    return {
+        "clock": VirtualClock(Profile.of(profile, source.count, seed), limit, seed),
+        "sizes": Sizes(layer.size, layer.width, 2 if protocol.dtype == "float16" else 4, policy.bits, columns),
+        "record_seconds": _record_seconds(settings, profile, model),
+        "min_devices": protocol.min_nodes,
+    }
+
+
+def _record_seconds(settings: Settings, profile: ProfileSettings, model: SplitModel) -> tuple[float, float]:
+    release, gradient = profile.release_seconds, profile.gradient_seconds
+    if release is None or gradient is None:
+        measured = record_seconds(model.first_layer, dropping(settings), settings.protocol.dtype)
+        release, gradient = (m if g is None else g for g, m in zip((release, gradient), measured, strict=True))
+    return release, gradient
+
+
+def calibrated(settings: Settings, folder: Path | None = None) -> Settings:
+    """Return the settings with what a profile says of this machine, measured where it is not given.
+
+    ``folder`` is that of a run that goes on: what it has noted is not measured again.
+    """
+    if (profile := settings.devices.profile) is None:
+        return settings
+    before = None
+    if folder is not None and (folder / "config.toml").exists():
+        before = load_settings(folder / "config.toml").devices.profile
+    if before is not None:
+        found = before.release_seconds, before.gradient_seconds
+    else:
+        found = _record_seconds(settings, profile, split_model(settings, data_source(settings)))
+    measured = {
+        name: value if getattr(profile, name) is None else getattr(profile, name)
+        for name, value in zip(("release_seconds", "gradient_seconds"), found, strict=True)
+    }
+    devices = settings.devices.model_copy(update={"profile": profile.model_copy(update=measured)})
+    return settings.model_copy(update={"devices": devices})

@@ -61,6 +61,8 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
         "evaluation": progress.evaluation,
         "totals": asdict(progress.totals),
         "position": strategy.schedule.position,
+        "heard": strategy.schedule.heard,
+        "clock": strategy.clock_state(),
         "pending": [{**vars(b.cut), "records": b.records} for b in progress.pending],
         "trunk": strategy.trunk.state(),
         "first_layer": first_layer,
@@ -143,7 +145,8 @@ def _restore(folder: Path, strategy: SplitStrategy) -> float:
         strategy.first_layer.load_state(weights, state["first_layer"])
     else:
         strategy.layer.load_weights(weights)
-    strategy.schedule.position = state["position"]
+    strategy.schedule.position, strategy.schedule.heard = state["position"], state["heard"]
+    strategy.load_clock(state["clock"])
     pending = []
     for block in state["pending"]:
         records = block.pop("records")

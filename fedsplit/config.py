@@ -6,6 +6,7 @@ An unknown key or a bad value is refused with the key, the value and what is all
 import time
 import tomllib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,12 +53,71 @@ class DataSettings(Section):
     outputs: Positive | None = None
 
 
+class LogNormal(Section):
+    """A lognormal distribution over devices: exp(ln median + sigma z), with z normal."""
+
+    median: Rate
+    sigma: Annotated[float, Field(ge=0, le=10)]
+
+
+class OnOff(Section):
+    """Times, in mean seconds and exponentially distributed, for which a device is there and away by turns."""
+
+    on: Rate
+    off: Rate
+
+
+class ProfileSettings(Section):
+    """``[devices.profile]``, in simulation only: what each device would need, on a virtual clock.
+
+    ``compute``: speed relative to one core of this machine; ``uplink`` and ``downlink`` in Mbit/s; ``latency``: seconds
+    of a round trip, once an exchange. Each is a number or a lognormal over the devices. ``availability``: the
+    probability that a device is there in a round, or a Markov chain. ``dropout``: the probability that it is lost in an
+    exchange. ``trace``: a CSV file, see :class:`fedsplit.virtual.trace.Trace`, that begins again every ``trace_period``
+    seconds. ``preset`` stands for typical figures, of which those that are given take the place.
+    ``release_seconds`` and ``gradient_seconds``: what one core of this machine needs to release a record, and for its
+    gradient; measured where they are absent, so give them where runs must be equal.
+    """
+
+    preset: Literal["phones-4g", "wearables-ble", "hospital-lan"] | None = None
+    compute: Rate | LogNormal = 1.0
+    uplink: Rate | LogNormal | None = None
+    downlink: Rate | LogNormal | None = None
+    latency: Annotated[float, Field(ge=0, allow_inf_nan=False)] | LogNormal = 0.0
+    availability: Annotated[float, Field(gt=0, le=1)] | OnOff = 1.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    trace: str | None = None
+    trace_period: Rate | None = None
+    release_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    gradient_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (typical := presets().get(str(given.get("preset")))):
+            return {**typical, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _period(self) -> "ProfileSettings":
+        if self.trace_period is not None and self.trace is None:
+            raise ValueError("trace-period is for a trace")
+        return self
+
+
+@cache
+def presets() -> dict[str, dict[str, Any]]:
+    """Return the typical figures of some kinds of devices; the file says where they come from."""
+    return tomllib.loads((Path(__file__).parent / "virtual" / "presets.toml").read_text(encoding="utf-8"))
+
+
 class DeviceSettings(Section):
     """``[devices]``: how many there are (test devices included), how many a node hosts, who holds what.
 
     ``test``: a list of device ids, a number (the last ones) or ``"all"`` (every device that has test records).
-    ``fraction`` of the training devices is sampled in each round, ``sampling`` by chance or by size; see
-    :class:`fedsplit.schedule.Schedule`.
+    ``fraction`` of the training devices is sampled in each round, ``sampling`` by chance, by size or fairly; see
+    :class:`fedsplit.schedule.Schedule`. ``over_sampling`` times as many are asked, and the round ends with the answers
+    of those who come first.
     """
 
     count: Positive | None = None
@@ -65,8 +125,16 @@ class DeviceSettings(Section):
     partition: Literal["natural", "iid", "dirichlet"] = "natural"
     alpha: Rate = 0.5
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    sampling: Literal["uniform", "size"] = "uniform"
+    sampling: Literal["uniform", "size", "fair"] = "uniform"
+    over_sampling: Annotated[float, Field(ge=1, le=10)] = 1.0
     test: Literal["all"] | Positive | list[Annotated[int, Field(ge=0)]]
+    profile: ProfileSettings | None = None
+
+    @model_validator(mode="after")
+    def _others(self) -> "DeviceSettings":
+        if self.over_sampling > 1 and self.fraction == 1:
+            raise ValueError(f"over-sampling {self.over_sampling:g} needs a fraction below 1: all are asked already")
+        return self
 
 
 class ModelSettings(Section):
@@ -115,9 +183,11 @@ class ProtocolSettings(Section):
 
     ``chunk``: a number of records, ``"epoch"`` (all of a device's records), or in single-pass ``"spread"`` (an even
     share in each round). First-layer gradients that come s rounds later than the mode's way count (1 + s)^-a, where a
-    is ``staleness_weight``. ``timeout`` is the seconds a message may take. A node is left out for good after
-    ``max_offences`` replies that no honest node would send. ``labels``: whether they go to the server with the releases
-    or stay at home, where the trunk's last layer is then computed; see :mod:`fedsplit.at_home`.
+    is ``staleness_weight``. ``timeout`` is the seconds a message may take, ``deadline`` those after which a round goes
+    on without the answer: on the virtual clock of a profile, or of real nodes. With a profile ``min_nodes`` counts
+    devices. A node is left out for good after ``max_offences`` replies that no honest node would send. ``labels``:
+    whether they go to the server with the releases or stay at home, where the trunk's last layer is then computed; see
+    :mod:`fedsplit.at_home`.
     """
 
     mode: Literal["synchronous", "pipelined", "single-pass", "release-once"]
@@ -130,6 +200,7 @@ class ProtocolSettings(Section):
     staleness_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     min_nodes: Positive = 1
     timeout: Rate = 600.0
+    deadline: Rate | None = None
     max_offences: Positive = 3
 
     @model_validator(mode="after")
@@ -310,6 +381,8 @@ class Settings(Section):
             raise ValueError("protocol.mode 'release-once' needs a [public] section with epochs of at least 1")
         if self.trunk.replay_mb is not None and not self.protocol.once:
             raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
+        if self.devices.profile and self.protocol.labels == "at-home":
+            raise ValueError("devices.profile: there is no virtual clock for protocol.labels 'at-home'")
         if (self.model.name is None) == (self.model.builder is None):
             raise ValueError(f"model needs a name or a builder, not {'both' if self.model.name else 'neither'}")
         return self

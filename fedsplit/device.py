@@ -253,6 +253,7 @@ class Node:
         refused: list[tuple[int, int, int]] = []
         for block in download.pending:
             pending = state.load_pending(block.round_number)
+            pending = pending and pending.among(block.devices)
             if pending is None or not _fits(pending, block):
                 lost.append(block.round_number)
                 continue

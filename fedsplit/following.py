@@ -18,6 +18,7 @@ from typing import IO, Any
 from fedsplit.errors import ConfigError, FedsplitError, RunError
 
 STATE, LOG, NODES, METRICS, RESULT = "state.json", "run.log", "nodes.json", "metrics.jsonl", "result.json"
+DEVICES = "devices.csv"
 _ROOM = 8192  # bytes of the state file
 _WORKING = "working"
 _LOOK = 0.2  # seconds between two looks at a run folder

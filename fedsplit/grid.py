@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -98,10 +98,17 @@ class PollingGrid(Grid):
     """Another Grid with a ``send_and_receive`` that looks for replies often at first, then less often.
 
     Flower's own grids sleep 0.1 s (simulation) or 3 s (deployment) between two looks.
+
+    Parameters
+    ----------
+    grid : Grid
+    over : callable, optional
+        Is shown the replies that have come, and says whether to wait for no others.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, over: Callable[[Sequence[Message]], bool] = lambda _: False) -> None:
         self._grid = grid
+        self._over = over
         self._pauses = Pauses(0.002, 0.1)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -114,7 +121,7 @@ class PollingGrid(Grid):
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         replies: list[Message] = []
         self._pauses.begin()
-        while waiting and time.monotonic() < deadline:
+        while waiting and time.monotonic() < deadline and not self._over(replies):
             time.sleep(self._pauses.next())
             new = [r for r in self._grid.pull_messages(waiting) if answers(r, sent)]
             if new and not replies:

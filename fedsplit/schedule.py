@@ -1,7 +1,7 @@
 """What changes from round to round: learning rates, the devices that take part, the records they are asked for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,8 +47,13 @@ class Schedule:
         ``uniform``: every device is as likely; ``size``: one after another without replacement, each with a
         probability proportional to its number of records. With a fixed ``chunk`` records are then about as likely on
         any device; with a growing one large devices count twice, by how often they are asked and by how much they give.
+        ``fair``: those whose releases came least often so far, by chance among equals.
+    over_sampling : float
+        How many times as many devices are asked as are wanted.
     position : dict
         By device: records asked for so far (once) or chunks.
+    heard : dict
+        By device: how often its releases came.
     """
 
     once: bool
@@ -57,7 +62,9 @@ class Schedule:
     rounds: int
     seed: int
     sampling: str = "uniform"
+    over_sampling: float = 1.0
     position: dict[int, int] = field(default_factory=dict)
+    heard: dict[int, int] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
 
     def set_counts(self, counts: Mapping[int, int]) -> None:
@@ -68,7 +75,20 @@ class Schedule:
     def largest_round(self) -> int:
         """The most records that any round can bring, of the devices that are there."""
         sizes = sorted(n if isinstance(self.chunk, str) else min(n, self.chunk) for n in self._counts.values())
-        return sum(sizes[-self._cohort_size(len(sizes)) :])
+        return sum(sizes[-self._asked(len(sizes)) :])
+
+    @property
+    def wanted(self) -> int:
+        """How many of the devices that are there are to answer in a round."""
+        return self._wanted(len(self._counts))
+
+    def waiting(self) -> list[int]:
+        """Return the devices that have records which they will still be asked for, ascending."""
+        return sorted(d for d, n in self._counts.items() if not self.once or self.position.get(d, 0) < n)
+
+    def keep(self, devices: Collection[int]) -> None:
+        """Forget, until counts are set again, all devices but some."""
+        self._counts = {d: n for d, n in self._counts.items() if d in devices}
 
     def rows(self, round_number: int) -> dict[int, Row]:
         """Return (device, pass, start, stop) by device, and advance the positions."""
@@ -85,16 +105,28 @@ class Schedule:
         if self.once:
             self.position[device] = start
 
+    def note_heard(self, devices: Iterable[int]) -> None:
+        """Count devices whose releases came."""
+        for device in devices:
+            self.heard[device] = self.heard.get(device, 0) + 1
+
     def _sample(self, round_number: int) -> list[int]:
         devices = sorted(self._counts)
         if self.fraction == 1.0 or not devices:
             return devices
         rng = np.random.default_rng(seed_of(self.seed, "cohort", round_number))
+        size = self._asked(len(devices))
+        if self.sampling == "fair":
+            return sorted(sorted(rng.permutation(devices).tolist(), key=lambda d: self.heard.get(d, 0))[:size])
         counts = np.array([self._counts[d] for d in devices])
         likely = counts / counts.sum() if self.sampling == "size" else None
-        return sorted(rng.choice(devices, self._cohort_size(len(devices)), replace=False, p=likely).tolist())
+        return sorted(rng.choice(devices, size, replace=False, p=likely).tolist())
 
-    def _cohort_size(self, devices: int) -> int:
+    def _asked(self, devices: int) -> int:
+        """Return how many of so many devices are asked in a round."""
+        return min(devices, math.ceil(self.over_sampling * self._wanted(devices)))
+
+    def _wanted(self, devices: int) -> int:
         return max(1, round(self.fraction * devices))
 
     def _row(self, device: int, count: int, round_number: int) -> Row:

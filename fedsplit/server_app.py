@@ -6,6 +6,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsplit.assemble import calibrated
 from fedsplit.client_app import STATE_FOLDER, run_settings
 from fedsplit.config import Settings, default_folder
 from fedsplit.deployment.server import ServerFolder
@@ -30,8 +31,10 @@ def main(grid: Grid, context: Context) -> None:
     owners = ServerFolder(Path(str(config["nodes"]))).owners if config.get("nodes") else None
     hasten_pulls()
     with working(folder, f"{context.run_id}"):
-        run = TrainingRun(settings, folder, owners=owners, real="nodes" in config)
-        open_run_folder(folder, settings, resume=bool(config.get("resume", False)))
+        real, resume = "nodes" in config, bool(config.get("resume", False))
+        settings = calibrated(settings, folder if resume else None)
+        run = TrainingRun(settings, folder, owners=owners, real=real)
+        open_run_folder(folder, settings, resume=resume)
         result = run.train(grid)
     draw_curves(folder)  # whoever follows the run has its result already
     shutil.rmtree(STATE_FOLDER / f"{run.strategy.progress.run:x}", ignore_errors=True)

@@ -114,10 +114,13 @@ def run(
         raise ConfigError("--resume needs --out, the folder of the run to go on with")
     find_functions(config)
     given = load_settings(config, overrides or [])
-    # each owner's guard goes by the owner's limits, and nobody but the owner could record originals for an audit
-    settings = given.model_copy(update={"guard": GuardSettings(), "audit": AuditSettings()})
+    # each owner's guard goes by the owner's limits, nobody but the owner could record originals for an audit, and real
+    # devices need the time that they need
+    devices = given.devices.model_copy(update={"profile": None})
+    settings = given.model_copy(update={"guard": GuardSettings(), "audit": AuditSettings(), "devices": devices})
     if settings != given:
-        stderr.print("[guard] and [audit] are for simulations: left out", markup=False, highlight=False)
+        said = "[guard], [audit] and [devices.profile] are for simulations: left out"
+        stderr.print(said, markup=False, highlight=False)
     folder = (out or default_folder(settings)).resolve()
     modules = runs.own_modules(config.resolve().parent, [settings.model.builder, settings.data.builder])
     if not resume:

@@ -39,6 +39,23 @@ class Pending:
     bitmap: NDArray[np.uint8]
     slopes: FloatArray
 
+    def among(self, devices: IntArray) -> "Pending":
+        """Return the part of some devices: the server may not have heard of all."""
+        rows = np.isin(self.devices, devices)
+        if rows.all():
+            return self
+        of_records = np.repeat(rows, self.records)
+        of_values = np.repeat(of_records, self.counts)
+        return Pending(
+            self.weights,
+            self.devices[rows],
+            self.records[rows],
+            self.index[of_records],
+            self.counts[of_records],
+            self.bitmap[of_records],
+            self.slopes[of_values] if len(self.slopes) else self.slopes,
+        )
+
 
 class NodeState:
     """The state of one node in one run, in files, since processes and Ray actors come and go.

@@ -22,10 +22,10 @@ from fedsplit.errors import FedsplitError, RunError, WireError
 from fedsplit.first_layer import FirstLayerServer
 from fedsplit.grid import Pauses
 from fedsplit.model import FirstLayer
-from fedsplit.packing import sum_groups
+from fedsplit.packing import IntArray, sum_groups
 from fedsplit.record import to_record
 from fedsplit.roster import Roster, payload_of, unanswered
-from fedsplit.schedule import Schedule, seed_of
+from fedsplit.schedule import Row, Schedule, seed_of
 from fedsplit.trunk import Batches, Trunk
 from fedsplit.wire import (
     CutGradients,
@@ -77,6 +77,10 @@ class ProtocolOptions:
         Rounds between evaluations; 0 evaluates once, after the last round.
     donors : tuple of int
         Devices that have given their records to everybody, and are asked for nothing.
+    deadline : float or None
+        Seconds after which a round goes on without those that have not answered, on a real clock.
+    asks_again : bool
+        Whether records whose release has not come are asked for once more, because the same would leave.
     """
 
     mode: str
@@ -92,6 +96,8 @@ class ProtocolOptions:
     donors: tuple[int, ...] = ()
     staleness_weight: float = 0.0
     replay_bytes: int | None = None
+    deadline: float | None = None
+    asks_again: bool = False
 
     @property
     def replays(self) -> bool:
@@ -183,6 +189,9 @@ class SplitStrategy(Strategy):
         self._started = False
         self.roster = roster or Roster(options.devices, options.max_offences)
         self._sent: dict[int, Download] = {}
+        self._on_their_way: Sequence[PendingBlock] = []
+        self._wanted: int | None = None
+        self._until = float("inf")
         self._keep_from = 0
 
     @property
@@ -200,6 +209,13 @@ class SplitStrategy(Strategy):
         self.progress = progress
         self._resumed_at = progress.round_number
 
+    def clock_state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold of a virtual clock; there is none."""
+        return {}
+
+    def load_clock(self, state: dict[str, Any]) -> None:
+        """Go on at the time of a checkpoint."""
+
     def summary(self) -> None:
         """Log the strategy's settings."""
         log.info("%s over %d devices, %d rounds", self.options.mode, self.options.devices, self.options.rounds)
@@ -210,14 +226,7 @@ class SplitStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return the round's messages; in synchronous mode after the forward exchange."""
-        round_number = self.progress.round_number = self._resumed_at + server_round
-        self.metrics = {"round": round_number}
-        self._drop_stale(round_number)
-        self._weigh_stale(round_number)
-        self._keep_from = min([b.cut.round_number for b in self.progress.pending], default=round_number)
-        self.register(grid)
-        if len(self.nodes) < self.options.min_nodes:
-            raise RunError(f"{len(self.nodes)} nodes are connected, protocol.min-nodes is {self.options.min_nodes}")
+        round_number = self._begin_round(server_round, grid)
         rows = self._cohort(round_number)
         if self.options.mode != "synchronous":
             return self._messages(MessageType.TRAIN, rows, self.progress.pending)
@@ -226,6 +235,18 @@ class SplitStrategy(Strategy):
         uploads = self._receive(replies, needed=self.options.min_nodes)
         self._learn([u.release for u in uploads])
         return self._messages(MessageType.TRAIN, {}, self.progress.pending)
+
+    def _begin_round(self, server_round: int, grid: Grid) -> int:
+        """Look who is there and what has waited too long; return the round's number."""
+        round_number = self.progress.round_number = self._resumed_at + server_round
+        self.metrics = {"round": round_number}
+        self._drop_stale(round_number)
+        self._weigh_stale(round_number)
+        self._keep_from = min([b.cut.round_number for b in self.progress.pending], default=round_number)
+        self.register(grid)
+        if len(self.nodes) < self.options.min_nodes:
+            raise RunError(f"{len(self.nodes)} nodes are connected, protocol.min-nodes is {self.options.min_nodes}")
+        return round_number
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -241,6 +262,7 @@ class SplitStrategy(Strategy):
         """Train the trunk on a round's releases and queue their cut gradients."""
         progress, round_number = self.progress, self.progress.round_number
         releases = [r for r in releases if len(r.targets)]
+        self.schedule.note_heard(d for r in releases for d in r.devices.tolist())
         new = [Batches.join(releases)] if releases else []
         progress.totals.samples += sum(len(b) for b in new)
         replay = list(progress.replay.values()) if self.options.replays else []
@@ -324,9 +346,7 @@ class SplitStrategy(Strategy):
         last = round_number == self.options.rounds
         if last and self.progress.pending:
             self._weigh_stale(round_number + 1)
-            messages = self._messages(MessageType.TRAIN, {}, self.progress.pending)
-            replies = grid.send_and_receive(messages, timeout=self.options.timeout)
-            self._step_first_layer(self._receive(replies, needed=0), "flush")
+            self._flush(grid)
         if last:
             self._gather(grid)
         if not last and (every == 0 or round_number % every):
@@ -337,6 +357,12 @@ class SplitStrategy(Strategy):
                 if device in self.options.test_devices and count:
                     rows.setdefault(node, []).append((device, 0, 0, count))
         return self._messages(MessageType.EVALUATE, rows, [])
+
+    def _flush(self, grid: Grid) -> None:
+        """Have the last round's cut gradients answered."""
+        messages = self._messages(MessageType.TRAIN, {}, self.progress.pending)
+        replies = grid.send_and_receive(messages, timeout=self.options.timeout)
+        self._step_first_layer(self._receive(replies, needed=0), "flush")
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Score the trunk on the released test records."""
@@ -426,6 +452,11 @@ class SplitStrategy(Strategy):
         """Build one message per node that has rows or pending blocks, and remember what was asked."""
         home = {d: node for node, r in self.nodes.items() for d in r.devices.tolist()}
         blocks: dict[int, list[CutGradients]] = {}
+        self._on_their_way = pending
+        self._until = time.monotonic() + (self.options.deadline or float("inf"))
+        self._wanted = self.schedule.wanted if rows and self.schedule.over_sampling > 1 else None
+        if kind == MessageType.EVALUATE:
+            self._until, self._wanted = float("inf"), None
         for block in pending:
             nodes = {home.get(d) for d in block.cut.devices.tolist()}
             if len(nodes) == 1 and (node := nodes.pop()) is not None:
@@ -453,7 +484,20 @@ class SplitStrategy(Strategy):
         self.progress.totals.bytes_down += len(payload)
         self.progress.totals.exchanges += 1
         self.roster.sent(node, len(payload))
-        return Message(to_record(payload), node, kind, ttl=self.options.timeout)
+        timeout, deadline = self.options.timeout, self.options.deadline
+        hurried = deadline is not None and kind == MessageType.TRAIN
+        return Message(to_record(payload), node, kind, ttl=min(timeout, deadline or timeout) if hurried else timeout)
+
+    def over(self, replies: Iterable[Message]) -> bool:
+        """Whether a round goes on with these replies to its messages: the deadline has passed, or there are enough."""
+        nodes = {reply.metadata.src_node_id for reply in replies if not reply.has_error()}
+        return time.monotonic() > self._until or self._are_enough(nodes, self._sent)
+
+    def _are_enough(self, nodes: Iterable[int], asked: Mapping[int, Any]) -> bool:
+        """Whether the devices of some nodes, of those that were asked, are as many as are wanted."""
+        if self._wanted is None:
+            return False
+        return sum(len(asked[node].schedule) for node in nodes if node in asked) >= self._wanted
 
     def _receive(self, replies: Iterable[Message], *, needed: int, test: bool = False) -> list[Upload]:
         """Check the replies to :meth:`_messages` and return the good ones in the order of their devices.
@@ -474,7 +518,16 @@ class SplitStrategy(Strategy):
             self._account(upload, test=test)
             self._note_failures(upload, asked[node], test=test)
         self._settle(asked, found)
+        self._until, self._wanted = float("inf"), None
+        if not test:
+            self._ask_again([row for node in asked if node not in found for row in asked[node].schedule.tolist()])
         return list(found.values())
+
+    def _ask_again(self, rows: Iterable[Row]) -> None:
+        """Note which of the schedule's rows have brought nothing."""
+        if self.options.asks_again:
+            for device, _, start, _ in rows:
+                self.schedule.not_released(device, start)
 
     def _answers(
         self,
@@ -511,8 +564,11 @@ class SplitStrategy(Strategy):
                 continue
             self.roster.seen(node, len(payload))
             self.progress.totals.bytes_up += len(payload)
+        spare = self._are_enough(good, asked)
         for node in asked.keys() - good.keys() - reasons.keys():
-            self.roster.miss(node, gone=True)
+            self.roster.miss(node, gone=not spare)
+            if spare:  # it is only slower than others
+                continue
             log.warning("round %d: %s has not answered", self.progress.round_number, self.roster.name(node))
         if len(good) < min(needed, len(asked)):
             why = f"; first reason: {next(iter(reasons.values()))}" if reasons else ""
@@ -529,7 +585,7 @@ class SplitStrategy(Strategy):
 
     def _checked(self, payload: bytes, asked: Download) -> Upload:
         """Read an upload that answers ``asked``; raises WireError."""
-        pending, trunk = self.progress.pending, self.trunk
+        pending, trunk = self._on_their_way, self.trunk
         check_size(len(payload), asked, self.layer.width, self.layer.size, trunk.outputs)
         upload = Upload.from_bytes(payload, parameters=self.layer.size)
         check_upload(upload, asked, pending, self.layer.width, self._targets, trunk.outputs)
@@ -537,8 +593,13 @@ class SplitStrategy(Strategy):
 
     def _settle(self, asked: dict[int, Download], uploads: Iterable[int]) -> None:
         """Forget the cut gradients that nodes have answered, so that none is applied twice."""
-        answered = {id(block) for node in uploads for block in asked[node].pending}
-        self.progress.pending = [b for b in self.progress.pending if id(b.cut) not in answered]
+        answered: dict[int, list[IntArray]] = {}
+        for cut in (cut for node in uploads for cut in asked[node].pending):
+            answered.setdefault(cut.round_number, []).append(cut.devices)
+        for number, devices in answered.items():
+            gone = np.concatenate(devices)
+            left = [b.without(gone) if b.cut.round_number == number else b for b in self.progress.pending]
+            self.progress.pending = [block for block in left if len(block.records)]
 
     def _account(self, upload: Upload, *, test: bool) -> None:
         totals = self.progress.totals

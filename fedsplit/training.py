@@ -4,7 +4,7 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from fedsplit.checkpoint import load_checkpoint, save_checkpoint
 from fedsplit.config import Settings, load_settings
 from fedsplit.data import Source
 from fedsplit.errors import ConfigError, RunError
-from fedsplit.following import METRICS, NODES, RESULT, check_fresh
+from fedsplit.following import DEVICES, METRICS, NODES, RESULT, check_fresh
 from fedsplit.grid import PollingGrid
 from fedsplit.model import SplitModel
 from fedsplit.privacy.accountant import epsilon
@@ -36,6 +36,7 @@ from fedsplit.privacy.transcript import Subjects
 from fedsplit.roster import Owners
 from fedsplit.state import replacing
 from fedsplit.strategy import SplitStrategy
+from fedsplit.virtual.strategy import VirtualStrategy
 from fedsplit.warmup import PublicOnly, WarmUp, public_release, warm_up
 
 DELTA = 1e-5  # of the epsilon that results tell
@@ -76,10 +77,19 @@ def _check_same(config: Path, settings: Settings) -> None:
         raise ConfigError(f"cannot resume with other settings: {key} was {old.get(key)!r}, is {new.get(key)!r}")
 
 
-def check_data(source: Source) -> None:
-    """Read every device's records once, so that bad data is refused before anything starts; raises DataError."""
-    for device in range(source.count):
-        source.device(device)
+def check_data(source: Source) -> dict[int, int]:
+    """Read every device's records once, so that bad data is refused before anything starts.
+
+    Returns
+    -------
+    dict
+        By device: its number of training records.
+
+    Raises
+    ------
+    DataError
+    """
+    return {device: len(source.device(device).train) for device in range(source.count)}
 
 
 class TrainingRun:
@@ -134,6 +144,15 @@ class TrainingRun:
         run._created = self._created
         return run
 
+    def check_startable(self, records: Mapping[int, int]) -> None:
+        """Refuse a profile with which no round can begin; raises ConfigError.
+
+        ``records`` are the numbers of training records by device.
+        """
+        if isinstance(self.strategy, VirtualStrategy):
+            donors = self.settings.donors
+            self.strategy.check_startable({d: n for d, n in records.items() if n and d not in donors})
+
     def train(self, grid: Grid) -> dict[str, Any]:
         """Train (from the last checkpoint, if there is one) and return what ``result.json`` holds."""
         self._choose_subjects()
@@ -142,7 +161,7 @@ class TrainingRun:
         self._training = before or 0.0
         done = self.rounds_done = self.strategy.progress.round_number
         self._keep_metrics(done)
-        grid = PollingGrid(grid)
+        grid = PollingGrid(grid, self.strategy.over)
         if done < self.settings.run.rounds:
             self.strategy.register(grid, self._note_nodes)
         self._registered = self._round_start = time.perf_counter()
@@ -154,6 +173,9 @@ class TrainingRun:
             evaluate_fn=self._after_round,
         )
         self.result = self._result()
+        if isinstance(self.strategy, VirtualStrategy):
+            self.result["simulated"] = self.strategy.clock.summary()
+            self.strategy.clock.save_table(self.folder / DEVICES)
         with replacing(self.folder / RESULT) as new:
             new.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
         return self.result

@@ -6,7 +6,7 @@ names the field. Both sides treat the other's payload as hostile.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -89,6 +89,20 @@ class Release:
     def values(self) -> FloatArray:
         """Return the sent outputs as float32."""
         return dequantise(self.codes, self.counts, self.exponents)
+
+    def take(self, rows: NDArray[np.bool_]) -> "Release":
+        """Return the releases of some of the devices."""
+        of_records = np.repeat(rows, self.records)
+        return replace(
+            self,
+            devices=self.devices[rows],
+            records=self.records[rows],
+            targets=self.targets[of_records],
+            counts=self.counts[of_records],
+            bitmap=self.bitmap[of_records],
+            codes=self.codes[np.repeat(of_records, self.counts)],
+            exponents=self.exponents[of_records],
+        )
 
     def arrays(self) -> list[NDArray[Any]]:
         """Return the fields as arrays in wire order."""
@@ -306,6 +320,16 @@ class CutGradients:
     ) -> "CutGradients":
         """Quantise float32 ``values`` per device."""
         return cls(round_number, digest, devices, lengths, *quantise(values, lengths, dtype))
+
+    def take(self, rows: NDArray[np.bool_]) -> "CutGradients":
+        """Return the gradients of some of the devices."""
+        return replace(
+            self,
+            devices=self.devices[rows],
+            lengths=self.lengths[rows],
+            codes=self.codes[np.repeat(rows, self.lengths)],
+            exponents=self.exponents[rows],
+        )
 
     def values(self) -> FloatArray:
         """Return the gradients as float32."""

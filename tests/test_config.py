@@ -121,7 +121,7 @@ def refusal(path: Path, *overrides: str) -> str:
         (["first-layer.strategy=own:"], ["first-layer.strategy", "'module:Class'", "got 'own:'"]),
         (["protocol.staleness-weight=-1"], ["protocol.staleness-weight", "greater than or equal to 0", "got -1"]),
         (["protocol.staleness-weight=inf"], ["protocol.staleness-weight", "finite", "got inf"]),
-        (["devices.sampling=large"], ["devices.sampling", "'uniform' or 'size'", "got 'large'"]),
+        (["devices.sampling=large"], ["devices.sampling", "'uniform', 'size' or 'fair'", "got 'large'"]),
         (["trunk.replay-mb=0"], ["trunk.replay-mb", "greater than 0", "got 0"]),
         (["trunk.replay-mb=1"], ["trunk.replay-mb: mode 'pipelined' keeps nothing for replay"]),
         (["first-layer.lr=inf"], ["first-layer.lr", "finite", "got inf"]),

@@ -61,6 +61,7 @@ class AtHomeStrategy(SplitStrategy):
         releases, round_number = [r for r in releases if len(r.counts)], self.progress.round_number
         if not releases:
             return
+        self.schedule.note_heard(d for r in releases for d in r.devices.tolist())
         batches, began = Batches.join(releases), time.perf_counter()
         self.progress.totals.samples += len(batches)
         features = self.trunk.train_features(batches, round_number)

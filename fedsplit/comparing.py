@@ -18,11 +18,12 @@ Point = tuple[float, float]
 
 FIGURES = (  # of a run, in the order in which they are shown
     *("test_accuracy", "test_r2", "test_rmse", "test_loss", "exposures_max", "equations"),
-    *("strongest_psnr", "identification", "exchanges", "bytes_up", "bytes_down", "seconds"),
+    *("strongest_psnr", "identification", "exchanges", "bytes_up", "bytes_down", "seconds", "simulated_seconds"),
 )
 _OF_A_ROUND = ("round", "train_accuracy", *FIGURES)
 # what accuracy is plotted over
-PANELS = {"round": "rounds", "bytes_up": "bytes", "exposures_max": "exposures"}
+PANELS = {"round": "rounds", "bytes_up": "bytes", "exposures_max": "exposures", "simulated_seconds": "simulated time"}
+_OPTIONAL = "simulated_seconds"  # which only runs with a profile have
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Run:
         Whether there is a result; else ``figures`` are those of the last round that is done.
     figures : dict
         Those of ``test_accuracy``, ``test_r2``, ``test_rmse``, ``test_loss``, ``exposures_max``, ``equations``,
-        ``strongest_psnr`` and ``identification`` (of the audit), ``exchanges``, ``bytes_up``, ``bytes_down`` and
-        ``seconds`` (of training) that are known.
+        ``strongest_psnr`` and ``identification`` (of the audit), ``exchanges``, ``bytes_up``, ``bytes_down``,
+        ``seconds`` (of training) and ``simulated_seconds`` that are known.
     rounds : list of dict
         The figures of each round.
     """
@@ -120,7 +121,11 @@ def _so_far(rounds: list[Figures]) -> Figures:
 
 
 def _result(path: Path) -> Figures | None:
-    elsewhere = {"equations": ("ledger", "equations"), "seconds": ("seconds", "training")}
+    elsewhere = {
+        "equations": ("ledger", "equations"),
+        "seconds": ("seconds", "training"),
+        "simulated_seconds": ("simulated", "seconds"),
+    }
     return _figures(path, {name: elsewhere.get(name, (name,)) for name in FIGURES})
 
 
@@ -204,7 +209,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
     """Say which runs are missing in which part of the plot: earlier versions noted neither bytes nor exposures."""
     found = []
     for run in runs:
-        missing = [said for over, said in PANELS.items() if not any(curves(run, over))]
+        missing = [said for over, said in PANELS.items() if over != _OPTIONAL and not any(curves(run, over))]
         if missing:
             found.append(f"{run.label} is not plotted over {' and '.join(missing)}: its {METRICS} holds none")
     return found

@@ -307,6 +307,7 @@ Objective = Literal[
     "bytes_up",
     "exchanges",
     "seconds",
+    "simulated_seconds",
     "exposures_max",
 ]
 MAXIMISED = ("test_accuracy",)
@@ -383,6 +384,9 @@ class Settings(Section):
             raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
         if self.devices.profile and self.protocol.labels == "at-home":
             raise ValueError("devices.profile: there is no virtual clock for protocol.labels 'at-home'")
+        sought = (*self.tune.objectives, *self.tune.constraints) if self.tune else ()
+        if "simulated_seconds" in sought and self.devices.profile is None:
+            raise ValueError("tune: simulated_seconds needs a [devices.profile]")
         if (self.model.name is None) == (self.model.builder is None):
             raise ValueError(f"model needs a name or a builder, not {'both' if self.model.name else 'neither'}")
         return self

@@ -29,25 +29,34 @@ _COMPARED = {  # figures of a run: what a table calls them, and how it writes th
     "bytes_up": ("bytes_up", ","),
     "bytes_down": ("bytes_down", ","),
     "seconds": ("seconds", ",.1f"),
+    "simulated_seconds": ("simulated seconds", ",.1f"),
 }
-_AXES = {"round": "rounds", "bytes_up": "MB sent up", "exposures_max": "releases of a training record, the most"}
+_AXES = {
+    "round": "rounds",
+    "bytes_up": "MB sent up",
+    "exposures_max": "releases of a training record, the most",
+    "simulated_seconds": "simulated seconds",
+}
 _SCORES = {"_accuracy": "accuracy", "_r2": "R²"}
 _SIDE_BY_SIDE = 4  # runs whose figures fit into 80 columns
 
 
 def draw_curves(folder: Path) -> None:
-    """Draw ``curves.png`` from ``metrics.jsonl``: loss and, for classes, accuracy over rounds."""
+    """Draw ``curves.png`` from ``metrics.jsonl``: loss and, for classes, accuracy over rounds and simulated time."""
     # matplotlib's pyplot would pick up a display and keep figures alive: the object interface does neither
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    panels = [("loss", "round"), ("accuracy", "round")]
+    if any("simulated_seconds" in m for m in lines):
+        panels.append(("accuracy", "simulated_seconds"))
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    for axis, (name, over) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for side, style in (("train", "-"), ("test", "o-")):
-            points = [(m["round"], m[f"{side}_{name}"]) for m in lines if m.get(f"{side}_{name}") is not None]
+            points = [(m[over], m[f"{side}_{name}"]) for m in lines if m.get(f"{side}_{name}") is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=side, markersize=4)
-        axis.set(xlabel="round", ylabel=name)
+        axis.set(xlabel=over.replace("_", " "), ylabel=name)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(frameon=False)
@@ -129,7 +138,19 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("bytes_down", f"{result['bytes_down']:,}"),
         ("seconds (startup + training)", f"{seconds['startup']:.1f} + {seconds['training']:.1f}"),
     ]
-    return rows
+    return [*rows, *_simulated(result["simulated"])] if "simulated" in result else rows
+
+
+def _simulated(found: dict[str, Any]) -> list[tuple[str, str]]:
+    up, down, heard = found["bytes_up"], found["bytes_down"], found["participation"]
+    unheard = ", ".join(f"{name} {found[name]:,}" for name in ("away", "late", "lost", "spare"))
+    return [
+        ("simulated seconds", f"{found['seconds']:,.1f}"),
+        ("bytes up + down of a device, mean", f"{up['mean']:,.0f} + {down['mean']:,.0f}"),
+        ("heard of a device: least, mean, most", f"{heard['least']}, {heard['mean']:.1f}, {heard['most']}"),
+        ("not heard", unheard),
+        ("releases that were never heard", f"{found['wasted']:,} of {found['released']:,}"),
+    ]
 
 
 def comparison_tables(runs: Sequence[Run]) -> Iterator[Table]:
@@ -210,7 +231,7 @@ def _draw_panel(axis: Any, runs: Sequence[Run], over: str) -> None:
             axis.plot(x, y, style, color=f"C{number}", linewidth=width, markersize=4)
     axis.set_xlabel(_AXES[over])
     axis.grid(alpha=0.3)
-    if unit == 1:
+    if over in ("round", "exposures_max"):
         axis.locator_params("x", integer=True)
 
 

@@ -82,6 +82,11 @@ def tanh_model() -> SplitModel:
     return SplitModel.from_sequential(net, input_shape=(12,))
 
 
+def identity_model() -> SplitModel:
+    net = nn.Sequential(nn.Linear(12, 10), nn.Identity(), nn.Linear(10, 3))
+    return SplitModel.from_sequential(net, input_shape=(12,))
+
+
 def gelu_model() -> SplitModel:
     net = nn.Sequential(nn.Linear(12, 10, bias=False), nn.GELU(), nn.Linear(10, 3))
     return SplitModel.from_sequential(net, input_shape=(12,))

@@ -93,6 +93,25 @@ def test_packing_and_engine_change_no_bit_of_the_shipped_run(tmp_path: Path) -> 
         assert largest_difference(trained(tmp_path / name), trained(tmp_path / "1")) == 0
 
 
+def test_devices_are_away_late_and_lost_in_the_same_way_on_ray(tmp_path: Path) -> None:
+    profile = {"preset": "phones-4g", "release-seconds": 1e-3, "gradient-seconds": 1e-3, "dropout": 0.2}
+    devices = {"count": 12, "test": [11], "fraction": 0.5, "over-sampling": 1.5, "profile": profile}
+    lines = {}
+    for engine, per_node in (("inline", 1), ("ray", 5)):
+        settings = small_settings(
+            run={"engine": engine},
+            data={"builder": "own:few"},
+            devices={**devices, "per-node": per_node},
+            protocol={"deadline": 0.2},
+        )
+        simulate(settings, out=tmp_path / engine)
+        found = [json.loads(line) for line in (tmp_path / engine / "metrics.jsonl").read_text().splitlines()]
+        clocked = ("seconds", "trunk_seconds", "exchanges", "bytes_up", "bytes_down")
+        lines[engine] = [{k: v for k, v in line.items() if k not in clocked} for line in found]
+    assert lines["ray"] == lines["inline"] and any(line["lost"] for line in lines["ray"])
+    assert largest_difference(trained(tmp_path / "ray"), trained(tmp_path / "inline")) == 0
+
+
 def test_a_killed_run_resumes_bit_identically(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     rounds = ["--set", "run.rounds=12", "--engine", "inline"]

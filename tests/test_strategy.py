@@ -423,6 +423,36 @@ def test_a_node_that_always_lies_is_asked_no_more(
     assert {n: (a.offences, a.quarantined) for n, a in accounts.items()} == {2: (0, False), 3: (offences, True)}
 
 
+def test_a_round_goes_on_with_the_first_that_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two of five are wanted and four asked: nobody waits for nodes 3 and 4, who are only slow."""
+
+    def slow(number: int, message: Message, reply: Message) -> Message | None:
+        return None if number and message.metadata.message_type == "train" and node_of(message) in (3, 4) else reply
+
+    change, seen = note_kinds(slow)
+    devices = {"fraction": 0.4, "over-sampling": 2.0, "test": [0, 1]}
+    frozen = {"first_layer": {"strategy": "frozen"}}
+    run = train(tmp_path, change, devices=devices, protocol={"timeout": 600.0}, run={"rounds": 6}, **frozen)
+    assert run.result is not None and run.result["rounds"] == 6
+    for number in range(1, 7):
+        assert len({node for node, kind, n in seen if (kind, n) == ("train", number)}) == 4
+    assert [kind for _, kind, _ in seen].count("query") == 5 and "has not answered" not in caplog.text
+    heard = run.strategy.schedule.heard
+    answered = [node for node, kind, n in seen if kind == "train" and node < 3]  # who come at once are all welcome
+    assert heard == {node: answered.count(node) for node in range(3)}
+
+
+def test_a_round_waits_until_its_deadline_and_an_evaluation_does_not(tmp_path: Path) -> None:
+    def silent(number: int, message: Message, reply: Message) -> Message | None:
+        return None if number == 2 and node_of(message) == 1 else reply
+
+    began = time.monotonic()
+    run = train(tmp_path, silent, protocol={"timeout": 600.0, "deadline": 0.3})
+    assert run.result is not None and run.result["rounds"] == 4
+    assert run.result["samples"] == 4 * sum(7 + 3 * d for d in range(5)) - 10
+    assert 0.3 <= time.monotonic() - began < 600
+
+
 def test_offences_need_not_follow_one_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def lies(number: int, message: Message, reply: Message) -> Message:
         return garbage(reply) if number in (1, 3, 5) and node_of(message) == 1 else reply

@@ -14,7 +14,7 @@ from fedsplit.state import replacing
 
 AUDITED = ("strongest_psnr", "identification")
 """Objectives that an audit tells."""
-_GROWING = ("bytes_up", "exchanges", "exposures_max")  # while a run goes on
+_GROWING = ("bytes_up", "exchanges", "exposures_max", "simulated_seconds")  # while a run goes on
 _MARGINS = {"test_accuracy": 0.03, "strongest_psnr": 1.0, "identification": 0.1}
 _RELATIVE = 0.1  # the margin of all others, of the value itself
 _DONE = "objectives.json"
@@ -164,7 +164,8 @@ def _run_seed(settings: Settings, folder: Path, plan: Plan, before: Sequence[Val
                     raise _OutOfReachError(f"{name} would be more than {bound:g}")
 
     result = simulate(settings, out=folder, report=watch)
-    known = {**result, "seconds": result["seconds"]["training"]}
+    simulated = result.get("simulated", {}).get("seconds")
+    known = {**result, "seconds": result["seconds"]["training"], "simulated_seconds": simulated}
     if set(AUDITED) & set(plan.names):
         known |= audited(folder, settings, quick=True)
     if missing := [name for name in plan.names if known.get(name) is None]:

@@ -38,21 +38,23 @@ class Pauses:
         self._shortest, self._longest = shortest, longest
         self._took: deque[float] = deque([0.0], maxlen=self._RECENT)
         self._began = time.monotonic()
+        self._look = 0.0
 
     def begin(self) -> None:
         """Begin to wait."""
         self._began = time.monotonic()
 
     def came(self) -> None:
-        """Note that it has come."""
-        self._took.append(time.monotonic() - self._began)
+        """Note that the last look has found it; what the look itself took does not count, or each would be later."""
+        self._took.append(self._look)
 
     def next(self) -> float:
         """Return the seconds to wait before the next look."""
         waited = time.monotonic() - self._began
-        if (first := _SOONER * min(self._took)) > waited:
-            return first - waited
-        return min(max(self._shortest, _SHARE * waited), self._longest)
+        first = _SOONER * min(self._took)
+        pause = first - waited if first > waited else min(max(self._shortest, _SHARE * waited), self._longest)
+        self._look = waited + pause
+        return pause
 
 
 def hasten_pulls() -> None:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
@@ -53,7 +54,7 @@ TOGETHER: dict[str, dict[str, dict[str, Any]]] = {
     "all in 7 seconds": {"protocol": {"deadline": 7.0}},
 }
 LATENCIES = (0.02, 0.1, 0.2, 0.4)
-COUNTED = {"long": (8.0, "epoch"), "short": (100.0, 8)}  # Mbit/s and chunk of exchanges whose round trips are counted
+COUNTED: dict[str, tuple[float, int | str]] = {"long": (8.0, "epoch"), "short": (100.0, 8)}  # Mbit/s and chunk
 
 
 def settings_for(count: int, rounds: int, changes: dict[str, dict[str, Any]]) -> Settings:
@@ -109,7 +110,7 @@ def simulated(folder: Path, nodes: Sequence[Figures], settings: Settings) -> lis
     tables["devices"] |= {"profile": {"trace": str(trace)}}
     simulate(check_settings(tables), out=folder / "run")
     ends = [0.0, *(r["simulated_seconds"] for r in rounds_of(folder / "run"))]
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return [after - before for before, after in pairwise(ends)]
 
 
 def compared(folder: Path, nodes: Sequence[Figures], settings: Settings) -> Row:

@@ -1,6 +1,6 @@
 """A TCP proxy that is as slow as a given link: so many bits a second, and a delay, each way on its own.
 
-Bytes pass in order and as they are. A piece of n bytes takes the link for 8 n / bandwidth seconds, after those before it
+Bytes pass in order and as they are. A piece of n bytes takes the link for 8 n / bandwidth seconds once those before it
 have left, and arrives a delay later. All connections share the link, piece by piece. What is on its way is bounded: a
 sender is read from only when the link is about to be free.
 """

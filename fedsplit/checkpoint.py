@@ -145,8 +145,9 @@ def _restore(folder: Path, strategy: SplitStrategy) -> float:
         strategy.first_layer.load_state(weights, state["first_layer"])
     else:
         strategy.layer.load_weights(weights)
-    strategy.schedule.position, strategy.schedule.heard = state["position"], state["heard"]
-    strategy.load_clock(state["clock"])
+    strategy.schedule.position = state["position"]
+    strategy.schedule.heard = state.get("heard", {})  # which earlier versions did not count
+    strategy.load_clock(state.get("clock", {}))
     pending = []
     for block in state["pending"]:
         records = block.pop("records")

@@ -19,6 +19,8 @@ from fedsplit.validation import Section, one_line
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Turn = Annotated[float, Field(ge=0.1, le=1e9)]
 
 
 class RunSettings(Section):
@@ -63,8 +65,8 @@ class LogNormal(Section):
 class OnOff(Section):
     """Times, in mean seconds and exponentially distributed, for which a device is there and away by turns."""
 
-    on: Rate
-    off: Rate
+    on: Turn
+    off: Turn
 
 
 class ProfileSettings(Section):
@@ -74,29 +76,28 @@ class ProfileSettings(Section):
     of a round trip, once an exchange. Each is a number or a lognormal over the devices. ``availability``: the
     probability that a device is there in a round, or a Markov chain. ``dropout``: the probability that it is lost in an
     exchange. ``trace``: a CSV file, see :class:`fedsplit.virtual.trace.Trace`, that begins again every ``trace_period``
-    seconds. ``preset`` stands for typical figures, of which those that are given take the place.
+    seconds. ``preset`` stands for typical figures, of which those that are given take the place; see :meth:`filled`.
     ``release_seconds`` and ``gradient_seconds``: what one core of this machine needs to release a record, and for its
     gradient; measured where they are absent, so give them where runs must be equal.
     """
 
     preset: Literal["phones-4g", "wearables-ble", "hospital-lan"] | None = None
-    compute: Rate | LogNormal = 1.0
+    compute: Rate | LogNormal | None = None
     uplink: Rate | LogNormal | None = None
     downlink: Rate | LogNormal | None = None
-    latency: Annotated[float, Field(ge=0, allow_inf_nan=False)] | LogNormal = 0.0
-    availability: Annotated[float, Field(gt=0, le=1)] | OnOff = 1.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    latency: Annotated[float, Field(ge=0, allow_inf_nan=False)] | LogNormal | None = None
+    availability: Annotated[float, Field(gt=0, le=1)] | OnOff | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     trace: str | None = None
-    trace_period: Rate | None = None
+    trace_period: Seconds | None = None
     release_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     gradient_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, given: Any) -> Any:
-        if isinstance(given, dict) and (typical := presets().get(str(given.get("preset")))):
-            return {**typical, **given}
-        return given
+    def filled(self) -> "ProfileSettings":
+        """Return the profile with the preset's figures in place of those that are not given, or an ideal device's."""
+        ideal = {"compute": 1.0, "latency": 0.0, "availability": 1.0, "dropout": 0.0}
+        given = self.model_dump(by_alias=True, exclude_none=True)
+        return ProfileSettings.model_validate({**ideal, **_presets().get(self.preset or "", {}), **given})
 
     @model_validator(mode="after")
     def _period(self) -> "ProfileSettings":
@@ -106,7 +107,7 @@ class ProfileSettings(Section):
 
 
 @cache
-def presets() -> dict[str, dict[str, Any]]:
+def _presets() -> dict[str, dict[str, Any]]:
     """Return the typical figures of some kinds of devices; the file says where they come from."""
     return tomllib.loads((Path(__file__).parent / "virtual" / "presets.toml").read_text(encoding="utf-8"))
 
@@ -199,8 +200,8 @@ class ProtocolSettings(Section):
     max_staleness: Annotated[int, Field(ge=0)] = 1
     staleness_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     min_nodes: Positive = 1
-    timeout: Rate = 600.0
-    deadline: Rate | None = None
+    timeout: Seconds = 600.0
+    deadline: Seconds | None = None
     max_offences: Positive = 3
 
     @model_validator(mode="after")

@@ -86,9 +86,9 @@ class Schedule:
         """Return the devices that have records which they will still be asked for, ascending."""
         return sorted(d for d, n in self._counts.items() if not self.once or self.position.get(d, 0) < n)
 
-    def keep(self, devices: Collection[int]) -> None:
-        """Forget, until counts are set again, all devices but some."""
-        self._counts = {d: n for d, n in self._counts.items() if d in devices}
+    def leave_out(self, devices: Collection[int]) -> None:
+        """Forget some devices until counts are set again."""
+        self._counts = {d: n for d, n in self._counts.items() if d not in devices}
 
     def rows(self, round_number: int) -> dict[int, Row]:
         """Return (device, pass, start, stop) by device, and advance the positions."""

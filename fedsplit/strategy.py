@@ -453,10 +453,8 @@ class SplitStrategy(Strategy):
         home = {d: node for node, r in self.nodes.items() for d in r.devices.tolist()}
         blocks: dict[int, list[CutGradients]] = {}
         self._on_their_way = pending
-        self._until = time.monotonic() + (self.options.deadline or float("inf"))
-        self._wanted = self.schedule.wanted if rows and self.schedule.over_sampling > 1 else None
-        if kind == MessageType.EVALUATE:
-            self._until, self._wanted = float("inf"), None
+        training = kind == MessageType.TRAIN
+        self._wanted = self.schedule.wanted if training and rows and self.schedule.over_sampling > 1 else None
         for block in pending:
             nodes = {home.get(d) for d in block.cut.devices.tolist()}
             if len(nodes) == 1 and (node := nodes.pop()) is not None:
@@ -480,13 +478,15 @@ class SplitStrategy(Strategy):
         return messages
 
     def _message(self, kind: str, node: int, payload: bytes) -> Message:
-        """Return a message to a node, and count it."""
+        """Return a message to a node, and count it; one of training has until the deadline from now on."""
         self.progress.totals.bytes_down += len(payload)
         self.progress.totals.exchanges += 1
         self.roster.sent(node, len(payload))
         timeout, deadline = self.options.timeout, self.options.deadline
-        hurried = deadline is not None and kind == MessageType.TRAIN
-        return Message(to_record(payload), node, kind, ttl=min(timeout, deadline or timeout) if hurried else timeout)
+        if kind != MessageType.TRAIN or deadline is None:
+            return Message(to_record(payload), node, kind, ttl=timeout)
+        self._until = time.monotonic() + deadline
+        return Message(to_record(payload), node, kind, ttl=min(timeout, deadline))
 
     def over(self, replies: Iterable[Message]) -> bool:
         """Whether a round goes on with these replies to its messages: the deadline has passed, or there are enough."""
@@ -518,7 +518,7 @@ class SplitStrategy(Strategy):
             self._account(upload, test=test)
             self._note_failures(upload, asked[node], test=test)
         self._settle(asked, found)
-        self._until, self._wanted = float("inf"), None
+        self._wanted = None
         if not test:
             self._ask_again([row for node in asked if node not in found for row in asked[node].schedule.tolist()])
         return list(found.values())
@@ -564,13 +564,14 @@ class SplitStrategy(Strategy):
                 continue
             self.roster.seen(node, len(payload))
             self.progress.totals.bytes_up += len(payload)
+        self._until = float("inf")
         spare = self._are_enough(good, asked)
         for node in asked.keys() - good.keys() - reasons.keys():
             self.roster.miss(node, gone=not spare)
             if spare:  # it is only slower than others
                 continue
             log.warning("round %d: %s has not answered", self.progress.round_number, self.roster.name(node))
-        if len(good) < min(needed, len(asked)):
+        if len(good) < min(needed, len(asked)) and not self._can_do_without:
             why = f"; first reason: {next(iter(reasons.values()))}" if reasons else ""
             raise RunError(
                 f"round {self.progress.round_number}: {len(good)} of {len(asked)} nodes answered, "
@@ -590,6 +591,11 @@ class SplitStrategy(Strategy):
         upload = Upload.from_bytes(payload, parameters=self.layer.size)
         check_upload(upload, asked, pending, self.layer.width, self._targets, trunk.outputs)
         return upload
+
+    @property
+    def _can_do_without(self) -> bool:
+        """Whether a round may bring nothing: the trunk learns from earlier releases, and is asked for few new ones."""
+        return self.options.replays and bool(self.progress.replay)
 
     def _settle(self, asked: dict[int, Download], uploads: Iterable[int]) -> None:
         """Forget the cut gradients that nodes have answered, so that none is applied twice."""

@@ -21,7 +21,7 @@ from fedsplit.errors import ConfigError, DataError, RunError
 from fedsplit.model import FirstLayer
 from fedsplit.privacy import audit as audit_module
 from fedsplit.privacy.evidence import Evidence, equations, recorded, rehearsed
-from fedsplit.privacy.transcript import Subjects
+from fedsplit.privacy.transcript import Subjects, exchanges
 
 TARGETS = 40
 
@@ -82,6 +82,23 @@ def test_the_recorded_sums_are_those_of_the_recorded_gradients(run: Path) -> Non
         rows = np.stack([evidence.subjects.x[p] for p in group.places[targets]])
         assert all(row.tobytes() in known for row in rows)
         assert len(group.deltas) == len(group.sums) == 3
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "pipelined"])
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.3])
+def test_every_recorded_sum_is_put_together_with_its_releases(mode: str, dropout: float | None, tmp_path: Path) -> None:
+    """Also the last round's, and where a node is asked for several sums in a round, each of some devices."""
+    known = {"uplink": 1.0, "downlink": 1.0, "release-seconds": 1e-3, "gradient-seconds": 1e-3}
+    profile = {} if dropout is None else {"profile": {**known, "dropout": dropout}}
+    protocol = {"mode": mode, "max-staleness": 3, **({"deadline": 60.0} if profile else {})}
+    simulate(digits(devices=profile, protocol=protocol), out=tmp_path / "run")
+    evidence = evidence_of(tmp_path / "run")
+    recorded = list(exchanges(tmp_path / "run" / "audit", evidence.layer.size))
+    assert sum(len(g.sums) for g in evidence.groups) == sum(len(e.upload.gradients.sums) for e in recorded) >= 6
+    for group in evidence.groups:
+        for delta, total in zip(group.deltas, group.sums, strict=True):  # the bias's part is the sum of all deltas
+            assert np.abs(total[-48:]).max() > 0
+            assert np.allclose(total[-48:], delta.sum(axis=0, dtype=np.float64), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import CONFIGS, small_settings
 from references import largest_difference, moved, trained
 
@@ -370,6 +371,23 @@ def test_a_checkpoint_survives_two_kills(tmp_path: Path) -> None:
     (run / "checkpoint.new").mkdir(exist_ok=True)
     (run / "checkpoint.new" / "state.pt").write_bytes(b"half")
     assert simulate(settings, out=run, resume=True)["test_loss"] == whole["test_loss"]
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """One that counts neither who was heard nor time."""
+
+    def interrupt(metrics: dict[str, object]) -> None:
+        raise KeyboardInterrupt
+
+    simulate(small_settings(), out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        simulate(small_settings(), out=tmp_path / "cut", report=interrupt)
+    path = tmp_path / "cut" / "checkpoint" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["heard"], state["clock"]
+    torch.save(state, path)
+    simulate(small_settings(), out=tmp_path / "cut", resume=True)
+    assert largest_difference(trained(tmp_path / "cut"), trained(tmp_path / "whole")) == 0
 
 
 @pytest.mark.parametrize("name", ["state.pt", "trunk.safetensors", "first_layer.safetensors"])

@@ -447,10 +447,45 @@ def test_a_round_waits_until_its_deadline_and_an_evaluation_does_not(tmp_path: P
         return None if number == 2 and node_of(message) == 1 else reply
 
     began = time.monotonic()
-    run = train(tmp_path, silent, protocol={"timeout": 600.0, "deadline": 0.3})
+    run = train(tmp_path, silent, protocol={"timeout": 600.0, "deadline": 3.0})
     assert run.result is not None and run.result["rounds"] == 4
     assert run.result["samples"] == 4 * sum(7 + 3 * d for d in range(5)) - 10
-    assert 0.3 <= time.monotonic() - began < 600
+    assert 3.0 <= time.monotonic() - began < 600
+
+
+@pytest.mark.parametrize("nodes", [5, 2])
+@pytest.mark.parametrize("lie", [False, True])
+def test_what_was_to_be_released_once_is_asked_for_until_it_comes(lie: bool, nodes: int, tmp_path: Path) -> None:
+    """Also if nobody else is asked any more: the run goes on without, and what comes again is nothing new."""
+
+    def missing(number: int, message: Message, reply: Message) -> Message | None:
+        if number in (1, 2) and node_of(message) == 1 and message.metadata.message_type == "train":
+            return garbage(reply) if lie else None
+        return reply
+
+    packing = {"per-node": -(-5 // nodes)}
+    once = {"public": {"devices": [0], "epochs": 1}, "devices": packing}
+    run = train(tmp_path, missing, nodes, protocol={"mode": "release-once"}, run={"rounds": 5}, **once)
+    assert run.result is not None and run.result["rounds"] == 5
+    assert run.result["samples"] == sum(7 + 3 * d for d in range(1, 5))
+    assert run.result["exposures_max"] == 1
+
+
+@pytest.mark.parametrize("exchange", [1, 2, 3])
+def test_each_exchange_of_a_round_has_its_deadline_with_labels_at_home(exchange: int, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def silent(number: int, message: Message, reply: Message) -> Message | None:
+        if number == 2 and node_of(message) == 1 and message.metadata.message_type == "train":
+            asked.append(number)
+            return None if len(asked) == exchange else reply
+        return reply
+
+    began = time.monotonic()
+    protocol = {"mode": "synchronous", "labels": "at-home", "batch-size": 1000, "timeout": 30.0, "deadline": 0.3}
+    run = train(tmp_path, silent, protocol=protocol)
+    assert run.result is not None and run.result["rounds"] == 4
+    assert len(asked) >= exchange and time.monotonic() - began < 30
 
 
 def test_offences_need_not_follow_one_another(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

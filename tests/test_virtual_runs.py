@@ -57,10 +57,14 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in OF_PACKING} for line in lines]
 
 
+@pytest.mark.parametrize("sampled", [{}, {"fraction": 0.5, "sampling": "size", "per-node": 2}])
 @pytest.mark.parametrize("mode", ["synchronous", "pipelined", "single-pass", "release-once"])
-def test_a_profile_in_which_all_are_heard_changes_nothing(mode: str, tmp_path: Path) -> None:
-    profiles = {"with": FAST, "without": None}
-    results = [simulate(settings_for(profile, mode), out=tmp_path / name) for name, profile in profiles.items()]
+def test_a_profile_in_which_all_are_heard_changes_nothing(mode: str, sampled: dict[str, Any], tmp_path: Path) -> None:
+    """Also where devices that have released all they have are sampled for nothing."""
+    results = []
+    for name, profile in {"with": FAST, "without": None}.items():
+        settings = settings_for(profile, mode, devices=dict(sampled), run={"rounds": 6})
+        results.append(simulate(settings, out=tmp_path / name))
     assert largest_difference(trained(tmp_path / "with"), trained(tmp_path / "without")) == 0
     for name in ("test_loss", "samples", "exposures_max", "ledger"):
         assert results[0][name] == results[1][name]

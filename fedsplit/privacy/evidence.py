@@ -161,7 +161,10 @@ class _Sums:
             for block in exchange.download.pending:
                 if block.round_number not in lost and (node, block.round_number) in self._released:
                     of, release = self._released[node, block.round_number]
-                    for name, row in zip(of, self._delta(release, block.values()), strict=True):
+                    part = release.take(np.isin(release.devices, block.devices))
+                    those = set(block.devices.tolist())
+                    of = [name for name in of if name[0] in those]
+                    for name, row in zip(of, self._delta(part, block.values()), strict=True):
                         if group in (-1, name[0]):
                             deltas[name] = deltas.get(name, 0) + row
             self._found.setdefault((node, int(group)), []).append((deltas, total))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +26,18 @@ MOST_CANDIDATES = 5000
 def record_exchange(folder: Path, node: int, download: Download, upload: Upload, index: IntArray) -> None:
     """Write one exchange of a simulated node; ``index`` are the released records' indices on their devices."""
     folder.mkdir(parents=True, exist_ok=True)
-    half = "release" if len(download.schedule) else "gradient"
+    half = "release" if len(download.schedule) else f"gradient-{_asked(download):08x}"
     with replacing(folder / f"{download.round_number:06d}-{half}-{node:06d}.npz") as path, path.open("wb") as file:
         sent, got = (np.frombuffer(m.to_bytes(), dtype=np.uint8) for m in (upload, download))
         np.savez_compressed(file, download=got, upload=sent, index=index, node=node)
+
+
+def _asked(download: Download) -> int:
+    """Return a number of the gradients that are asked for: a node may be asked for several sums in a round."""
+    asked = 0
+    for block in download.pending:
+        asked = crc32(f"{block.round_number} {block.devices.tolist()}".encode() + block.codes.tobytes(), asked)
+    return asked
 
 
 def tested(source: Source) -> Records:
@@ -133,14 +142,16 @@ class Exchange:
 
 
 def exchanges(folder: Path, parameters: int) -> Iterator[Exchange]:
-    """Yield a run's exchanges in the order of rounds; ``parameters`` is the first layer's size.
+    """Yield a run's exchanges in the order of rounds, in each those with releases first.
+
+    ``parameters`` is the first layer's size.
 
     Raises
     ------
     DataError
         If there are none, or one is damaged.
     """
-    paths = sorted((folder / "exchanges").glob("*.npz"))
+    paths = sorted((folder / "exchanges").glob("*.npz"), key=lambda p: (p.name[:6], "gradient" in p.name, p.name))
     if not paths:
         raise DataError(f"{folder} holds no exchanges: only a run with [audit] targets can be audited")
     for path in paths:

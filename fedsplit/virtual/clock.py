@@ -131,23 +131,26 @@ class VirtualClock:
         """Begin a round."""
         self._round = _Round(round_number)
 
-    def there(self, devices: IntArray, least: int) -> IntArray:
+    def there(self, devices: IntArray, least: int, *, must: bool = True) -> IntArray:
         """Return which of the devices are there now, after waiting until it is at least so many.
 
         Raises
         ------
         RunError
-            If there never are.
+            If there never are, and there ``must`` be; else those who are there do.
         """
         presence, number = self.profile.presence, self._round.number
         for attempt in range(_ATTEMPTS):
             found = presence.there(self.now, number, attempt)[devices]
-            if found.sum() >= least:
+            enough = int(found.sum()) >= least
+            change = self.now if enough else presence.next_change(self.now, devices)
+            in_vain = change >= NEVER or (not enough and attempt == 0 and presence.hopeless(devices, least) is not None)
+            if enough or (in_vain and not must):
                 away = devices[~found]
                 self.counts.away[away] += 1
                 self._round.fates["away"].update(away.tolist())
                 return devices[found]
-            if (change := presence.next_change(self.now)) >= NEVER:
+            if in_vain:
                 break
             self.now = change
         raise RunError(

@@ -25,12 +25,12 @@ class Presence(ABC):
         """Return by device whether it is there as a round begins; ``attempt`` counts how often that was asked."""
 
     @abstractmethod
-    def next_change(self, now: int) -> int:
-        """Return when to ask again, :data:`NEVER` if nothing will change."""
+    def next_change(self, now: int, devices: IntArray) -> int:
+        """Return when to ask for some devices again, :data:`NEVER` if nothing will change."""
 
     @abstractmethod
     def gone_at(self, now: int) -> IntArray:
-        """Return by device until when it stays, if it is there."""
+        """Return by device until when it stays; ``now`` if it is away."""
 
     @abstractmethod
     def hopeless(self, devices: IntArray, least: int) -> str | None:
@@ -48,7 +48,7 @@ class ByChance(Presence):
         draws = np.random.default_rng(seed_of(self._seed, "there", round_number, attempt)).random(self._count)
         return np.asarray(draws < self._probability)
 
-    def next_change(self, now: int) -> int:
+    def next_change(self, now: int, devices: IntArray) -> int:
         """Return a minute later."""
         return now + AGAIN
 
@@ -88,15 +88,15 @@ class ByTurns(Presence):
         self._advance(now)
         return self._on.copy()
 
-    def next_change(self, now: int) -> int:
-        """Return when the next turn ends."""
+    def next_change(self, now: int, devices: IntArray) -> int:
+        """Return when the next turn of one of them ends."""
         self._advance(now)
-        return int(self._until.min())
+        return int(self._until[devices].min())
 
     def gone_at(self, now: int) -> IntArray:
-        """Return the end of each device's turn."""
+        """Return the end of each device's turn to be there, or ``now``."""
         self._advance(now)
-        return self._until.copy()
+        return np.where(self._on, self._until, now)
 
     def hopeless(self, devices: IntArray, least: int) -> str | None:
         """Judge by the share of the time that a device is there."""
@@ -114,8 +114,8 @@ class ByTrace(Presence):
         """Return who is there at a time."""
         return np.asarray(self._trace.at(now)["available"] == 1)
 
-    def next_change(self, now: int) -> int:
-        """Return when the next row begins."""
+    def next_change(self, now: int, devices: IntArray) -> int:
+        """Return when the next row of any device begins."""
         return self._trace.next_change(now)
 
     def gone_at(self, now: int) -> IntArray:

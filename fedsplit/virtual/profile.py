@@ -49,6 +49,7 @@ class Profile:
         DataError
             If the trace is not one of these devices.
         """
+        settings = settings.filled()
         trace = Trace.read(settings.trace, count, settings.trace_period) if settings.trace else None
         told = trace.columns if trace else {}
         drawn = {}
@@ -59,7 +60,7 @@ class Profile:
                     raise ConfigError(f"devices.profile.{name}: missing: give it, a preset or a trace that has it")
                 chosen = 1.0
             drawn[name] = _draw(chosen, count, seed_of(seed, "profile", name))
-        return cls(count, drawn, trace, _presence(settings, trace, count, seed), settings.dropout)
+        return cls(count, drawn, trace, _presence(settings, trace, count, seed), settings.dropout or 0.0)
 
     def at(self, now: int) -> dict[str, Values]:
         """Return what the devices can do at a time in microseconds, as :attr:`drawn`."""
@@ -77,4 +78,4 @@ def _presence(settings: ProfileSettings, trace: Trace | None, count: int, seed: 
         return ByTrace(trace)
     if isinstance(settings.availability, OnOff):
         return ByTurns(settings.availability.on, settings.availability.off, count, seed)
-    return ByChance(settings.availability, count, seed)
+    return ByChance(settings.availability or 1.0, count, seed)

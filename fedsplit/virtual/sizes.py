@@ -65,12 +65,13 @@ class Sizes:
             1 where a gradient is sent.
         """
         fixed = _HEAD + (_ONE + 8) + (_ONE + 8 * len(Ledger._fields)) + 2 * _ONE + _TWO + (_ONE + 8)
-        release = 5 * _ONE + _TWO + (_ONE if self.columns is None else _TWO)  # devices, records, counts, codes, ...
+        release = 6 * _ONE + _TWO  # devices, records, targets, counts, bitmap, codes, exponents
         record = 4 * (self.columns or 1) + (2 if self.width <= 0xFFFF else 4) + -(-self.width // 8)
         if self.bits:
             codes = -(-values * self.bits // 8) if self.bits > 1 else 0 * values
         else:
             codes, record = self.value * values, record + 2  # and an exponent
         gradient = 2 * _ONE + _TWO + (4 + 8 + 8 * self.parameters) * sums
-        devices = 8 * (records > 0).astype(np.int64)
+        # without records nobody knows that targets have columns, but where a guard has refused them all: 4 bytes more
+        devices = (8 if self.columns is None else 8 + _TWO - _ONE) * (records > 0).astype(np.int64)
         return fixed + 4 * failed + 12 * refused + release + devices + record * records + codes + gradient

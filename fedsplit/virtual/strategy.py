@@ -97,8 +97,7 @@ class VirtualStrategy(SplitStrategy):
         return False  # it is the clock that says when a round is over
 
     def _flush(self, grid: Grid) -> None:
-        there = self.clock.there(self._devices_pending, least=0)
-        _, answering = self._exchange(grid, {}, self._pending_of(there), needed=0)
+        _, answering = self._exchange(grid, {}, self._pending_of(self._there), needed=0)
         replies = grid.send_and_receive(self._messages(MessageType.TRAIN, {}, answering), timeout=self.options.timeout)
         self._step_first_layer(self._receive(replies, needed=0), "flush")
         self.metrics.update(self.clock.report())
@@ -107,8 +106,9 @@ class VirtualStrategy(SplitStrategy):
         """Return the rows of devices that are there, after waiting for some who still have something to release."""
         waiting = self.schedule.waiting()
         candidates = np.union1d(np.array(waiting, dtype=np.int64), self._devices_pending)
-        self._there = self.clock.there(candidates, min(self._least, len(candidates)))
-        self.schedule.keep(set(self._there.tolist()) & set(waiting))
+        least = min(self._least, len(candidates))
+        self._there = self.clock.there(candidates, least, must=not self._can_do_without)
+        self.schedule.leave_out(set(candidates.tolist()) - set(self._there.tolist()))
         return super()._cohort(round_number)
 
     @property
@@ -145,7 +145,7 @@ class VirtualStrategy(SplitStrategy):
         outcome = self.clock.exchange(work, enough)
         self.clock.note_records(work, outcome, released, answered)
         heard = work.devices[outcome.heard]
-        least = min(self._least if needed is None else needed, len(work.devices))
+        least = 0 if self._can_do_without else min(self._least if needed is None else needed, len(work.devices))
         if len(heard) < least:
             raise RunError(
                 f"round {self.progress.round_number}: {len(heard)} of {len(work.devices)} devices were heard within "

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.errors import ConfigError, DataError
-from fedsplit.packing import IntArray
+from fedsplit.packing import MAX_DEVICES, IntArray
 
 SECOND = 1_000_000  # microseconds
 NEVER = 2**62  # microseconds: longer than any run
@@ -57,7 +57,7 @@ class Trace:
             In one line: the file, the line and what is wrong.
         """
         try:
-            with Path(path).open(encoding="utf-8", newline="") as file:
+            with Path(path).open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin with a mark
                 rows = list(csv.reader(file))
         except OSError as error:
             raise ConfigError(f"devices.profile.trace {path}: {error.strerror}") from None
@@ -109,8 +109,9 @@ class Trace:
     def next_change(self, now: int) -> int:
         """Return when any device's next row begins, after a time; :data:`NEVER` if none does."""
         begun, within = self._since(now)
-        if later := [int(s) for s in self._times if s > within]:
-            return begun + later[0]
+        following = int(np.searchsorted(self._times, within, side="right"))
+        if following < len(self._times):
+            return begun + int(self._times[following])
         return NEVER if self.period is None else begun + self.period
 
     def gone_at(self, now: int) -> IntArray:
@@ -129,7 +130,12 @@ class Trace:
         """Return the largest number of some devices that are there at the same time, ever."""
         if _AVAILABLE not in self.columns:
             return len(devices)
-        return max(int(self.at(int(s))[_AVAILABLE][devices].sum()) for s in self._times)
+        those = np.isin(self.devices, devices)
+        # a row changes the number by its difference from the device's row before; each device's first counts itself
+        change = np.diff(self.columns[_AVAILABLE], prepend=0.0)
+        change[self._starts[:-1]] = self.columns[_AVAILABLE][self._starts[:-1]]
+        places = np.searchsorted(self._times, self.seconds[those])
+        return int(np.bincount(places, weights=change[those]).cumsum().max(initial=0))
 
     @property
     def says_who_is_there(self) -> bool:
@@ -182,7 +188,7 @@ def _number(path: Path | str, line: int, name: str, text: str) -> float:
     except ValueError:
         value = math.nan
     rule, holds = {
-        "device": ("a device's id", value >= 0 and value == value // 1),
+        "device": ("a device's id", 0 <= value < MAX_DEVICES and value == value // 1),
         "seconds": ("at least 0", 0 <= value < NEVER / SECOND),
         _AVAILABLE: ("0 or 1", value in (0, 1)),
         "latency": ("at least 0", 0 <= value < math.inf),

@@ -24,7 +24,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedsplit.grid import PULL_AGAIN, PULL_LONGEST, PollingGrid
+from fedsplit.grid import PULL_AGAIN, PULL_LONGEST, Pauses, PollingGrid
 
 _PRESENCE = 5.0  # seconds between two questions whether those who are sending are still there
 
@@ -39,11 +39,12 @@ class _Reply:
         self.expires = time.monotonic() + announced.metadata.ttl
         self.missing = [part.object_id for part in iterate_object_tree(tree)]
         self.found: dict[str, bytes] = {}
-        self.again, self._pause = 0.0, PULL_AGAIN
+        self.again = 0.0
+        self._pauses = Pauses(PULL_AGAIN, PULL_LONGEST)
 
     def put_off(self) -> None:
         """Try again after a pause, which grows."""
-        self.again, self._pause = time.monotonic() + self._pause, min(2 * self._pause, PULL_LONGEST)
+        self.again = time.monotonic() + self._pauses.next()
 
     def whole(self) -> Message | None:
         """Return the message, all of whose parts are there; None if they are none."""

@@ -370,18 +370,15 @@ def calibrated(settings: Settings, folder: Path | None = None) -> Settings:
 
     ``folder`` is that of a run that goes on: what it has noted is not measured again.
     """
-    if (profile := settings.devices.profile) is None:
+    profile, before = settings.devices.profile, None
+    if profile is None or None not in (profile.release_seconds, profile.gradient_seconds):
         return settings
-    before = None
     if folder is not None and (folder / "config.toml").exists():
         before = load_settings(folder / "config.toml").devices.profile
-    if before is not None:
-        found = before.release_seconds, before.gradient_seconds
-    else:
+    known = (profile.release_seconds, profile.gradient_seconds)
+    found = (before.release_seconds, before.gradient_seconds) if before else (None, None)
+    if None in found:
         found = _record_seconds(settings, profile, split_model(settings, data_source(settings)))
-    measured = {
-        name: value if getattr(profile, name) is None else getattr(profile, name)
-        for name, value in zip(("release_seconds", "gradient_seconds"), found, strict=True)
-    }
-    devices = settings.devices.model_copy(update={"profile": profile.model_copy(update=measured)})
-    return settings.model_copy(update={"devices": devices})
+    release, gradient = (f if k is None else k for k, f in zip(known, found, strict=True))
+    measured = profile.model_copy(update={"release_seconds": release, "gradient_seconds": gradient})
+    return settings.model_copy(update={"devices": settings.devices.model_copy(update={"profile": measured})})

@@ -97,7 +97,7 @@ class ProfileSettings(Section):
         """Return the profile with the preset's figures in place of those that are not given, or an ideal device's."""
         ideal = {"compute": 1.0, "latency": 0.0, "availability": 1.0, "dropout": 0.0}
         given = self.model_dump(by_alias=True, exclude_none=True)
-        return ProfileSettings.model_validate({**ideal, **_presets().get(self.preset or "", {}), **given})
+        return ProfileSettings.model_validate({**ideal, **presets().get(self.preset or "", {}), **given})
 
     @model_validator(mode="after")
     def _period(self) -> "ProfileSettings":
@@ -107,7 +107,7 @@ class ProfileSettings(Section):
 
 
 @cache
-def _presets() -> dict[str, dict[str, Any]]:
+def presets() -> dict[str, dict[str, Any]]:
     """Return the typical figures of some kinds of devices; the file says where they come from."""
     return tomllib.loads((Path(__file__).parent / "virtual" / "presets.toml").read_text(encoding="utf-8"))
 
@@ -385,9 +385,22 @@ class Settings(Section):
             raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
         if self.devices.profile and self.protocol.labels == "at-home":
             raise ValueError("devices.profile: there is no virtual clock for protocol.labels 'at-home'")
+        releases_alone = self.first_layer.strategy == "frozen" or self.protocol.mode in ("release-once", "synchronous")
+        if self.devices.profile and self.guard.mode == "enforce" and not releases_alone:
+            # on a virtual clock releases come before the gradients that they come after elsewhere, and to a guard the
+            # order matters
+            raise ValueError(
+                "guard.mode 'enforce' with a devices.profile is for frozen first layers and synchronous mode"
+            )
         sought = (*self.tune.objectives, *self.tune.constraints) if self.tune else ()
-        if "simulated_seconds" in sought and self.devices.profile is None:
-            raise ValueError("tune: simulated_seconds needs a [devices.profile]")
+        profile = self.devices.profile
+        if "simulated_seconds" in sought and (
+            not profile or None in (profile.release_seconds, profile.gradient_seconds)
+        ):
+            raise ValueError(
+                "tune: simulated_seconds needs a [devices.profile] with release-seconds and gradient-seconds (as in "
+                "the config.toml of a run): trials would measure beside each other"
+            )
         if (self.model.name is None) == (self.model.builder is None):
             raise ValueError(f"model needs a name or a builder, not {'both' if self.model.name else 'neither'}")
         return self

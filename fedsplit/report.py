@@ -42,14 +42,15 @@ _SIDE_BY_SIDE = 4  # runs whose figures fit into 80 columns
 
 
 def draw_curves(folder: Path) -> None:
-    """Draw ``curves.png`` from ``metrics.jsonl``: loss and, for classes, accuracy over rounds and simulated time."""
+    """Draw ``curves.png`` from ``metrics.jsonl``: loss and, for classes, accuracy over rounds, and simulated time."""
     # matplotlib's pyplot would pick up a display and keep figures alive: the object interface does neither
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     panels = [("loss", "round"), ("accuracy", "round")]
     if any("simulated_seconds" in m for m in lines):
-        panels.append(("accuracy", "simulated_seconds"))
+        known = any(m.get(f"{side}_accuracy") is not None for m in lines for side in ("train", "test"))
+        panels.append(("accuracy" if known else "loss", "simulated_seconds"))
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
     for axis, (name, over) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for side, style in (("train", "-"), ("test", "o-")):

@@ -77,10 +77,15 @@ class Schedule:
         sizes = sorted(n if isinstance(self.chunk, str) else min(n, self.chunk) for n in self._counts.values())
         return sum(sizes[-self._asked(len(sizes)) :])
 
-    @property
-    def wanted(self) -> int:
-        """How many of the devices that are there are to answer in a round."""
-        return self._wanted(len(self._counts))
+    def enough(self, asked: int) -> int | None:
+        """Return how many of the devices that are asked are to answer in a round; None: all of them.
+
+        Of a cohort some have nothing left to release, and are not asked: then fewer are wanted, too.
+        """
+        if self.over_sampling == 1 or not asked:
+            return None
+        devices = len(self._counts)
+        return math.ceil(asked * self._wanted(devices) / self._asked(devices))
 
     def waiting(self) -> list[int]:
         """Return the devices that have records which they will still be asked for, ascending."""

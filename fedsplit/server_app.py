@@ -34,8 +34,13 @@ def main(grid: Grid, context: Context) -> None:
         grid = DeploymentGrid(grid)
     with working(folder, f"{context.run_id}"):
         real, resume = "nodes" in config, bool(config.get("resume", False))
+        if real:  # they need the time that they need
+            devices = settings.devices.model_copy(update={"profile": None})
+            settings = settings.model_copy(update={"devices": devices})
         settings = calibrated(settings, folder if resume else None)
         run = TrainingRun(settings, folder, owners=owners, real=real)
+        if not real:
+            run.check_startable()
         open_run_folder(folder, settings, resume=resume)
         result = run.train(grid)
     draw_curves(folder)  # whoever follows the run has its result already

@@ -82,21 +82,12 @@ def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resu
     """Return the run after all that can be refused before training; raises FedsplitError."""
     from fedsplit.assemble import calibrated, limits
     from fedsplit.preflight import check_limits
-    from fedsplit.training import TrainingRun, check_data, open_run_folder
+    from fedsplit.training import TrainingRun, open_run_folder
 
-    _check_clock(settings)
     settings = calibrated(settings, folder if resume else None)
     run = TrainingRun(settings, folder, report)
-    run.check_startable(check_data(run.source))
+    run.check_startable()
     if settings.guard.mode == "enforce" and (own := limits(settings)).enforce:
         check_limits(settings, run.source, run.model.first_layer, own)
     open_run_folder(folder, settings, resume=resume)
     return run
-
-
-def _check_clock(settings: Settings) -> None:
-    if settings.devices.profile is None:
-        if settings.protocol.deadline is not None:
-            raise ConfigError("protocol.deadline needs a [devices.profile] in a simulation: without it no time passes")
-        if settings.devices.over_sampling > 1:
-            raise ConfigError("devices.over-sampling needs a [devices.profile] in a simulation: nobody is slower")

@@ -454,7 +454,7 @@ class SplitStrategy(Strategy):
         blocks: dict[int, list[CutGradients]] = {}
         self._on_their_way = pending
         training = kind == MessageType.TRAIN
-        self._wanted = self.schedule.wanted if training and rows and self.schedule.over_sampling > 1 else None
+        self._wanted = self.schedule.enough(sum(map(len, rows.values()))) if training else None
         for block in pending:
             nodes = {home.get(d) for d in block.cut.devices.tolist()}
             if len(nodes) == 1 and (node := nodes.pop()) is not None:
@@ -491,7 +491,12 @@ class SplitStrategy(Strategy):
     def over(self, replies: Iterable[Message]) -> bool:
         """Whether a round goes on with these replies to its messages: the deadline has passed, or there are enough."""
         nodes = {reply.metadata.src_node_id for reply in replies if not reply.has_error()}
-        return time.monotonic() > self._until or self._are_enough(nodes, self._sent)
+        honest = [node for node in nodes if not self.roster.account(node).offences]  # as far as one can see
+        return self._is_late or self._are_enough(honest, self._sent)
+
+    @property
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._until
 
     def _are_enough(self, nodes: Iterable[int], asked: Mapping[int, Any]) -> bool:
         """Whether the devices of some nodes, of those that were asked, are as many as are wanted."""
@@ -564,10 +569,10 @@ class SplitStrategy(Strategy):
                 continue
             self.roster.seen(node, len(payload))
             self.progress.totals.bytes_up += len(payload)
+        spare, late = self._are_enough(good, asked), self._is_late
         self._until = float("inf")
-        spare = self._are_enough(good, asked)
         for node in asked.keys() - good.keys() - reasons.keys():
-            self.roster.miss(node, gone=not spare)
+            self.roster.miss(node, gone=not spare and not late)
             if spare:  # it is only slower than others
                 continue
             log.warning("round %d: %s has not answered", self.progress.round_number, self.roster.name(node))

@@ -4,7 +4,7 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -77,21 +77,6 @@ def _check_same(config: Path, settings: Settings) -> None:
         raise ConfigError(f"cannot resume with other settings: {key} was {old.get(key)!r}, is {new.get(key)!r}")
 
 
-def check_data(source: Source) -> dict[int, int]:
-    """Read every device's records once, so that bad data is refused before anything starts.
-
-    Returns
-    -------
-    dict
-        By device: its number of training records.
-
-    Raises
-    ------
-    DataError
-    """
-    return {device: len(source.device(device).train) for device in range(source.count)}
-
-
 class TrainingRun:
     """A run between settings and result.
 
@@ -144,14 +129,21 @@ class TrainingRun:
         run._created = self._created
         return run
 
-    def check_startable(self, records: Mapping[int, int]) -> None:
-        """Refuse a profile with which no round can begin; raises ConfigError.
+    def check_startable(self) -> None:
+        """Refuse what would end a simulation half-way: read every device's records once, look at the clock's settings.
 
-        ``records`` are the numbers of training records by device.
+        Raises
+        ------
+        FedsplitError
         """
+        records = {device: len(self.source.device(device).train) for device in range(self.source.count)}
         if isinstance(self.strategy, VirtualStrategy):
             donors = self.settings.donors
             self.strategy.check_startable({d: n for d, n in records.items() if n and d not in donors})
+        elif self.settings.protocol.deadline is not None:
+            raise ConfigError("protocol.deadline needs a [devices.profile] in a simulation: without it no time passes")
+        elif self.settings.devices.over_sampling > 1:
+            raise ConfigError("devices.over-sampling needs a [devices.profile] in a simulation: nobody is slower")
 
     def train(self, grid: Grid) -> dict[str, Any]:
         """Train (from the last checkpoint, if there is one) and return what ``result.json`` holds."""

@@ -16,7 +16,7 @@ from test_wire import ints
 
 from fedsplit import SplitModel
 from fedsplit.checkpoint import _from_tensors, _to_tensors
-from fedsplit.config import LogNormal, OnOff, ProfileSettings, _presets, check_settings
+from fedsplit.config import LogNormal, OnOff, ProfileSettings, check_settings, presets
 from fedsplit.dropping import Dropping
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.virtual import clock as clock_module
@@ -40,7 +40,7 @@ def profile_of(**keys: Any) -> ProfileSettings:
 
 @pytest.mark.parametrize("name", ["phones-4g", "wearables-ble", "hospital-lan"])
 def test_a_preset_is_whole_and_a_given_key_wins(name: str) -> None:
-    typical, chosen = _presets()[name], profile_of(preset=name).filled()
+    typical, chosen = presets()[name], profile_of(preset=name).filled()
     assert chosen.uplink == LogNormal(**typical["uplink"]) and chosen.availability == typical["availability"]
     assert {"compute", "uplink", "downlink", "latency", "availability", "dropout"} == set(typical)
     other = profile_of(preset=name, uplink=3.0, availability={"on": 60.0, "off": 30.0}).filled()

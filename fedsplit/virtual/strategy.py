@@ -141,8 +141,7 @@ class VirtualStrategy(SplitStrategy):
         work, released, answered = self._work([row for those in rows.values() for row in those], uploads, pending)
         if not len(work.devices):
             return [], []
-        enough = self.schedule.wanted if rows and self.schedule.over_sampling > 1 else None
-        outcome = self.clock.exchange(work, enough)
+        outcome = self.clock.exchange(work, self.schedule.enough(sum(map(len, rows.values()))))
         self.clock.note_records(work, outcome, released, answered)
         heard = work.devices[outcome.heard]
         least = 0 if self._can_do_without else min(self._least if needed is None else needed, len(work.devices))
@@ -225,9 +224,11 @@ class VirtualStrategy(SplitStrategy):
         # as if each record released nothing but zeros
         none = np.zeros(len(work.devices), np.int64)
         work = replace(work, bytes_up=self.sizes.upload(records, none, none, none, none))
+        if self.first_layer and self.options.mode != "synchronous":  # from the second round on
+            work = replace(work, seconds=work.seconds + records * self._seconds[1])
         needs = self.clock.duration(work)
         if len(needs) and needs.min() > self.clock.limit:
             raise ConfigError(
-                f"protocol.deadline {self.clock.limit / SECOND:g} s is shorter than even the fastest device, "
-                f"{work.devices[needs.argmin()]}, needs for a round: {needs.min() / SECOND:.3g} s"
+                f"protocol.deadline (or timeout) {self.clock.limit / SECOND:g} s is shorter than even the fastest "
+                f"device, {work.devices[needs.argmin()]}, needs for a round: {needs.min() / SECOND:.3g} s"
             )

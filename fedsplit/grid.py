@@ -9,10 +9,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import http_grid
 
 _CLIENT_APP_RAISED = 2  # Flower's error code for an exception in a ClientApp
 PULL_AGAIN, PULL_LONGEST = 0.02, 0.5  # seconds between two tries to fetch a part that is on its way
@@ -38,51 +36,23 @@ class Pauses:
         self._shortest, self._longest = shortest, longest
         self._took: deque[float] = deque([0.0], maxlen=self._RECENT)
         self._began = time.monotonic()
+        self._look = 0.0
 
     def begin(self) -> None:
         """Begin to wait."""
         self._began = time.monotonic()
 
     def came(self) -> None:
-        """Note that it has come."""
-        self._took.append(time.monotonic() - self._began)
+        """Note that the last look has found it; what the look itself took does not count, or each would be later."""
+        self._took.append(self._look)
 
     def next(self) -> float:
         """Return the seconds to wait before the next look."""
         waited = time.monotonic() - self._began
-        if (first := _SOONER * min(self._took)) > waited:
-            return first - waited
-        return min(max(self._shortest, _SHARE * waited), self._longest)
-
-
-def hasten_pulls() -> None:
-    """Have Flower's grid for deployments ask again soon for a part of a reply that is on its way, and not for long.
-
-    It sees replies before their parts have arrived, and then waits for a second; for parts that never come it waits for
-    minutes, and a reply that is no message ends the run. This reaches into Flower, since there is no setting; where the
-    function is not found all stays as it is.
-    """
-    if hasattr(http_grid, "pull_objects"):
-        http_grid.pull_objects = _pull_objects
-
-
-def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
-    """Fetch the parts of a reply, whose last one is the message; raises ObjectPullError if they are not one."""
-    found = inflatable_utils.pull_objects(
-        object_ids,
-        pull_object_fn,
-        initial_backoff=PULL_AGAIN,
-        backoff_cap=PULL_LONGEST,
-        max_time=PULL_MOST,
-    )
-    try:
-        whole = inflatable_utils.inflate_object_from_contents(object_ids[-1], dict(found), keep_object_contents=True)
-        fits = isinstance(whole, Message) and (whole.has_error() or isinstance(whole.content, RecordDict))
-    except Exception:  # what a hostile node sends may break anything
-        fits = False
-    if not fits:
-        raise inflatable_utils.ObjectPullError(object_ids[-1], "it is not a message")
-    return found
+        first = _SOONER * min(self._took)
+        pause = first - waited if first > waited else min(max(self._shortest, _SHARE * waited), self._longest)
+        self._look = waited + pause
+        return pause
 
 
 def answers(reply: Message, sent: Mapping[str, int]) -> bool:

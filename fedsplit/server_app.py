@@ -5,13 +5,14 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedsplit.assemble import calibrated
 from fedsplit.client_app import STATE_FOLDER, run_settings
 from fedsplit.config import Settings, default_folder
+from fedsplit.deployment.replies import DeploymentGrid
 from fedsplit.deployment.server import ServerFolder
 from fedsplit.following import working
-from fedsplit.grid import hasten_pulls
 from fedsplit.report import draw_curves
 from fedsplit.training import TrainingRun, open_run_folder
 
@@ -29,7 +30,8 @@ def main(grid: Grid, context: Context) -> None:
     settings = Settings.from_json(run_settings(config))
     folder = Path(str(config["out"])) if "out" in config else default_folder(settings)
     owners = ServerFolder(Path(str(config["nodes"]))).owners if config.get("nodes") else None
-    hasten_pulls()
+    if isinstance(grid, HttpGrid):
+        grid = DeploymentGrid(grid)
     with working(folder, f"{context.run_id}"):
         real, resume = "nodes" in config, bool(config.get("resume", False))
         if real:  # they need the time that they need

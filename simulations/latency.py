@@ -33,8 +33,8 @@ HERE = Path(__file__).parent
 RECORDS = 3200
 STOCK_SERVER = """
 import fedsplit.server_app, fedsplit.training
-fedsplit.training.PollingGrid = lambda grid: grid
-fedsplit.server_app.hasten_pulls = lambda: None
+fedsplit.training.PollingGrid = lambda grid, over: grid
+fedsplit.server_app.DeploymentGrid = lambda grid: grid
 app = fedsplit.server_app.app
 """
 NAIVE_SERVER = """

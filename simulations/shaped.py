@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import linear_regression, median
@@ -31,6 +31,9 @@ from fedsplit.simulation import simulate
 
 RESULTS = Path(__file__).parent / "results" / "shaped.json"
 RECORDS = 1600  # of each device
+# Of an exchange over Flower's HTTP: to see the message, to fetch it, to confirm it, to announce the answer, and half of
+# one to send it. To the clock an exchange is one round trip, so the trace has so many times the latency.
+ROUND_TRIPS = 4.5
 Row = dict[str, Any]
 
 
@@ -104,7 +107,8 @@ def simulated(folder: Path, nodes: Sequence[Figures], settings: Settings) -> lis
     """Return the simulated seconds of the same run's rounds."""
     folder.mkdir()
     trace = folder / "trace.csv"
-    lines = [",".join(map(str, (device, 0, *astuple(figures)))) for device, figures in enumerate(nodes)]
+    seen = [replace(figures, latency=ROUND_TRIPS * figures.latency) for figures in nodes]
+    lines = [",".join(map(str, (device, 0, *astuple(figures)))) for device, figures in enumerate(seen)]
     trace.write_text("\n".join(["device,seconds,uplink,downlink,latency", *lines]) + "\n")
     tables = settings.tables()
     tables["devices"] |= {"profile": {"trace": str(trace)}}

@@ -19,6 +19,8 @@ from fedsplit.virtual.presence import ByChance
 from fedsplit.virtual.profile import Profile
 from fedsplit.virtual.trace import SECOND
 
+pytestmark = pytest.mark.slow  # trains whole networks
+
 DEVICES, LIMIT = 4, 5.0
 COST, CHEAP = Cost((0.25, 0.5), (1, 2)), Cost((0.0, 0.0), (1, 2))
 

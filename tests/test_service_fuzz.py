@@ -296,6 +296,7 @@ def test_all_routes_are_described(app: FastAPI) -> None:
     assert sorted(calls(app)) == ROUTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_route_answers_as_it_is_described(route: str, app: FastAPI, models: list[Model], token: str) -> None:
     """Requests made from the description, some without a token and some to a model that is there."""

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from shaping import Link, shaped
 
+pytestmark = pytest.mark.slow  # waits for links that are slow on purpose
+
 FAST = 1000.0  # Mbit/s
 Talk = Callable[[socket.socket], None]
 

@@ -370,15 +370,13 @@ def calibrated(settings: Settings, folder: Path | None = None) -> Settings:
 
     ``folder`` is that of a run that goes on: what it has noted is not measured again.
     """
-    profile, before = settings.devices.profile, None
+    profile = settings.devices.profile
     if profile is None or None not in (profile.release_seconds, profile.gradient_seconds):
         return settings
     if folder is not None and (folder / "config.toml").exists():
-        before = load_settings(folder / "config.toml").devices.profile
-    known = (profile.release_seconds, profile.gradient_seconds)
-    found = (before.release_seconds, before.gradient_seconds) if before else (None, None)
-    if None in found:
-        found = _record_seconds(settings, profile, split_model(settings, data_source(settings)))
-    release, gradient = (f if k is None else k for k, f in zip(known, found, strict=True))
+        noted = load_settings(folder / "config.toml").devices.profile or profile
+        missing = [name for name in ("release_seconds", "gradient_seconds") if getattr(profile, name) is None]
+        profile = profile.model_copy(update={name: getattr(noted, name) for name in missing})
+    release, gradient = _record_seconds(settings, profile, split_model(settings, data_source(settings)))
     measured = profile.model_copy(update={"release_seconds": release, "gradient_seconds": gradient})
     return settings.model_copy(update={"devices": settings.devices.model_copy(update={"profile": measured})})

@@ -599,7 +599,7 @@ class SplitStrategy(Strategy):
 
     @property
     def _can_do_without(self) -> bool:
-        """Whether a round may bring nothing: the trunk learns from earlier releases, and is asked for few new ones."""
+        """Whether a round may bring nothing new: the trunk learns from earlier releases, and perhaps few were asked."""
         return self.options.replays and bool(self.progress.replay)
 
     def _settle(self, asked: dict[int, Download], uploads: Iterable[int]) -> None:

@@ -16,8 +16,8 @@ release-once        the same in one exchange, over a first layer that the record
 
 An exchange ends with the last answer, or at a deadline: each row's own, which 95 % of exchanges would make if many
 devices of the preset had these records. Who is away, late or lost is left out of that round or step in all rows. Writes
-a table, `devices.json` and `devices.png` to `simulations/results/devices`. With `--tune` the rows are FedAvg with other
-local epochs and learning rates.
+a table, `devices.json` and `devices.png` to `simulations/results/devices`. With `--tune` the rows are the rivals
+with other local epochs and learning rates, on other seeds.
 """
 
 import argparse

@@ -121,7 +121,7 @@ def _table(recipe: "Recipe", done: Sequence["Prepared"]) -> Table:
     """Show windows by device; those of each label are of train and test together."""
     table = Table(title="windows by device", title_justify="left")
     names = recipe.classes or ["normal", "anomalous"]
-    for column in ("device", "recordings", "minutes", "train", "test", *names, "gaps", "no label", "border"):
+    for column in ("device", "files", "min", "train", "test", *names, "gaps", "no label", "border"):
         table.add_column(column, justify="left" if column == "device" else "right")
     for number, device in enumerate(done):
         counts = [device.train.total(), device.test.total(), *(device.windows[n] for n in range(len(names)))]

@@ -140,7 +140,7 @@ def read_edf(path: Path, columns: Sequence[str], layout: Layout, numbers: Mappin
             places = _places(path, names, columns, "signal")
             if not file.is_continuous:
                 raise DataError(f"{path}: has interruptions (EDF+D): export it as EDF+C, or as CSV with its times")
-            signals = [_edf_signal(file.signals[place]) for place in places]
+            signals = _edf_signals([file.signals[place] for place in places])
             origin = _edf_origin(file)
             marks = [] if numbers is None else [a for a in file.annotations if a.text.strip() in numbers]
     except (DataError, OSError):
@@ -153,9 +153,14 @@ def read_edf(path: Path, columns: Sequence[str], layout: Layout, numbers: Mappin
     return Raw(signals, lambda start, rate, count: _marked(spans, start, rate, count), origin)
 
 
-def _edf_signal(signal: Any) -> Signal:
-    values = np.asarray(signal.data, np.float64)
-    return Signal(np.arange(len(values)) / signal.sampling_frequency, values, signal.physical_dimension.strip())
+def _edf_signals(found: Sequence[Any]) -> list[Signal]:
+    times: dict[tuple[int, float], FloatArray] = {}
+    signals = []
+    for signal in found:
+        values, rate = np.asarray(signal.data, np.float64), float(signal.sampling_frequency)
+        own = times.setdefault((len(values), rate), np.arange(len(values)) / rate)
+        signals.append(Signal(own, values, signal.physical_dimension.strip()))
+    return signals
 
 
 def _edf_origin(file: Any) -> float:

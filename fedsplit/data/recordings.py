@@ -178,7 +178,8 @@ def _converted(signal: Signal, channel: Channel, where: str, layout: Layout) -> 
     known = ~np.isnan(signal.values)
     if not known.any():
         raise DataError(f"{where} holds no numbers")
-    times, values = signal.times[known], signal.values[known] * factor
+    times = signal.times if known.all() else signal.times[known]  # not copied: signals of a file share them
+    values = signal.values[known] * factor
     if values.min() == values.max():
         raise DataError(f"{where} is constant: its sensor may have been off")
     return Signal(times, values, channel.unit)

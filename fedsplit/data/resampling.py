@@ -137,7 +137,7 @@ def _steady(times: FloatArray, values: FloatArray, native: float, rate: float) -
     places = np.concatenate([[0.0], np.cumsum(np.maximum(1, np.rint(np.diff(times) * native)))])
     centred = places - places.mean()
     fitted = float(centred @ centred / (centred @ times)) if len(times) > 1 else native
-    for own in (rate, native, fitted):
+    for own in (rate, fitted):
         if np.ptp(times * own - places) < _STEADY:
             break
     else:

@@ -15,6 +15,7 @@ from fedsplit.console import show_progress, stderr
 from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.node_cli import find_functions, node
 from fedsplit.prediction_cli import export, predict, serve, token
+from fedsplit.recordings_cli import windows
 from fedsplit.server_cli import certs, run, server, status
 from fedsplit.tuning_cli import tune
 
@@ -23,7 +24,7 @@ cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 cli.add_typer(node, name="node")
 cli.add_typer(server, name="server")
-for command in (tune, certs, run, status, export, token, serve, predict):
+for command in (windows, tune, certs, run, status, export, token, serve, predict):
     cli.command()(command)
 
 

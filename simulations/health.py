@@ -13,7 +13,7 @@ Measures are areas under the ROC curve, each within one person, averaged over pe
 - `window`, `precision`: of single windows, and their average precision.
 - `episode`: of whole last two thirds (8 to 16 windows); `short`: of every 8 consecutive windows of one.
 - `own`: calibrated, else with the training devices' recordings as what is normal. `side`: calibrated with the person's
-  other side instead, which never did the same movement.
+  other side instead, whose movements are mirrored.
 - `late`: calibrated, but of the last third alone, so that a third (10 s or more) lies between.
 - `alarms`, `found`: at each device's own threshold for 5 % false alarms, the share of normal and of new windows above.
 

@@ -3,9 +3,9 @@
 A trunk that learns to classify looks away from whatever its classes share, and so from what a class never seen differs
 in. Here its outputs are the *recordings* of the training devices (stretches of consecutive records), which needs no
 labels and makes it keep how somebody moves; that is how speakers are verified (Snyder et al., "X-vectors", ICASSP 2018,
-without their backend). Dropping more of a release at random, as augmentation, keeps the trunk from resting on a few
+with a plainer backend). Dropping more of a release at random, as augmentation, keeps the trunk from resting on a few
 outputs. What is normal is stored as one centre per recording: those of the device itself (calibrated) or, lacking
-these, those of all training devices.
+these, those of all training devices; a distance counts in units of how far the recording's own records lie.
 
 Everything here is the server's and sees releases alone.
 """
@@ -23,7 +23,9 @@ from fedsplit.schedule import seed_of
 from fedsplit.trunk import Batches, minibatches
 
 _BLOCK = 512  # records made dense at once
-_LEAST = 1e-6  # added to the scales: a feature may be constant
+_LEAST = 1e-6  # of scales and lengths: a feature may be constant, a release empty
+_SHRINKAGE = 0.3  # of the covariance towards a multiple of the identity: there are more features than recordings
+_OWN = 0.75  # weight of a recording's own spread against the mean of all: it comes from a few records
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _dense(batches: Batches, rows: IntArray, cut_shape: tuple[int, ...]) -> Tens
 
 
 def features(trunk: nn.Sequential, cut_shape: tuple[int, ...], batches: Batches) -> NDArray[np.float64]:
-    """Return what every ReLU of the trunk gives, each channel's mean over time or image: ``(records, features)``."""
+    """Return what every ReLU of the trunk gives, ``(records, features)``: each channel's mean and largest value."""
     trunk.eval()
     parts = []
     with torch.no_grad():
@@ -104,100 +106,113 @@ def features(trunk: nn.Sequential, cut_shape: tuple[int, ...], batches: Batches)
             for module in trunk:
                 h = module(h)
                 if isinstance(module, nn.ReLU):
-                    pooled.append(h.flatten(2).mean(dim=2) if h.ndim > 2 else h)
+                    flat = h.flatten(2) if h.ndim > 2 else h.unsqueeze(2)  # (records, channels, places)
+                    pooled += [flat.mean(dim=2), flat.amax(dim=2)]
             parts.append(torch.cat(pooled, dim=1).numpy().astype(np.float64))
     return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where releases are compared: features in units of their spread over the training records, made unit vectors.
+    """Where releases are compared: whitened by how records of one recording differ, made unit vectors.
 
-    Length says mostly how strong a movement is and how much of it was dropped, hence directions alone.
+    What varies within a recording says little of what is new. Length says mostly how strong a movement is and how much
+    of it was dropped, hence directions alone.
 
     Attributes
     ----------
-    mean, scale : float64 arrays (features,)
+    mean : float64 array (features,)
+    whitening : float64 array (features, features)
     """
 
     mean: NDArray[np.float64]
-    scale: NDArray[np.float64]
+    whitening: NDArray[np.float64]
 
     @classmethod
-    def of(cls, training: NDArray[np.float64]) -> "Space":
-        """Take mean and standard deviation of the training records' features ``(records, features)``."""
-        return cls(training.mean(axis=0), training.std(axis=0) + _LEAST)
+    def of(cls, training: NDArray[np.float64], recordings: IntArray) -> "Space":
+        """Fit to the training records' features ``(records, features)`` and which recording each is of."""
+        scale = training.std(axis=0) + _LEAST
+        _, which = np.unique(recordings, return_inverse=True)
+        within = (training - _means(training, which)[which]) / scale
+        covariance = within.T @ within / len(within)
+        even = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        values, vectors = np.linalg.eigh((1 - _SHRINKAGE) * covariance + _SHRINKAGE * even)
+        return cls(training.mean(axis=0), vectors / np.sqrt(np.maximum(values, _LEAST**2)) / scale[:, None])
 
     def units(self, found: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the unit vectors ``(records, features)`` of some records' features.
 
-        >>> Space(np.zeros(2), np.array([1.0, 2.0])).units(np.array([[3.0, 8.0]]))
+        >>> Space(np.zeros(2), np.diag([1.0, 0.5])).units(np.array([[3.0, 8.0]]))
         array([[0.6, 0.8]])
         """
-        standard = (found - self.mean) / self.scale
-        length = np.linalg.norm(standard, axis=1, keepdims=True)
-        return np.asarray(standard / np.maximum(length, _LEAST))
+        white = (found - self.mean) @ self.whitening
+        return np.asarray(white / np.maximum(np.linalg.norm(white, axis=1, keepdims=True), _LEAST))
 
 
 @dataclass(frozen=True)
 class Normal:
-    """What has been normal: one centre per recording.
+    """What has been normal: where the recordings lie, and how far from there their records do.
 
     Attributes
     ----------
     centres : float64 array (recordings, features)
         Means of unit vectors.
+    spreads : float64 array (recordings,)
+        Mean squared distances of records, drawn towards the mean of all recordings.
     """
 
     centres: NDArray[np.float64]
+    spreads: NDArray[np.float64]
 
     @classmethod
     def of(cls, units: NDArray[np.float64], recordings: IntArray) -> "Normal":
-        """Take the centres of some recordings of normal records; ``recordings`` are any numbers that tell them apart.
+        """Fit to normal records' unit vectors; ``recordings`` are any numbers that tell their recordings apart.
 
         Raises
         ------
         DataError
-            If there are no records.
+            If no recording has two records that differ.
         """
-        if not len(units):
-            raise DataError("no normal records to calibrate with")
-        return cls(np.stack([units[recordings == r].mean(axis=0) for r in np.unique(recordings)]))
+        _, which, counts = np.unique(recordings, return_inverse=True, return_counts=True)
+        centres = _means(units, which)
+        squares = np.bincount(which, np.square(units - centres[which]).sum(axis=1), len(counts))
+        several = counts > 1
+        if not squares[several].any():
+            raise DataError("need normal records, of one recording two or more that differ")
+        spreads = squares / np.maximum(counts - 1, 1)
+        mean = spreads[several].mean()
+        return cls(centres, np.where(several, _OWN * spreads + (1 - _OWN) * mean, mean))
 
     def scores(self, units: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return each record's squared distance to the nearest centre, 0..4: larger is newer.
+        """Return each record's squared distance to the nearest recording, in units of its spread: larger is newer.
 
-        >>> Normal(np.array([[1.0, 0.0]])).scores(np.array([[1.0, 0.0], [0.0, 1.0]]))
-        array([0., 2.])
+        >>> Normal(np.array([[1.0, 0.0]]), np.array([0.5])).scores(np.array([[1.0, 0.0], [0.0, 1.0]]))
+        array([0., 4.])
         """
-        return np.asarray(_squared(units, self.centres).min(axis=1))
+        squares = np.square(units).sum(axis=1)[:, None] + np.square(self.centres).sum(axis=1)
+        return np.asarray((np.maximum(squares - 2 * units @ self.centres.T, 0) / self.spreads).min(axis=1))
 
     def episode_score(self, units: NDArray[np.float64]) -> float:
-        """Return how new an episode of consecutive records is: the mean's score, so that what varies cancels out."""
+        """Return how new an episode of consecutive records is: the mean's score, so that what varies cancels out.
+
+        An episode's scores are smaller than a record's, the more so the longer it is.
+        """
         return float(self.scores(units.mean(axis=0, keepdims=True))[0])
 
 
-def _squared(units: NDArray[np.float64], centres: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(np.square(units[:, None] - centres).sum(axis=2))
-
-
 def threshold(units: NDArray[np.float64], recordings: IntArray, false_alarms: float) -> float:
-    """Return the score that a share of normal records exceeds, judged by a device's own calibration records.
+    """Return the score that a share of a device's normal records exceeds, each judged by all others.
 
-    Each is scored without having a part in its centre; recordings of one record are left out.
-
-    Raises
-    ------
-    DataError
-        If no recording has two records.
+    A record without another of its recording is not judged. Raises DataError like :meth:`Normal.of`.
     """
-    normal = Normal.of(units, recordings)
-    _, which, counts = np.unique(recordings, return_inverse=True, return_counts=True)
-    n = counts[which]
-    if not (n > 1).any():
+    scores = []
+    for i in np.flatnonzero((recordings[:, None] == recordings).sum(axis=1) > 1):
+        others = np.arange(len(units)) != i
+        scores.append(Normal.of(units[others], recordings[others]).scores(units[i : i + 1])[0])
+    if not scores:
         raise DataError("the threshold needs a calibration recording of two records or more")
-    without = (normal.centres[which] * n[:, None] - units) / np.maximum(n - 1, 1)[:, None]
-    own = np.square(units - without).sum(axis=1)
-    distances = _squared(units, normal.centres)
-    distances[np.arange(len(units)), which] = own
-    return float(np.quantile(distances.min(axis=1)[n > 1], 1 - false_alarms))
+    return float(np.quantile(scores, 1 - false_alarms))
+
+
+def _means(rows: NDArray[np.float64], which: IntArray) -> NDArray[np.float64]:
+    return np.stack([rows[which == r].mean(axis=0) for r in range(int(which.max(initial=-1)) + 1)] or [rows[:0].sum(0)])

@@ -212,7 +212,7 @@ def study(windows: Windows, novel: int, layer: str, policy: str, seed: int, *, u
     batches = released(model, dropping, windows, seed)
     training = np.flatnonzero(~np.isin(windows.person, HELD_OUT) & (windows.y != novel))
     found = embedded(model, batches, training, windows.recording[training], seed)[1]
-    fold = Fold(windows, novel, Space.of(found[training]).units(found), training)
+    fold = Fold(windows, novel, Space.of(found[training], windows.recording[training]).units(found), training)
     measured = fold.measures()
     if usual:
         outputs = embedded(model, batches, training, windows.y[training], seed)[0]

@@ -14,7 +14,7 @@ Measures are areas under the ROC curve, each within one person, averaged over pe
 - `episode`: of whole last two thirds (8 to 16 windows); `short`: of every 8 consecutive windows of one.
 - `own`: calibrated, else with the training devices' recordings as what is normal. `side`: calibrated with the person's
   other side instead, whose movements are mirrored.
-- `late`: calibrated, but of the last third alone, so that a third (10 s or more) lies between.
+- `late`: calibrated, but of the last third alone, so that a third (8 s or more) lies between.
 - `alarms`, `found`: at each device's own threshold for 5 % false alarms, the share of normal and of new windows above.
 
 Both the calibration and the normal records tested are of one session: what another day adds is not in this data.

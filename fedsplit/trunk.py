@@ -77,7 +77,7 @@ class Batches:
 
     def without(self, device: int) -> "Batches":
         """Return the records of all other devices."""
-        return self._take(np.flatnonzero(self.devices != device))
+        return self.take(np.flatnonzero(self.devices != device))
 
     def part(self, size: int, rng: np.random.Generator) -> "Batches":
         """Return as many of the records as fit into ``size`` bytes, drawn at random."""
@@ -87,14 +87,15 @@ class Batches:
         alike = self.nbytes - self.starts.itemsize - self.values.nbytes  # all but values is as large for any record
         order = rng.permutation(len(self))
         used = np.cumsum(alike // max(1, len(self)) + self.values.itemsize * lengths[order])
-        return self._take(np.sort(order[: np.searchsorted(used, size - self.starts.itemsize, side="right")]))
+        return self.take(np.sort(order[: np.searchsorted(used, size - self.starts.itemsize, side="right")]))
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
         return sum(a.nbytes for a in (self.devices, self.targets, self.starts, self.bitmap, self.values))
 
-    def _take(self, rows: IntArray) -> "Batches":
+    def take(self, rows: IntArray) -> "Batches":
+        """Return some of the records, in the order asked for."""
         return Batches(
             devices=self.devices[rows],
             targets=self.targets[rows],

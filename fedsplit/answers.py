@@ -122,6 +122,6 @@ def _check_targets(release: Release, task: str, outputs: int) -> None:
         if targets.dtype.kind != "f" or targets.shape[1:] != (outputs,):
             raise WireError(f"targets must be float32 with {outputs} columns")
         return
-    classes = max(outputs, 2)
+    classes = {"binary": 2, "novelty": outputs + 1}.get(task, outputs)
     if targets.dtype.kind != "i" or targets.ndim != 1 or targets.min() < 0 or targets.max() >= classes:
         raise WireError(f"targets must be classes in 0..{classes - 1}")

@@ -25,6 +25,7 @@ from fedsplit.first_layer import FirstLayerServer, build_strategy
 from fedsplit.guard import Guard
 from fedsplit.home import Home
 from fedsplit.model import SplitModel, build_model
+from fedsplit.novelty.trunk import NoveltyTrunk
 from fedsplit.preflight import check_limits
 from fedsplit.privacy.accountant import ExposureAccountant
 from fedsplit.privacy.limits import SHIPPED, Limits, load_limits
@@ -47,7 +48,7 @@ _CACHED_BYTES = 2**28  # of a user's own data, in each process of a run; package
 def data_source(settings: Settings) -> Source:
     """Open the data that the settings name; raises ConfigError or DataError."""
     data, devices = settings.data, settings.devices
-    return open_source(
+    source = open_source(
         name=data.name,
         folder=data.folder,
         builder=data.builder,
@@ -59,8 +60,17 @@ def data_source(settings: Settings) -> Source:
         alpha=devices.alpha,
         seed=settings.run.seed,
         overlap=data.overlap,
+        novel=data.novel,
         shape=tuple(data.shape) if data.shape else None,
     )
+    if source.task == "novelty" and settings.protocol.mode != "release-once":
+        raise ConfigError(
+            f"a novelty task is for protocol.mode 'release-once', not {settings.protocol.mode!r}: only releases of one "
+            "first layer tell what is normal"
+        )
+    if source.task == "novelty" and settings.public and settings.public.file:
+        raise ConfigError("public.file is not for a novelty task: whose recordings they are is needed (public.devices)")
+    return source
 
 
 def public_records(settings: Settings, source: Source) -> Records | None:
@@ -85,7 +95,9 @@ def public_records(settings: Settings, source: Source) -> Records | None:
         public = read_records(chosen.file, source)
     else:
         given = [source.device(device).train for device in donors]
-        public = Records(np.concatenate([r.x for r in given]), np.concatenate([r.y for r in given]))
+        first = [device * source.outputs if source.task == "novelty" else 0 for device in donors]  # their recordings
+        labels = [records.y + n for records, n in zip(given, first, strict=True)]
+        public = Records(np.concatenate([r.x for r in given]), np.concatenate(labels))
     if not len(public):
         raise ConfigError("public: there are no records")
     _check_disjoint(public, source, donors)
@@ -115,7 +127,7 @@ def split_model(settings: Settings, source: Source) -> SplitModel:
                 )
         else:
             assert model.name is not None
-            built = build_model(model.name, source.input_shape, source.outputs, model.width, model.activation)
+            built = build_model(model.name, source.input_shape, source.trunk_outputs, model.width, model.activation)
     _check_fit(built, source)
     if settings.protocol.labels == "at-home":
         cut_head(built.trunk)  # raises
@@ -133,9 +145,10 @@ def _check_fit(model: SplitModel, source: Source) -> None:
     except RuntimeError:  # also where it begins with a module that changes them in place
         raise ConfigError(f"the trunk does not take cut activations of shape {first.cut_shape}") from None
     model.trunk.train()
-    if shape != (2, source.outputs):
+    if shape != (2, source.trunk_outputs):
         raise ConfigError(
-            f"the trunk must return {source.outputs} outputs per record (the data's), it returns shape {shape[1:]}"
+            f"the trunk must return {source.trunk_outputs} outputs per record (the data's), it returns shape "
+            f"{shape[1:]}"
         )
 
 
@@ -313,7 +326,7 @@ def split_strategy(
         **settings.trunk.model_dump(exclude={"replay_mb"}), batch_size=protocol.batch_size, epochs=protocol.trunk_epochs
     )
     at_home = protocol.labels == "at-home"
-    half = Body if at_home else Trunk
+    half = Body if at_home else NoveltyTrunk if source.task == "novelty" else Trunk
     trunk = half(model.trunk, layer.cut_shape, source.task, source.outputs, trunk_options, rounds, seed)
     options = ProtocolOptions(
         mode=protocol.mode,

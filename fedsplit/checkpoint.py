@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file as load_tensors
-from safetensors.torch import save as save_tensors
 
 from fedsplit.answers import PendingBlock
 from fedsplit.errors import RunError
@@ -50,9 +49,9 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
     new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    trunk = {k: v.contiguous() for k, v in strategy.trunk.module.state_dict().items()}
     (new / "first_layer.safetensors").write_bytes(save_arrays(strategy.weights))
-    (new / "trunk.safetensors").write_bytes(save_tensors(trunk))
+    for name, content in strategy.trunk.files().items():
+        (new / name).write_bytes(content)
     first_layer = strategy.first_layer.state() if strategy.first_layer else {}
     state = {
         "run": progress.run,

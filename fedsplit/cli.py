@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 
 from fedsplit.console import show_progress, stderr
 from fedsplit.errors import ConfigError, FedsplitError
+from fedsplit.monitor_cli import monitor
 from fedsplit.node_cli import find_functions, node
 from fedsplit.prediction_cli import export, predict, serve, token
 from fedsplit.recordings_cli import windows
@@ -24,7 +25,7 @@ cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 cli.add_typer(node, name="node")
 cli.add_typer(server, name="server")
-for command in (windows, tune, certs, run, status, export, token, serve, predict):
+for command in (windows, tune, certs, run, status, export, token, serve, predict, monitor):
     cli.command()(command)
 
 

@@ -17,7 +17,16 @@ Figures = dict[str, int | float]
 Point = tuple[float, float]
 
 FIGURES = (  # of a run, in the order in which they are shown
-    *("test_accuracy", "test_r2", "test_rmse", "test_loss", "exposures_max", "equations"),
+    *(
+        "test_accuracy",
+        "test_auc",
+        "test_episode_auc",
+        "test_r2",
+        "test_rmse",
+        "test_loss",
+        "exposures_max",
+        "equations",
+    ),
     *("strongest_psnr", "identification", "exchanges", "bytes_up", "bytes_down", "seconds", "simulated_seconds"),
 )
 _OF_A_ROUND = ("round", "train_accuracy", *FIGURES)
@@ -40,9 +49,9 @@ class Run:
     finished : bool
         Whether there is a result; else ``figures`` are those of the last round that is done.
     figures : dict
-        Those of ``test_accuracy``, ``test_r2``, ``test_rmse``, ``test_loss``, ``exposures_max``, ``equations``,
-        ``strongest_psnr`` and ``identification`` (of the audit), ``exchanges``, ``bytes_up``, ``bytes_down``,
-        ``seconds`` (of training) and ``simulated_seconds`` that are known.
+        Those of ``test_accuracy``, ``test_auc``, ``test_episode_auc``, ``test_r2``, ``test_rmse``, ``test_loss``,
+        ``exposures_max``, ``equations``, ``strongest_psnr`` and ``identification`` (of the audit), ``exchanges``,
+        ``bytes_up``, ``bytes_down``, ``seconds`` (of training) and ``simulated_seconds`` that are known.
     rounds : list of dict
         The figures of each round.
     """
@@ -218,9 +227,9 @@ def notes(runs: Sequence[Run]) -> list[str]:
 def curves(run: Run, over: str) -> tuple[list[Point], list[Point]]:
     """Return what is plotted of a run over one of :data:`PANELS`: points in training and points in the test.
 
-    In the test accuracy, or R² in a regression; in training accuracy, only where the test alone makes no curve.
+    In the test accuracy, or AUC or R² of other tasks; in training accuracy, only where the test alone makes no curve.
     """
     known = [figures for figures in run.rounds if over in figures]
     train = [(m[over], m["train_accuracy"]) for m in known if "train_accuracy" in m]
-    test = [(m[over], m[score]) for m in known for score in ("test_accuracy", "test_r2") if score in m]
+    test = [(m[over], m[score]) for m in known for score in ("test_accuracy", "test_auc", "test_r2") if score in m]
     return ([] if len(test) > 1 else train), test

@@ -43,7 +43,9 @@ class DataSettings(Section):
 
     Or ``shape``, of one record, where real nodes have the records: then nobody else needs any.
     ``overlap``: whether the windows of ``wearables`` overlap by half or not at all.
-    ``task`` and ``outputs`` (classes, or columns of a regression target) describe a user's own data.
+    ``novel``: the class of a data set that nobody trains with, which makes it a task ``novelty``.
+    ``task`` and ``outputs`` (classes, columns of a regression target, or the most recordings that a device has for
+    ``novelty``) describe a user's own data.
     """
 
     name: str | None = None
@@ -51,7 +53,8 @@ class DataSettings(Section):
     builder: str | None = None
     shape: Annotated[list[Positive], Field(min_length=1)] | None = None
     overlap: bool = True
-    task: Literal["classification", "binary", "regression"] | None = None
+    novel: Annotated[int, Field(ge=0)] | None = None
+    task: Literal["classification", "binary", "regression", "novelty"] | None = None
     outputs: Positive | None = None
 
 
@@ -249,6 +252,7 @@ class FirstLayerSettings(Section):
 class TrunkSettings(Section):
     """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.schedule.scheduled`.
 
+    ``thinning``: in learning, up to this share of a record's outputs counts as dropped, too, drawn anew in each step.
     ``replay_mb``: the most megabytes that releases kept for replay take between rounds; without it all are kept.
     While the trunk learns it has a second copy of them, and the round's own.
     """
@@ -258,6 +262,7 @@ class TrunkSettings(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine", "step"] = "constant"
+    thinning: Annotated[float, Field(ge=0, lt=1)] = 0.0
     replay_mb: Rate | None = None
 
     @model_validator(mode="after")
@@ -302,6 +307,7 @@ class AuditSettings(Section):
 
 Objective = Literal[
     "test_accuracy",
+    "test_auc",
     "test_loss",
     "strongest_psnr",
     "identification",
@@ -311,7 +317,7 @@ Objective = Literal[
     "simulated_seconds",
     "exposures_max",
 ]
-MAXIMISED = ("test_accuracy",)
+MAXIMISED = ("test_accuracy", "test_auc")
 """Objectives of which more is better; of all others less is."""
 
 
@@ -319,8 +325,9 @@ class TuneSettings(Section):
     """``[tune]``, for ``fedsplit tune``: what to look for, in which ``space`` of settings, in how many ``trials``.
 
     Each trial is run with so many ``seeds``, from ``run.seed`` on, and objectives are averaged over them.
-    ``constraints``: by objective, how much it may be at most (``test_accuracy``: at least). ``space``: see
-    :class:`fedsplit.tuning.space.Space`; without it, budgets of dropping and learning rates around those that are set.
+    ``constraints``: by objective, how much it may be at most (``test_accuracy`` and ``test_auc``: at least).
+    ``space``: see :class:`fedsplit.tuning.space.Space`; without it, budgets of dropping and learning rates around those
+    that are set.
     """
 
     trials: Positive = 40
@@ -345,6 +352,7 @@ class TuneSettings(Section):
 
 _POSSIBLE = {
     "test_accuracy": (0.0, 1.0),
+    "test_auc": (0.0, 1.0),
     "identification": (0.0, 1.0),
     "bytes_up": (1.0, float("inf")),
     "exchanges": (1.0, float("inf")),

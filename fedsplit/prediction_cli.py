@@ -8,13 +8,16 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from zipfile import BadZipFile
 
 import typer
 
 from fedsplit.console import stderr
 from fedsplit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fedsplit.prediction.remote import Remote
 
 
 def export(
@@ -58,8 +61,14 @@ def serve(
     demo: Annotated[
         bool, typer.Option(help="Add a page where a prediction, and attacks on it, can be watched.")
     ] = False,
+    false_alarms: Annotated[
+        float, typer.Option(help="Novelty: alarms that a device may give a day where all is normal.")
+    ] = 1.0,
+    watcher: Annotated[
+        list[str] | None, typer.Option(help="Novelty: whose token may see all devices' scores; repeatable.")
+    ] = None,
 ) -> None:
-    """Answer devices with predictions, from what dropping left of their records."""
+    """Answer devices with predictions, from what dropping left of their records, or watch them for what is new."""
     import logging
 
     import uvicorn
@@ -84,6 +93,8 @@ def serve(
         check_pair(certificate, key)
     for run in runs:
         find_functions(run)
+    if not 0 < false_alarms < math.inf:
+        raise ConfigError(f"--false-alarms must be above 0, got {false_alarms:g}")
     models = [Served.of_run(run) for run in runs]
     app = service(models, Tokens(tokens) if tokens else None, rate=rate)
     if demo:
@@ -93,6 +104,11 @@ def serve(
 
         torch.set_num_threads(1)  # attacks train small networks: threads would mostly wait for each other
         add_demo(app, [Attacker.of_run(run, model) for run, model in zip(runs, models, strict=True)])
+    watching = [(run, model) for run, model in zip(runs, models, strict=True) if model.detector]
+    if watching:
+        from fedsplit.prediction.fleet import FLEET, Fleet, add_fleets
+
+        add_fleets(app, [Fleet(model, run / FLEET, false_alarms) for run, model in watching], watcher or ())
     check_port_free(host, port)
     gc.collect()
     gc.freeze()  # what is there stays: looking through all of it again and again would hold requests up
@@ -101,6 +117,8 @@ def serve(
         print(f"serving {run} as model {model.name} at {url}", flush=True)
     if demo:
         print(f"the page is at {url}/demo/", flush=True)
+    if watching:
+        print(f"the devices that are watched are at {url}/fleet/", flush=True)
     uvicorn.run(
         app,
         host=host,
@@ -128,22 +146,17 @@ def predict(
     from fedsplit.home import Home
     from fedsplit.prediction.bundle import Bundle
     from fedsplit.prediction.predictor import Predictor
-    from fedsplit.prediction.remote import Remote
 
     if (server is None) == (offline is None):
         raise ConfigError("give either --server or --offline")
     bundle = Bundle.load(device)
-    raw = _read(records, bundle.layer.input_shape)
+    if bundle.task == "novelty":
+        raise ConfigError(f"the model in {device} watches devices: see fedsplit monitor")
+    raw = read_records(records, bundle.layer.input_shape)
     own = Home(home)
     own.check()
-    if server is not None and server.startswith("http://") and not insecure:
-        raise ConfigError("--server must be https://HOST:PORT; for a trial on one machine add --insecure")
     if server is not None:
-        token = os.environ.get("FEDSPLIT_TOKEN")
-        if server.startswith("https://") and not token:
-            raise ConfigError("a service with TLS wants a token: put it in the variable FEDSPLIT_TOKEN")
-        ask = Remote(server, bundle.model, token, ca)
-        found = Predictor(bundle, own, ask).predict(raw)
+        found = Predictor(bundle, own, remote(server, bundle.model, ca, insecure=insecure)).predict(raw)
     else:
         assert offline is not None
         found = Predictor(bundle, own, _offline(offline)).predict(raw)
@@ -158,6 +171,18 @@ def predict(
         stderr.print(said, markup=False, highlight=False)
 
 
+def remote(server: str, model: str, ca: Path | None, *, insecure: bool) -> "Remote":
+    """Return a service's answers about a model, asked with the token in FEDSPLIT_TOKEN; raises ConfigError."""
+    from fedsplit.prediction.remote import Remote
+
+    if server.startswith("http://") and not insecure:
+        raise ConfigError("--server must be https://HOST:PORT; for a trial on one machine add --insecure")
+    token = os.environ.get("FEDSPLIT_TOKEN")
+    if server.startswith("https://") and not token:
+        raise ConfigError("a service with TLS wants a token: put it in the variable FEDSPLIT_TOKEN")
+    return Remote(server, model, token, ca)
+
+
 def _offline(run: Path) -> Any:
     from fedsplit.node_cli import find_functions
     from fedsplit.prediction.served import Served
@@ -167,8 +192,8 @@ def _offline(run: Path) -> Any:
     return lambda payload: model.outputs([model.read(payload)])
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> Any:
-    """Return the numbers in a file; raises DataError."""
+def read_records(path: Path, shape: tuple[int, ...]) -> Any:
+    """Return the records in a .npy, .npz or .csv file; raises DataError."""
     readers: dict[str, Callable[[Path], Any]] = {".npy": _npy, ".npz": _npz, ".csv": partial(_csv, shape=shape)}
     reader = readers.get(path.suffix)
     if reader is None:

@@ -18,6 +18,8 @@ _REFUSED = {
 }
 _COMPARED = {  # figures of a run: what a table calls them, and how it writes them
     "test_accuracy": ("test_accuracy", ".4f"),
+    "test_auc": ("test_auc", ".4f"),
+    "test_episode_auc": ("test_episode_auc", ".4f"),
     "test_r2": ("test_r2", ".4f"),
     "test_rmse": ("test_rmse", ".4f"),
     "test_loss": ("test_loss", ".4f"),
@@ -117,12 +119,14 @@ def _privacy(result: dict[str, Any]) -> list[tuple[str, str]]:
         gain, interval = 100 * result["gain_over_public"], 100 * result["gain_interval"]
         rows.append(("public records alone", f"{result['public_only_accuracy']:.4f}"))
         rows.append(("gain over them (points)", f"{gain:+.2f} ± {interval:.2f}"))
+    if result.get("public_only_auc") is not None:
+        rows.append(("public records alone (test_auc)", f"{result['public_only_auc']:.4f}"))
     return rows
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    for key in ("test_accuracy", "test_r2", "test_rmse", "test_loss"):
+    for key in ("test_accuracy", "test_auc", "test_episode_auc", "test_r2", "test_rmse", "test_loss"):
         if result.get(key) is not None:
             rows.append((key, f"{result[key]:.4f}"))
     if result.get("test_f1"):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedsplit.dropping import unpack_bitmap
@@ -20,6 +21,8 @@ from fedsplit.metrics import score
 from fedsplit.packing import FloatArray, IntArray
 from fedsplit.schedule import scheduled, seed_of
 from fedsplit.wire import Release
+
+TRUNK = "trunk.safetensors"
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,8 @@ class TrunkOptions:
         Of the learning rate over rounds; see :func:`fedsplit.schedule.scheduled`.
     batch_size, epochs : int
         Records per step, and passes over the records in each round.
+    thinning : float
+        Of each record a share of the outputs, drawn from 0..thinning in every step, counts as dropped, too.
     """
 
     optimizer: str
@@ -159,6 +164,7 @@ class TrunkOptions:
     schedule: str
     batch_size: int
     epochs: int
+    thinning: float = 0.0
 
 
 class Trunk:
@@ -170,9 +176,9 @@ class Trunk:
         Takes ``(batch, *cut_shape)``, returns ``(batch, outputs)``.
     cut_shape : tuple[int, ...]
     task : str
-        ``classification``, ``binary`` or ``regression``.
+        One of :data:`fedsplit.data.TASKS`.
     outputs : int
-        Columns of the module's output.
+        Columns of the module's output, but for ``novelty``; see :class:`fedsplit.novelty.trunk.NoveltyTrunk`.
     options : TrunkOptions
     rounds, seed : int
         Of the run.
@@ -255,7 +261,7 @@ class Trunk:
         outputs, cells, positions = batches.dense(rows)
         cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
         targets = torch.from_numpy(batches.targets[rows])
-        predictions = self.module(cut)
+        predictions = self.module(_thinned(cut, self.options.thinning) if self.options.thinning else cut)
         loss = summed_loss(self.task, predictions, targets)
         self.optimizer.zero_grad()
         (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
@@ -273,6 +279,10 @@ class Trunk:
         outputs = self.predict(batches)
         loss = summed_loss(self.task, torch.from_numpy(outputs), torch.from_numpy(batches.targets))
         return {"test_loss": loss.item() / len(batches), **score(self.task, outputs, batches.targets)}
+
+    def files(self) -> dict[str, bytes]:
+        """Return the contents of a checkpoint's files by name, for use elsewhere: the weights."""
+        return {TRUNK: save({k: v.contiguous() for k, v in self.module.state_dict().items()})}
 
     def state(self) -> dict[str, Any]:
         """Return everything that training changes, besides the module's own tensors."""
@@ -303,8 +313,13 @@ def _optimizer(module: nn.Module, options: TrunkOptions) -> torch.optim.Optimize
     return built
 
 
+def _thinned(cut: Tensor, most: float) -> Tensor:
+    share = most * torch.rand((len(cut), *[1] * (cut.ndim - 1)))
+    return cut * (torch.rand(cut.shape) >= share)
+
+
 def _correct(task: str, outputs: Tensor, targets: Tensor) -> int:
     if task == "regression":
         return 0
-    classes = outputs.argmax(1) if task == "classification" else (outputs.squeeze(1) > 0).long()
+    classes = (outputs.squeeze(1) > 0).long() if task == "binary" else outputs.argmax(1)
     return int((classes == targets).sum())

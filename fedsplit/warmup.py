@@ -182,6 +182,8 @@ class PublicOnly:
         for round_number in range(1, self._rounds + 1):
             alone.train(self.public, 0, round_number)
         scored = alone.evaluate(test)
+        if trunk.task == "novelty":
+            return {"public_only_auc": scored["test_auc"]}
         if trunk.task == "regression":
             return {"public_only_r2": scored["test_r2"]}
         right = [correct(t.task, t.predict(test), test.targets).astype(np.float64) for t in (trunk, alone)]

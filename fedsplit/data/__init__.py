@@ -37,6 +37,7 @@ def open_source(
     alpha: float,
     seed: int,
     overlap: bool = True,
+    novel: int | None = None,
     shape: tuple[int, ...] | None = None,
 ) -> Source:
     """Open the data of a run.
@@ -64,6 +65,8 @@ def open_source(
         Of the partition, at least 0: equal arguments, equal devices.
     overlap : bool
         False only for the data set ``wearables``: windows that share no sample.
+    novel : int or None
+        Only for data sets with classes: the one of which nobody trains, for a task ``novelty``.
     shape : tuple of int, optional
         In place of ``name``, ``folder`` and ``builder``: of one record; the records are on the real nodes.
 
@@ -81,11 +84,15 @@ def open_source(
     if partition not in PARTITIONS:
         raise ConfigError(f"partition must be one of {', '.join(PARTITIONS)}, got {partition!r}")
     if name is not None:
-        source = open_pool(name, count=count, test=test, method=partition, alpha=alpha, seed=seed, overlap=overlap)
+        source = open_pool(
+            name, count=count, test=test, method=partition, alpha=alpha, seed=seed, overlap=overlap, novel=novel
+        )
         if task not in (None, source.task) or outputs not in (None, source.outputs):
             known = f"a {source.task} task with outputs = {source.outputs}"
             raise ConfigError(f"data set {name!r} is {known}, got task {task!r} and outputs {outputs}")
         return source
+    if novel is not None:
+        raise ConfigError(f"novel is for data sets with classes, not for a {given[0]}: label what is new with outputs")
     if not overlap:
         raise ConfigError(f"overlap = false is for the data set 'wearables', not for a {given[0]}")
     if partition != "natural":

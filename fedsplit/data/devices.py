@@ -175,6 +175,8 @@ def _check_task(task: str | None, outputs: int | None) -> tuple[str, int]:
         if outputs is None or outputs < 2:
             raise ConfigError(f"outputs must be the number of classes, at least 2, got {outputs}")
         return task, outputs
+    if task == "novelty" and outputs is None:
+        raise ConfigError("outputs must be the most recordings that a device has, for a novelty task")
     outputs = 1 if outputs is None else outputs
     if task == "binary" and outputs != 1:
         raise ConfigError(f"outputs must be 1 or left out for a binary task, got {outputs}")
@@ -200,6 +202,8 @@ def _load(
         name: check_records(part, task=task, outputs=outputs, input_shape=shape, where=f"{where}, {name}")
         for name, part in parts.items()
     }
+    if task == "novelty" and (checked["train"].y == outputs).any():
+        raise DataError(f"{where}, train: label {outputs} is for something new, which only test records can be")
     return DeviceData(**checked)
 
 

@@ -29,6 +29,7 @@ def open_pool(
     alpha: float,
     seed: int,
     overlap: bool = True,
+    novel: int | None = None,
 ) -> Source:
     """Deal the data set ``name`` to devices; test devices hold only test records, the others only train records.
 
@@ -48,6 +49,9 @@ def open_pool(
         At least 0; equal arguments, equal devices.
     overlap : bool
         False only for ``wearables``: windows that share no sample.
+    novel : int or None
+        A class of which nobody trains: a task ``novelty``, in which a device's records of another class are one
+        recording.
 
     Raises
     ------
@@ -67,8 +71,19 @@ def open_pool(
         total = _count(count, method)
         chosen = _test_devices(test, total)
         indices = _deal(pool, total, chosen, method, alpha, np.random.default_rng([seed, _STREAM]))
-    load = partial(_slice, Records(pool.x, pool.y, pool.segments), tuple(indices), chosen)
-    return Source(pool.task, pool.outputs, pool.x.shape[1:], total, load, chosen, scaling=pool.scaling)
+    task, outputs, labels = pool.task, pool.outputs, pool.y
+    if novel is not None:
+        if task != "classification" or not 0 <= novel < outputs:
+            raise ConfigError(f"novel must be a class of a data set with several, 0..{outputs - 1} here, got {novel}")
+        task, outputs, labels = "novelty", outputs - 1, _recordings(pool.y, novel, outputs - 1)
+        indices = [rows if d in chosen else rows[labels[rows] < outputs] for d, rows in enumerate(indices)]
+    load = partial(_slice, Records(pool.x, labels, pool.segments), tuple(indices), chosen)
+    return Source(task, outputs, pool.x.shape[1:], total, load, chosen, scaling=pool.scaling)
+
+
+def _recordings(classes: IndexArray, novel: int, others: int) -> IndexArray:
+    """Number the classes anew, the novel one last."""
+    return np.where(classes == novel, others, classes - (classes > novel))
 
 
 @lru_cache

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedsplit.errors import DataError
 
-TASKS = ("classification", "binary", "regression")
+TASKS = ("classification", "binary", "regression", "novelty")
 
 IndexArray = NDArray[np.int64]
 
@@ -22,7 +22,8 @@ class Records:
     ----------
     x : float32 array (records, *input_shape)
     y : array
-        int64 ``(records,)`` for classification and binary (0 or 1), float32 ``(records, outputs)`` for regression.
+        int64 ``(records,)`` for classification, binary (0 or 1) and novelty (which of the device's recordings a record
+        is of, or ``outputs`` for something new in a test), float32 ``(records, outputs)`` for regression.
     segments : int64 array (records, segments of each) or None
         Numbers in 0..2^31-1 of the pieces that each record is made of, for windows that overlap: what leaves of a
         record has left of all its pieces. None: no record shares anything with another.
@@ -160,7 +161,7 @@ def check_records(raw: Raw, *, task: str, outputs: int, input_shape: tuple[int, 
     task : str
         One of :data:`TASKS`.
     outputs : int
-        Number of classes; 1 for binary; the targets' width for regression.
+        Number of classes; 1 for binary; the targets' width for regression; the most recordings of a device for novelty.
     input_shape : tuple of int or None
         Shape of one record; None takes it from ``x``.
     where : str
@@ -170,7 +171,8 @@ def check_records(raw: Raw, *, task: str, outputs: int, input_shape: tuple[int, 
     ------
     DataError
         If x or y holds NaN, infinity or anything but numbers, if their shapes or lengths do not fit, or if a label is
-        not an integer of 0..outputs-1 (0 or 1 for binary). The text never holds a record's values.
+        not an integer of 0..outputs-1 (0 or 1 for binary, 0..outputs for novelty). The text never holds a record's
+        values.
     """
     try:
         records = _as_records(raw)
@@ -236,7 +238,7 @@ def _labels(y: NDArray[Any], task: str, outputs: int, where: str) -> NDArray[np.
     if y.dtype.kind not in "biu":
         _finite(y, "y", where)  # NaN is the better reason
         raise DataError(f"{where}: labels must be integers, got dtype {y.dtype.name}")
-    highest = 1 if task == "binary" else outputs - 1
+    highest = {"binary": 1, "novelty": outputs}.get(task, outputs - 1)
     if y.min() < 0 or y.max() > highest:
         raise DataError(f"{where}: labels must be in 0..{highest} for a {task} task with {outputs} outputs")
     return y.astype(np.int64)

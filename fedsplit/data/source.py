@@ -17,7 +17,7 @@ class Source:
     task : str
         One of :data:`fedsplit.data.TASKS`.
     outputs : int
-        Number of classes; 1 for binary; the targets' width for regression.
+        Number of classes; 1 for binary; the targets' width for regression; the most recordings of a device for novelty.
     input_shape : tuple of int
         Shape of one record.
     count : int
@@ -40,6 +40,11 @@ class Source:
     chosen: tuple[int, ...] | None
     absent: bool = False
     scaling: Scaling = field(default_factory=Scaling)
+
+    @property
+    def trunk_outputs(self) -> int:
+        """How many outputs the trunk has: for novelty one for every recording of every device."""
+        return self.count * self.outputs if self.task == "novelty" else self.outputs
 
     @cached_property
     def test_devices(self) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ class Layer(_Strict):
 class _Description(_Strict):
     format: Literal[1]
     model: str
-    task: Literal["classification", "binary", "regression"]
+    task: Literal["classification", "binary", "regression", "novelty"]
     outputs: int
     layer: Layer
     dropping: Dropping

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
-from fastapi.staticfiles import StaticFiles
 
 from fedsplit.assemble import data_source, public_records
 from fedsplit.data import Records
 from fedsplit.dropping import Dropping
 from fedsplit.errors import ConfigError, WireError
 from fedsplit.prediction.bundle import DESCRIPTION, WEIGHTS, run_settings
+from fedsplit.prediction.pages import add_page
 from fedsplit.prediction.served import Served
 from fedsplit.prediction.service import body_of
 from fedsplit.privacy.audit import known_before, peak_of, reconstructions, without_releases
@@ -33,14 +33,6 @@ _PAGE = Path(__file__).parent / "page"
 _MOST_PUBLIC = 2000  # records that the attacker knows
 _SHOWN = 4  # decimals of a reconstruction
 _TYPES = {DESCRIPTION: "application/json", WEIGHTS: "application/octet-stream"}
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 @dataclass(frozen=True)
@@ -114,13 +106,6 @@ def add_demo(app: FastAPI, attackers: Sequence[Attacker]) -> None:
     files = {name: attacker.served.bundle.files() for name, attacker in by_name.items()}
     busy = asyncio.Lock()
 
-    @app.middleware("http")
-    async def _careful(request: Request, call_next: Any) -> Response:
-        response: Response = await call_next(request)
-        if request.url.path.startswith("/demo"):
-            response.headers.update(_HEADERS)
-        return response
-
     def known(request: Request, name: str) -> Attacker:
         request.app.state.let_in(request)
         if name not in by_name:
@@ -162,4 +147,4 @@ def add_demo(app: FastAPI, attackers: Sequence[Attacker]) -> None:
             async with busy:
                 return JSONResponse(await asyncio.to_thread(attacker.attack, release, dropping))
 
-    app.mount("/demo", StaticFiles(directory=_PAGE, html=True), name="demo")
+    add_page(app, "demo", _PAGE)

@@ -22,7 +22,7 @@ _PAUSE = 0.2  # seconds before the second try; twice as long before each other
 
 
 class Remote:
-    """A service's predictions of one model, over a connection that stays open.
+    """A service's answers about one model, over a connection that stays open.
 
     Parameters
     ----------
@@ -57,10 +57,14 @@ class Remote:
                 raise ValueError
         except (httpx.InvalidURL, ValueError):
             raise ConfigError(f"--server must be https://HOST:PORT, got {url!r}") from None
-        self._url, self._path = url, f"/v1/models/{model}/predict"
+        self._url, self._path = url, f"/v1/models/{model}/"
 
     def __call__(self, payload: bytes) -> FloatArray:
-        """Send a query and return the outputs.
+        """Send a query and return the outputs; raises as :meth:`ask`."""
+        return _outputs(self.ask("predict", payload))
+
+    def ask(self, what: str, payload: bytes) -> Any:
+        """Send a query to one of the model's endpoints and return the JSON of the answer, None if it is none.
 
         A service that is busy or away is asked again, ever later. Nothing new leaves by it: the bytes are the same.
 
@@ -74,7 +78,7 @@ class Remote:
             if attempt:
                 time.sleep(_PAUSE * 2 ** (attempt - 1))
             try:
-                status, answer = self._post(payload)
+                status, answer = self._post(self._path + what, payload)
             except httpx.RequestError as error:
                 if _REFUSED in str(error):
                     why = str(error).partition(_REFUSED)[2].partition(" (_ssl")[0]
@@ -82,16 +86,16 @@ class Remote:
                 said = "does not answer"
                 continue
             if status == httpx.codes.OK:
-                return _outputs(answer)
+                return answer
             said = f"refuses: {_detail(answer) or f'HTTP status {status}'}"
             if status not in (429, 502, 503, 504):
                 break
         raise RunError(f"{self._url} {said}")
 
-    def _post(self, payload: bytes) -> tuple[int, Any]:
+    def _post(self, path: str, payload: bytes) -> tuple[int, Any]:
         """Return the status and the JSON of an answer, None if it is none; it may be neither large nor slow."""
         deadline, parts, size = time.monotonic() + _TIMEOUT, [], 0
-        with self._client.stream("POST", self._path, content=payload) as response:
+        with self._client.stream("POST", path, content=payload) as response:
             for part in response.iter_raw():
                 parts.append(part)
                 size += len(part)

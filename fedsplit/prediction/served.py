@@ -11,9 +11,11 @@ from torch import nn
 
 from fedsplit.assemble import data_source, split_model
 from fedsplit.errors import DataError, WireError
+from fedsplit.novelty.detector import DETECTOR, Detector
+from fedsplit.novelty.space import Features, features
 from fedsplit.packing import FloatArray, dequantise
 from fedsplit.prediction.bundle import Bundle, bundle_of, run_settings
-from fedsplit.trunk import Batches, trunk_outputs
+from fedsplit.trunk import TRUNK, Batches, trunk_outputs
 from fedsplit.wire import MOST_RECORDS, Query, Release
 
 _HEAD = 4096  # bytes of a request besides its records
@@ -29,11 +31,14 @@ class Served:
         The device's half; of its weights only the name is needed.
     trunk : nn.Module
     name : str
+    detector : Detector or None
+        Of a novelty task: what is known of normal recordings.
     """
 
     bundle: Bundle
     trunk: nn.Module
     name: str
+    detector: Detector | None = None
 
     @classmethod
     def of_run(cls, folder: Path) -> "Served":
@@ -42,12 +47,13 @@ class Served:
         source = data_source(settings)
         model = split_model(settings, source)
         bundle = bundle_of(settings, source, model.first_layer, folder)
-        path = folder / "checkpoint" / "trunk.safetensors"
+        path = folder / "checkpoint" / TRUNK
         try:
             model.trunk.load_state_dict(load(path.read_bytes()))
         except (OSError, SafetensorError, RuntimeError):
             raise DataError(f"{path} is missing or damaged, or of another model") from None
-        return cls(bundle, model.trunk.eval(), bundle.model)
+        detector = _detector(folder / "checkpoint" / DETECTOR) if bundle.task == "novelty" else None
+        return cls(bundle, model.trunk.eval(), bundle.model, detector)
 
     @property
     def most_bytes(self) -> int:
@@ -86,18 +92,38 @@ class Served:
 
     def outputs(self, releases: Sequence[Release]) -> FloatArray:
         """Return the trunk's outputs ``(records, outputs)`` for releases behind one another."""
-        counts = np.concatenate([release.counts for release in releases])
-        nobody = np.zeros(len(counts), dtype=np.int64)
-        batches = Batches(
-            devices=nobody,
-            targets=nobody,
-            starts=np.concatenate([[0], np.cumsum(counts)]),
-            bitmap=np.concatenate([release.bitmap for release in releases]),
-            values=dequantise(
-                np.concatenate([release.codes for release in releases]),  # of one kind that holds all of them exactly
-                counts,
-                np.concatenate([release.exponents for release in releases]),
-            ),
-            width=releases[0].width,
-        )
-        return trunk_outputs(self.trunk, self.bundle.layer.cut_shape, batches)
+        return trunk_outputs(self.trunk, self.bundle.layer.cut_shape, _batches(releases))
+
+    def units(self, release: Release) -> Features:
+        """Return where the records of a release lie in the detector's space, ``(records, features)``.
+
+        Hooks into the trunk, which nothing else may use meanwhile.
+        """
+        assert self.detector is not None
+        return self.detector.space.units(features(self.trunk, self.bundle.layer.cut_shape, _batches([release])))
+
+
+def _detector(path: Path) -> Detector:
+    try:
+        return Detector.from_bytes(path.read_bytes())
+    except OSError:
+        raise DataError(f"{path} is missing: the run has not been evaluated yet") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _batches(releases: Sequence[Release]) -> Batches:
+    counts = np.concatenate([release.counts for release in releases])
+    nobody = np.zeros(len(counts), dtype=np.int64)
+    return Batches(
+        devices=nobody,
+        targets=nobody,
+        starts=np.concatenate([[0], np.cumsum(counts)]),
+        bitmap=np.concatenate([release.bitmap for release in releases]),
+        values=dequantise(
+            np.concatenate([release.codes for release in releases]),  # of one kind that holds all of them exactly
+            counts,
+            np.concatenate([release.exponents for release in releases]),
+        ),
+        width=releases[0].width,
+    )

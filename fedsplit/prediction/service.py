@@ -33,7 +33,7 @@ from fedsplit.prediction.tokens import Tokens
 
 log = logging.getLogger(__name__)
 MOST_CONNECTIONS = 1024
-_TOKEN: dict[str, Any] = {"security": [{"token": []}]}  # how the documentation says that one is needed
+TOKEN: dict[str, Any] = {"security": [{"token": []}]}  # how the documentation says that one is needed
 _SLOW = 30.0  # seconds in which a request's body must be there
 _BRIEF = 0.005  # seconds; for less, a thread costs more than it saves: they would wait for each other
 _MOST_HELD = 2**25  # bytes of all requests' bodies together, which take up to eight times as much when they are read
@@ -209,20 +209,20 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
 
     app.state.let_in, app.state.bodies = let_in, _Bodies()
 
-    asked = _problems(401, 429)
+    asked = problems(401, 429)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Whether the service is there."""
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=asked, openapi_extra=_TOKEN)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=asked, openapi_extra=TOKEN)
     async def prometheus(request: Request) -> str:
         """Counts for Prometheus."""
         let_in(request)
         return generate_latest(metrics.registry).decode()
 
-    @app.get("/v1/models", responses=asked, openapi_extra=_TOKEN)
+    @app.get("/v1/models", responses=asked, openapi_extra=TOKEN)
     async def names(request: Request) -> dict[str, list[dict[str, Any]]]:
         """The models that are served."""
         let_in(request)
@@ -241,8 +241,8 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
 
     @app.post(
         "/v1/models/{name}/predict",
-        openapi_extra={"requestBody": {"required": True, **body}, **_TOKEN},
-        responses=_problems(400, 401, 404, 408, 413, 422, 429, 503),
+        openapi_extra={"requestBody": {"required": True, **body}, **TOKEN},
+        responses=problems(400, 401, 404, 408, 413, 422, 429, 503),
     )
     async def predict(name: str, request: Request) -> Response:
         """Return the trunk's outputs for a packed query."""
@@ -250,6 +250,8 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
         model = by_name.get(name)
         if model is None:
             raise HTTPException(404, f"there is no model {name[:64]!r} here")
+        if model.detector is not None:  # its outputs stand for training devices' recordings
+            raise HTTPException(422, f"model {name!r} watches devices: see fedsplit monitor")
         async with body_of(request, model) as payload:
             try:
                 outputs = await together[name].ask(payload)
@@ -263,8 +265,8 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
     return app
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return how the documentation describes errors."""
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return how the documentation describes errors of some HTTP statuses."""
     text = {"type": "string"}
     fields = {"type": text, "title": text, "status": {"type": "integer"}, "detail": text, "request": text}
     schema = {"type": "object", "required": list(fields), "properties": fields}

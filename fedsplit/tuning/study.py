@@ -310,6 +310,10 @@ def _check_fit(settings: Settings, plan: Plan) -> None:
             raise ConfigError(f"{name!r} needs test devices, devices.test names none")
         if name == "test_accuracy" and source.task == "regression":
             raise ConfigError("a regression has no 'test_accuracy', use 'test_loss'")
+        if name in ("test_accuracy", "test_loss") and source.task == "novelty":
+            raise ConfigError(f"a novelty task has no {name!r}, use 'test_auc'")
+        if name == "test_auc" and source.task != "novelty":
+            raise ConfigError(f"'test_auc' is for a novelty task, not for {source.task}")
     split_strategy(settings, source, split_model(settings, source), run=0)
     public_records(settings, source)
 

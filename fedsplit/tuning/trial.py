@@ -15,7 +15,7 @@ from fedsplit.state import replacing
 AUDITED = ("strongest_psnr", "identification")
 """Objectives that an audit tells."""
 _GROWING = ("bytes_up", "exchanges", "exposures_max", "simulated_seconds")  # while a run goes on
-_MARGINS = {"test_accuracy": 0.03, "strongest_psnr": 1.0, "identification": 0.1}
+_MARGINS = {"test_accuracy": 0.03, "test_auc": 0.03, "strongest_psnr": 1.0, "identification": 0.1}
 _RELATIVE = 0.1  # the margin of all others, of the value itself
 _DONE = "objectives.json"
 
@@ -50,8 +50,8 @@ class Plan:
     def hopeless(self, found: Values, others: Sequence[Values]) -> str | None:
         """Return why further seeds would not help a trial, or None: a constraint or another trial is out of reach.
 
-        Out of reach is what is better by more than seeds usually change: 3 points of accuracy, 1 dB, 0.1 of the records
-        identified, a tenth of anything else.
+        Out of reach is what is better by more than seeds usually change: 3 points of accuracy or AUC, 1 dB, 0.1 of the
+        records identified, a tenth of anything else.
         """
         for name, bound in self.constraints.items():
             if self.excess(name, found[name]) > _margin(name, found[name]):

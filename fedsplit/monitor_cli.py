@@ -1,0 +1,110 @@
+"""The command ``fedsplit monitor``."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedsplit.console import stderr
+from fedsplit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedsplit.prediction.bundle import Bundle
+
+
+def monitor(
+    recording: Annotated[
+        Path, typer.Argument(help="What is replayed: consecutive records as .npy, .npz or .csv, or with --recipe raw.")
+    ],
+    device: Annotated[Path, typer.Option(help="What fedsplit export wrote.")],
+    home: Annotated[Path, typer.Option(help="The device's own folder, made by fedsplit node init.")],
+    server: Annotated[str, typer.Option(help="The service, https://HOST:PORT.")],
+    name: Annotated[str, typer.Option(help="What the device is called there: its token's name.")],
+    normal: Annotated[
+        list[Path] | None, typer.Option(help="Calibrate first: a recording of something normal; repeatable.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="How recordings become records (windows.toml).")] = None,
+    seconds: Annotated[float | None, typer.Option(help="From one record to the next; a recipe says it, too.")] = None,
+    speed: Annotated[float, typer.Option(help="How much faster than in life it is replayed; 0: at once.")] = 1.0,
+    ca: Annotated[Path | None, typer.Option(help="The authority (ca.crt) of the server's certificate.")] = None,
+    insecure: Annotated[bool, typer.Option(help="No TLS: for a trial on one machine.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each episode.")] = False,
+) -> None:
+    """Replay a recording that stays here, and say when something new happens in it; the token is in FEDSPLIT_TOKEN."""
+    from fedsplit.home import Home
+    from fedsplit.novelty.detector import EPISODE
+    from fedsplit.prediction.bundle import Bundle
+    from fedsplit.prediction.monitor import Monitor
+    from fedsplit.prediction.predictor import Predictor
+    from fedsplit.prediction_cli import remote
+
+    bundle = Bundle.load(device)
+    if bundle.task != "novelty":
+        raise ConfigError(f"the model in {device} predicts: see fedsplit predict")
+    if not 0 <= speed < float("inf"):
+        raise ConfigError(f"--speed must be at least 0, got {speed:g}")
+    stretches, step = _read(recording, bundle, recipe, seconds)
+    own = Home(home)
+    own.check()
+    service = remote(server, bundle.model, ca, insecure=insecure)
+    watched = Monitor(Predictor(bundle, own, service), service, name)
+    if normal:
+        known = [stretch for path in normal for stretch in _read(path, bundle, recipe, seconds)[0]]
+        threshold = watched.calibrate(known, step)
+        stderr.print(f"calibrated with {sum(map(len, known))} records: alarms above {threshold:.3f}", highlight=False)
+    episodes = alarms = 0
+    began = time.monotonic()
+    for at, records in _episodes(stretches, EPISODE):
+        passed = at * step
+        if speed and (wait := began + passed / speed - time.monotonic()) > 0:
+            time.sleep(wait)
+        found = watched.judge(records)
+        episodes, alarms = episodes + 1, alarms + found.alarm
+        if as_json:
+            line = {"seconds": passed, "score": found.episode, "threshold": found.threshold, "alarm": found.alarm}
+            print(json.dumps(line), flush=True)
+        else:
+            said = "ALARM" if found.alarm else "normal"
+            print(f"{_clock(passed)}  {found.episode:6.2f} of {found.threshold:.2f}  {said}", flush=True)
+    stderr.print(f"{alarms} of {episodes} episodes of {EPISODE} records raised an alarm", highlight=False)
+
+
+def _read(path: Path, bundle: "Bundle", recipe: Path | None, seconds: float | None) -> tuple[list[Any], float]:
+    """Return a recording's stretches without gaps, as records in order, and the seconds from one to the next."""
+    import numpy as np
+
+    from fedsplit.data.formats import Layout
+    from fedsplit.data.recipe import read_recipe
+    from fedsplit.errors import DataError
+    from fedsplit.prediction_cli import read_records
+
+    if recipe is None:
+        if seconds is None or not 0 < seconds < float("inf"):
+            raise ConfigError(f"--seconds from one record to the next must be above 0, got {seconds}")
+        return [read_records(path, bundle.layer.input_shape)], seconds
+    if seconds is not None:
+        raise ConfigError("--seconds: is in the recipe already")
+    made = read_recipe(recipe)
+    windows = made.cut(made.read(path, Layout(), labelled=False))
+    if windows.x.shape[1:] != bundle.layer.input_shape:
+        raise DataError(
+            f"{recipe} makes records of shape {windows.x.shape[1:]}, the model takes {bundle.layer.input_shape}"
+        )
+    gaps = np.flatnonzero(np.diff(windows.times) > 1.5 * made.stride) + 1
+    return np.split(windows.x, gaps), made.stride
+
+
+def _episodes(stretches: list[Any], size: int) -> Iterator[tuple[int, Any]]:
+    """Yield every ``size`` consecutive records of a stretch, and how many records have been before their end."""
+    before = 0
+    for stretch in stretches:
+        for end in range(size, len(stretch) + 1):
+            yield before + end, stretch[end - size : end]
+        before += len(stretch)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"

@@ -1,0 +1,110 @@
+"""The device's side of being watched: it says what is normal for it, and asks how new what it does is.
+
+Records stay here; what leaves of them passes the guard and is the same whenever it is asked about, so that an episode's
+records, which are sent again with every new one, release nothing twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.errors import DataError, RunError
+from fedsplit.novelty.detector import EPISODE
+from fedsplit.prediction.predictor import Predictor
+from fedsplit.prediction.remote import Remote
+from fedsplit.wire import MOST_RECORDS, Reason
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How new an episode is.
+
+    Attributes
+    ----------
+    scores : float64 array (:data:`EPISODE`,)
+        Of its records.
+    episode, threshold : float
+    alarm : bool
+        Whether the episode's score is above the threshold.
+    """
+
+    scores: NDArray[np.float64]
+    episode: float
+    threshold: float
+    alarm: bool
+
+
+class Monitor:
+    """A device that a service watches.
+
+    Parameters
+    ----------
+    predictor : Predictor
+        Of a novelty task; releases records as far as the owner's limits allow.
+    remote : Remote
+        The service.
+    device : str
+        What the device is called there; with a token, the token's name.
+    """
+
+    def __init__(self, predictor: Predictor, remote: Remote, device: str) -> None:
+        self._predictor, self._remote, self._device = predictor, remote, device
+
+    def calibrate(self, recordings: Sequence[NDArray[Any]], seconds: float) -> float:
+        """Say what is normal, in place of what was said before, and return the threshold for episodes.
+
+        Parameters
+        ----------
+        recordings : sequence of arrays (records, *input_shape)
+            Raw, each of one stretch of something normal.
+        seconds : float
+            From one record to the next.
+
+        Raises
+        ------
+        DataError
+            If there are too many or no records, or they cannot be used; see :meth:`Predictor.release`.
+        RunError
+            If the guard lets a record not leave, or the service refuses, or answers what is no answer.
+        """
+        total = sum(map(len, recordings))
+        if not 0 < total <= MOST_RECORDS:
+            raise DataError(f"to calibrate takes 1..{MOST_RECORDS} records, got {total}")
+        payload = self._released(np.concatenate(recordings))
+        counts = ",".join(str(len(r)) for r in recordings)
+        return _number(self._ask(f"normal?recordings={counts}&seconds={seconds!r}", payload), "threshold")
+
+    def judge(self, records: NDArray[Any]) -> Verdict:
+        """Return how new :data:`EPISODE` consecutive records are; raises as :meth:`calibrate`."""
+        answer = self._ask("episode", self._released(records))
+        try:
+            scores = np.asarray(answer["scores"], dtype=np.float64)
+        except (KeyError, TypeError, ValueError):
+            raise RunError("the answer is no verdict") from None
+        if scores.shape != (EPISODE,) or not np.isfinite(scores).all():
+            raise RunError("the answer is no verdict")
+        score, threshold = _number(answer, "episode"), _number(answer, "threshold")
+        return Verdict(scores, score, threshold, score > threshold)
+
+    def _released(self, raw: NDArray[Any]) -> bytes:
+        query, refused = self._predictor.release(raw)
+        if refused.any():
+            why = ", ".join(sorted({Reason(code).name.lower() for code in refused[refused != 0].tolist()}))
+            raise RunError(f"{np.count_nonzero(refused)} of {len(raw)} records may not leave, for the limits on {why}")
+        return query.to_bytes()
+
+    def _ask(self, what: str, payload: bytes) -> Any:
+        return self._remote.ask(f"devices/{self._device}/{what}", payload)
+
+
+def _number(answer: Any, name: str) -> float:
+    try:
+        found = float(answer[name])
+    except (KeyError, TypeError, ValueError):
+        raise RunError("the answer is no verdict") from None
+    if not np.isfinite(found):
+        raise RunError("the answer is no verdict")
+    return found

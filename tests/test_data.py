@@ -718,7 +718,7 @@ def test_refuses_a_folder_that_is_missing_or_empty(tmp_path):
         ({"count": 2}, "count must be 3 .* got 2"),
         ({"outputs": None}, "outputs must be the number of classes, at least 2, got None"),
         ({"outputs": 1}, "outputs must be the number of classes, at least 2, got 1"),
-        ({"task": "ranking"}, "task must be one of classification, binary, regression, got 'ranking'"),
+        ({"task": "ranking"}, "task must be one of classification, binary, regression, novelty, got 'ranking'"),
         ({"task": "binary", "outputs": 2}, "outputs must be 1 or left out for a binary task, got 2"),
         ({"task": "regression", "outputs": 0}, "outputs must be at least 1, got 0"),
         ({"partition": "iid"}, "partition must be 'natural' for a folder.*, got 'iid'"),

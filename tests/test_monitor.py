@@ -1,0 +1,453 @@
+"""Devices that are watched: the task from settings to scores, what the service takes and tells, and the command."""
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from conftest import small_settings
+from fastapi import FastAPI
+from predictions import listening, problem
+
+from fedsplit import simulate
+from fedsplit.config import check_settings
+from fedsplit.errors import ConfigError, DataError, RunError
+from fedsplit.home import Home
+from fedsplit.novelty.detector import EPISODE
+from fedsplit.prediction.bundle import run_bundle
+from fedsplit.prediction.fleet import FLEET, Fleet, add_fleets
+from fedsplit.prediction.monitor import Monitor
+from fedsplit.prediction.predictor import Predictor
+from fedsplit.prediction.remote import Remote
+from fedsplit.prediction.served import Served
+from fedsplit.prediction.service import service
+from fedsplit.prediction.tokens import Tokens, add_token
+
+RATES = (0.25, 0.45, 0.65)  # radians a sample: what a device does in its recordings
+NEW = 1.3
+
+
+def moving(rate: float, count: int, seed: int) -> np.ndarray:
+    """Return records (2, 32) of one movement, at any phase."""
+    rng = np.random.default_rng([seed, round(1000 * rate)])
+    time = np.arange(32) + rng.uniform(0, 30, size=(count, 1, 1))
+    waves = np.sin(rate * time + np.array([0.0, 1.0])[:, None])
+    return (waves + 0.1 * rng.normal(size=waves.shape)).astype(np.float32)
+
+
+def _doing(device: int, rates: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return 20 records of each movement, as this device does it."""
+    x = np.concatenate([moving(rate * (1 + 0.02 * device), 20, device) for rate in rates])
+    return x, np.repeat(np.arange(len(rates)), 20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the records of six devices, of which the last two only test."""
+    folder = tmp_path_factory.mktemp("devices")
+    for device in range(6):
+        x, y = _doing(device, RATES if device < 4 else (*RATES, NEW))
+        test = "_test" if device >= 4 else ""
+        np.savez(folder / f"{device}.npz", **{f"x{test}": x, f"y{test}": y})
+    return folder
+
+
+def _settings(folder: Path, **changes: dict[str, Any]) -> Any:
+    chosen: dict[str, Any] = {
+        "run": {"name": "watched", "rounds": 15, "engine": "inline"},
+        "data": {"folder": str(folder), "task": "novelty", "outputs": 3},
+        "devices": {"test": [4, 5]},
+        "public": {"devices": [0], "epochs": 5},
+        "model": {"name": "sensor-cnn", "width": 8},
+        "dropping": {"policy": "top-k", "k": 32},
+        "protocol": {"mode": "release-once", "batch-size": 32},
+        "trunk": {"lr": 0.005, "schedule": "cosine", "thinning": 0.5},
+    }
+    for section, values in changes.items():
+        chosen[section] = chosen.get(section, {}) | values
+    return check_settings(chosen)
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run folder of the task, trained once."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    simulate(_settings(folder), out=out)
+    return out
+
+
+@pytest.fixture
+def watching(run: Path, tmp_path: Path) -> Served:
+    return Served.of_run(run)
+
+
+def _fleet(served: Served, tmp_path: Path, false_alarms: float = 500.0) -> Fleet:
+    return Fleet(served, tmp_path / FLEET, false_alarms)
+
+
+def _app(fleet: Fleet, tokens: Tokens | None = None, watchers: tuple[str, ...] = ()) -> FastAPI:
+    app = service([fleet.served], tokens)
+    add_fleets(app, [fleet], watchers)
+    return app
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Home:
+    home = Home.create(tmp_path / "home", [4])
+    (home.folder / "limits.toml").write_text("equations = 0.9\nleverage = 1.0\n")
+    return home
+
+
+def _monitor(run: Path, home: Home, url: str, name: str = "watch", token: str | None = None) -> Monitor:
+    bundle = run_bundle(run)
+    remote = Remote(url, bundle.model, token, None)
+    return Monitor(Predictor(bundle, home, remote), remote, name)
+
+
+def _normal(device: int = 4) -> list[np.ndarray]:
+    return [moving(rate * (1 + 0.02 * device), 12, 50) for rate in RATES]
+
+
+def _payload(run: Path, home: Home, records: np.ndarray) -> bytes:
+    query, _ = Predictor(run_bundle(run), home, lambda _: np.zeros(0)).release(records)
+    return query.to_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------- the task
+
+
+def test_a_run_says_how_well_something_new_is_noticed(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    assert result["test_auc"] > 0.85 and result["test_episode_auc"] > 0.95
+    assert result["test_accuracy"] is None and result["exposures_max"] == 1
+    assert 0 < result["public_only_auc"] <= 1
+
+
+def test_equal_settings_notice_alike_and_a_run_resumes(folder: Path, run: Path, tmp_path: Path) -> None:
+    settings = _settings(folder)
+    stop = RuntimeError("stopped")
+
+    def report(metrics: dict[str, Any]) -> None:
+        if metrics["round"] == 9:
+            raise stop
+
+    with pytest.raises(RuntimeError) as stopped:
+        simulate(settings, out=tmp_path / "again", report=report)
+    assert stopped.value is stop
+    result = simulate(settings, out=tmp_path / "again", resume=True)
+    assert result["test_auc"] == json.loads((run / "result.json").read_text())["test_auc"]
+    files = [(each / "checkpoint" / "detector.safetensors").read_bytes() for each in (run, tmp_path / "again")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"protocol": {"mode": "single-pass"}}, "a novelty task is for protocol.mode 'release-once'"),
+        ({"data": {"outputs": None}}, "outputs must be the most recordings that a device has"),
+        ({"data": {"outputs": 1}}, "labels must be in 0..1 for a novelty task with 1 outputs"),
+        ({"public": {"devices": None, "file": "x.npz"}}, "public.file is not for a novelty task"),
+        ({"data": {"novel": 1}}, "novel is for data sets with classes, not for a folder"),
+    ],
+)
+def test_settings_that_do_not_fit_the_task_are_refused(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises((ConfigError, DataError), match=said):
+        simulate(_settings(folder, **changes), out=tmp_path / "run")
+
+
+def test_something_new_to_train_with_is_refused(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    x, y = _doing(1, (*RATES, NEW))
+    np.savez(tmp_path / "1.npz", x=x, y=y)
+    with pytest.raises(DataError, match=r"device 1 \(1.npz\), train: label 3 is for something new"):
+        simulate(_settings(tmp_path), out=tmp_path / "run")
+
+
+def test_a_class_of_a_data_set_can_be_the_novelty() -> None:
+    from fedsplit.assemble import data_source
+
+    raw: dict[str, Any] = {
+        "data": {"name": "digits", "novel": 3},
+        "devices": {"count": 6, "partition": "iid", "test": [5]},
+        "protocol": {"mode": "release-once"},
+        "public": {"devices": [0], "epochs": 1},
+    }
+    del (tables := small_settings(**{"trunk": {}}).tables())["data"], tables["devices"]
+    source = data_source(check_settings(tables | {k: tables.get(k, {}) | v for k, v in raw.items()}))
+    assert (source.task, source.outputs, source.trunk_outputs) == ("novelty", 9, 54)
+    train, test = source.device(1).train, source.device(5).test
+    assert set(train.y.tolist()) == set(range(9)) and set(test.y.tolist()) == set(range(10))
+
+
+# ----------------------------------------------------------------------------------------------------- the service
+
+
+def test_a_device_that_has_calibrated_is_told_what_is_new(
+    run: Path, watching: Served, own: Home, tmp_path: Path
+) -> None:
+    fleet = _fleet(watching, tmp_path)
+    with listening(_app(fleet)) as url:
+        monitor = _monitor(run, own, url)
+        threshold = monitor.calibrate(_normal(), seconds=2.0)
+        known = monitor.judge(moving(RATES[1] * 1.08, EPISODE, 51))
+        new = monitor.judge(moving(NEW, EPISODE, 51))
+        assert not known.alarm and new.alarm and known.threshold == new.threshold == threshold
+        assert new.episode > threshold > known.episode and len(new.scores) == EPISODE
+        found = httpx.get(f"{url}/v1/models/{watching.name}/devices").json()
+    (row,) = found["devices"]
+    assert row["name"] == "watch" and [alarm for _, _, alarm in row["episodes"]] == [False, True]
+    scores = [score for _, score, _ in row["episodes"]]
+    assert scores == [known.episode, new.episode]
+
+
+def test_what_is_normal_survives_the_service(run: Path, watching: Served, own: Home, tmp_path: Path) -> None:
+    verdicts = []
+    for start in range(2):
+        with listening(_app(_fleet(watching, tmp_path))) as url:
+            monitor = _monitor(run, own, url)
+            if not start:
+                monitor.calibrate(_normal(), seconds=2.0)
+            verdicts.append(monitor.judge(moving(NEW, EPISODE, 51)))
+    assert verdicts[0].episode == verdicts[1].episode and verdicts[0].threshold == verdicts[1].threshold
+
+
+def test_asking_again_releases_nothing_twice(run: Path, watching: Served, own: Home, tmp_path: Path) -> None:
+    records = moving(RATES[0], EPISODE + 3, 52)
+    with listening(_app(_fleet(watching, tmp_path))) as url:
+        monitor = _monitor(run, own, url)
+        monitor.calibrate(_normal(), seconds=2.0)
+        for end in range(EPISODE, len(records) + 1):
+            monitor.judge(records[end - EPISODE : end])
+    rows = list(own.accountant("test").rows())
+    assert len(rows) == 36 + len(records) and {spent.releases for _, spent in rows} == {1}
+
+
+@contextmanager
+def _client(app: FastAPI, token: str = "") -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    with listening(app) as url, httpx.Client(base_url=url, headers=headers, timeout=30) as client:
+        yield client
+
+
+def test_what_is_no_calibration_or_episode_is_refused(run: Path, watching: Served, own: Home, tmp_path: Path) -> None:
+    eight = _payload(run, own, moving(NEW, EPISODE, 53))
+    alike = _payload(run, own, np.repeat(moving(NEW, 1, 53), 4, axis=0))
+    at = f"/v1/models/{watching.name}/devices"
+    with _client(_app(_fleet(watching, tmp_path))) as client:
+        assert "has not calibrated" in problem(client.post(f"{at}/watch/episode", content=eight), 409)
+        normal = f"{at}/watch/normal?seconds=2&recordings="
+        for recordings in ("7", "9", "4,3", "8,0", "0,8"):
+            said = problem(client.post(normal + recordings, content=eight), 422)
+            assert said == "recordings must be counts of the 8 records"
+        for recordings in ("", "x", "-1", "1,,7", "8,"):
+            assert problem(client.post(normal + recordings, content=eight), 422) == "not valid: query.recordings"
+        for seconds in ("0", "-1", "nan", "inf", "x"):
+            there = f"{at}/watch/normal?recordings=8&seconds={seconds}"
+            assert problem(client.post(there, content=eight), 422) == "not valid: query.seconds"
+        assert "need normal records" in problem(client.post(normal + "4", content=alike), 422)
+        assert "need normal records" in problem(client.post(normal + ",".join("1" * 8), content=eight), 422)
+        for name in (".hidden", "a" * 65, "a b", "%2e%2e"):
+            assert client.post(f"{at}/{name}/normal?seconds=2&recordings=8", content=eight).status_code in (404, 422)
+        assert client.post(normal + "8", content=eight).status_code == 200
+        four = eight_of = _payload(run, own, moving(NEW, 4, 54))
+        assert problem(client.post(f"{at}/watch/episode", content=four), 422) == "an episode must be 8 records, got 4"
+        for broken in (b"", eight[:-1], eight_of[:20]):
+            problem(client.post(f"{at}/watch/episode", content=broken), 422)
+        assert "no model" in problem(client.post(f"{at.replace(watching.name, 'x')}/watch/episode", content=eight), 404)
+        told = problem(client.post(f"/v1/models/{watching.name}/predict", content=eight), 422)
+        assert "watches devices: see fedsplit monitor" in told
+        listed = client.get(at).json()["devices"]
+    assert [row["name"] for row in listed] == ["watch"] and not listed[0]["episodes"]
+    assert {path.name for path in (tmp_path / FLEET).iterdir()} == {"watch.safetensors"}
+
+
+def test_a_token_speaks_for_its_own_device_and_a_watcher_sees_all(
+    run: Path, watching: Served, own: Home, tmp_path: Path
+) -> None:
+    tokens = {name: add_token(tmp_path / "tokens", name) for name in ("watch-1", "watch-2", "nurse")}
+    eight = _payload(run, own, moving(NEW, EPISODE, 53))
+    at = f"/v1/models/{watching.name}/devices"
+    app = _app(_fleet(watching, tmp_path), Tokens(tmp_path / "tokens"), ("nurse",))
+    with listening(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+
+        def asked(kind: str, path: str, token: str, **more: Any) -> httpx.Response:
+            return client.request(kind, path, headers={"Authorization": f"Bearer {token}"}, **more)
+
+        for device in ("watch-1", "watch-2"):
+            there = f"{at}/{device}/normal?recordings=8&seconds=2"
+            assert asked("POST", there, tokens[device], content=eight).status_code == 200
+        stolen = asked("POST", f"{at}/watch-2/normal?recordings=8&seconds=2", tokens["watch-1"], content=eight)
+        assert "this token is of 'watch-1'" in problem(stolen, 403)
+        assert problem(asked("POST", f"{at}/watch-1/episode", "guess", content=eight), 401)
+        seen = {
+            name: [row["name"] for row in asked("GET", at, token).json()["devices"]] for name, token in tokens.items()
+        }
+        assert asked("GET", at, "guess").status_code == 401
+    assert seen == {"watch-1": ["watch-1"], "watch-2": ["watch-2"], "nurse": ["watch-1", "watch-2"]}
+
+
+def test_the_page_is_there_and_loads_nothing_from_elsewhere(watching: Served, tmp_path: Path) -> None:
+    with _client(_app(_fleet(watching, tmp_path))) as client:
+        page = client.get("/fleet/")
+        assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
+        for name in ("fleet.js", "fleet.css"):
+            assert client.get(f"/fleet/{name}").status_code == 200 and name in page.text
+
+
+def test_devices_are_watched_at_the_same_time(run: Path, watching: Served, own: Home, tmp_path: Path) -> None:
+    episodes = [_payload(run, own, moving(NEW if i % 2 else RATES[0], EPISODE, 60 + i)) for i in range(8)]
+    normal, at = _payload(run, own, np.concatenate(_normal())), f"/v1/models/{watching.name}/devices"
+
+    async def ask(url: str) -> list[float]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            for i in range(8):
+                await client.post(f"{at}/d{i}/normal?recordings=12,12,12&seconds=2", content=normal)
+            found = await asyncio.gather(
+                *(client.post(f"{at}/d{i}/episode", content=e) for i, e in enumerate(episodes))
+            )
+            again = [await client.post(f"{at}/d{i}/episode", content=e) for i, e in enumerate(episodes)]
+        assert [r.json()["episode"] for r in found] == [r.json()["episode"] for r in again]
+        return [r.json()["episode"] for r in found]
+
+    with listening(_app(_fleet(watching, tmp_path))) as url:
+        scores = asyncio.run(ask(url))
+    assert min(scores[1::2]) > max(scores[::2])
+
+
+def test_damaged_and_foreign_files_of_devices_are_told(watching: Served, tmp_path: Path) -> None:
+    (tmp_path / FLEET).mkdir()
+    (tmp_path / FLEET / "watch.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"watch\.safetensors is damaged, or of another model"):
+        _fleet(watching, tmp_path)
+
+
+def test_a_run_without_an_evaluation_watches_nobody(folder: Path, tmp_path: Path) -> None:
+    def report(metrics: dict[str, Any]) -> None:
+        if metrics["round"] == 2:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        simulate(_settings(folder), out=tmp_path / "run", report=report)
+    with pytest.raises(DataError, match=r"detector.safetensors is missing: the run has not been evaluated yet"):
+        Served.of_run(tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------ the device
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        [],
+        None,
+        {"threshold": "x"},
+        {"threshold": math.inf},
+        {"threshold": 1.0, "episode": None, "scores": [0.0] * EPISODE},
+        {"threshold": 1.0, "episode": 1.0, "scores": [0.0]},
+        {"threshold": 1.0, "episode": 1.0, "scores": ["x"] * EPISODE},
+        {"threshold": 1.0, "episode": 1.0, "scores": [math.nan] * EPISODE},
+    ],
+    ids=str,
+)
+def test_an_answer_that_is_no_verdict_is_told(run: Path, own: Home, answer: Any) -> None:
+    monitor = _monitor(run, own, "https://localhost:1")
+    monitor._remote._client = httpx.Client(
+        transport=httpx.MockTransport(lambda _: httpx.Response(200, content=iter([json.dumps(answer).encode()]))),
+        base_url="https://localhost:1",
+    )
+    with pytest.raises(RunError, match="the answer is no verdict"):
+        monitor.judge(moving(NEW, EPISODE, 51))
+
+
+def test_an_alarm_is_the_devices_own_conclusion(run: Path, own: Home) -> None:
+    """A service that says alarm, or none, against its own figures is not believed."""
+    monitor = _monitor(run, own, "https://localhost:1")
+    answer = {"scores": [2.0] * EPISODE, "episode": 2.0, "threshold": 1.0, "alarm": False}
+    monitor._remote._client = httpx.Client(
+        transport=httpx.MockTransport(lambda _: httpx.Response(200, content=iter([json.dumps(answer).encode()]))),
+        base_url="https://localhost:1",
+    )
+    assert monitor.judge(moving(NEW, EPISODE, 51)).alarm
+
+
+def test_records_over_the_limits_do_not_leave(run: Path, own: Home) -> None:
+    (own.folder / "limits.toml").write_text("equations = 0.01\nleverage = 1.0\n")
+    with pytest.raises(RunError, match="8 of 8 records may not leave, for the limits on equations"):
+        _monitor(run, own, "https://localhost:1").judge(moving(NEW, EPISODE, 51))
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def asks(run: Path, own: Home, tmp_path: Path) -> list[Any]:
+    """Return the command's arguments but for the recording and the server."""
+    run_bundle(run).save(tmp_path / "device")
+    for number, records in enumerate(_normal()):
+        np.save(tmp_path / f"normal-{number}.npy", records)
+    np.save(tmp_path / "known.npy", moving(RATES[1] * 1.08, 20, 51))
+    np.save(tmp_path / "new.npy", moving(NEW, 12, 51))
+    return ["--device", tmp_path / "device", "--home", own.folder, "--name", "watch", "--insecure"]
+
+
+def test_the_command_replays_a_recording_and_raises_alarms(
+    asks: list[Any],
+    watching: Served,
+    tmp_path: Path,
+    main: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    normal = [text for n in range(3) for text in ("--normal", tmp_path / f"normal-{n}.npy")]
+    with listening(_app(_fleet(watching, tmp_path))) as url:
+        timed = [*asks, "--server", url, "--seconds", "2", "--speed", "0"]
+        main("monitor", tmp_path / "known.npy", *timed, *normal, "--json")
+        said = capsys.readouterr()
+        known = [json.loads(line) for line in said.out.splitlines()]
+        main("monitor", tmp_path / "new.npy", *timed)
+        loud = capsys.readouterr()
+    assert [line["seconds"] for line in known] == [2.0 * n for n in range(EPISODE, 21)]
+    assert not any(line["alarm"] for line in known)
+    assert "calibrated with 36 records" in said.err and "0 of 13 episodes of 8 records raised an alarm" in said.err
+    assert [line.split()[-1] for line in loud.out.splitlines()] == ["ALARM"] * 5
+    assert loud.out.startswith("0:00:16 ") and "5 of 5 episodes of 8 records raised an alarm" in loud.err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--seconds", "2", "--server", "http://localhost:1", "--speed", "-1"], "--speed must be at least 0, got -1"),
+        (["--server", "http://localhost:1"], "--seconds from one record to the next must be above 0, got None"),
+        (["--seconds", "2", "--server", "https://localhost:1"], "a service with TLS wants a token"),
+        (["--seconds", "2", "--server", "localhost:1"], "--server must be https://HOST:PORT"),
+    ],
+)
+def test_what_the_command_cannot_use_is_told(
+    asks: list[Any], tmp_path: Path, refused: Callable[..., str], more: list[str], said: str
+) -> None:
+    assert said in refused("monitor", tmp_path / "new.npy", *asks, *more)
+
+
+def test_commands_of_other_tasks_say_which_one_is_meant(
+    asks: list[Any], trained: Path, own: Home, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    there = ["--server", "http://localhost:1", "--insecure"]
+    of_novelty = ["--device", tmp_path / "device", "--home", own.folder, "--input", tmp_path / "new.npy"]
+    assert "watches devices: see fedsplit monitor" in refused("predict", *of_novelty, *there)
+    run_bundle(trained).save(tmp_path / "other")
+    of_classes = ["--device", tmp_path / "other", "--home", own.folder, "--name", "x", "--seconds", "2", *there]
+    assert "predicts: see fedsplit predict" in refused("monitor", tmp_path / "new.npy", *of_classes)
+
+
+def test_a_service_needs_a_rate_of_false_alarms(run: Path, refused: Callable[..., str]) -> None:
+    for rate in ("0", "-1", "nan", "inf"):
+        assert "--false-alarms must be above 0" in refused("serve", run, "--insecure", "--false-alarms", rate)

@@ -63,7 +63,7 @@ def serve(
     ] = False,
     false_alarms: Annotated[
         float, typer.Option(help="Novelty: alarms that a device may give a day where all is normal.")
-    ] = 1.0,
+    ] = 10.0,
     watcher: Annotated[
         list[str] | None, typer.Option(help="Novelty: whose token may see all devices' scores; repeatable.")
     ] = None,

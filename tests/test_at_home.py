@@ -239,6 +239,7 @@ def logit_gradients(download: HeadDownload, y: np.ndarray) -> np.ndarray:
     return p / p.sum(axis=1, keepdims=True) - np.eye(3)[y]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("per_node", [1, 2])
 def test_the_wire_carries_neither_labels_nor_gradients_at_the_outputs(per_node: int, dtype: str, out: Path) -> None:

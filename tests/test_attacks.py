@@ -201,6 +201,7 @@ def test_inequalities_hold() -> None:
     assert max(over) < 1e-3
 
 
+@pytest.mark.slow
 def test_digits_in_the_box_are_better_than_wiener_and_both_than_the_mean() -> None:
     mnist = load_mnist()
     order = np.random.default_rng(0).permutation(5000)

@@ -316,6 +316,7 @@ def test_the_last_rounds_totals_are_the_results(wide: Path, trained: Path) -> No
         assert lines[0]["exposures_max"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["after the round", "before its checkpoint"])
 @pytest.mark.parametrize(("mode", "chunk"), [("synchronous", 4), ("pipelined", "epoch"), ("single-pass", "spread")])
 def test_a_resumed_runs_totals_go_on_exactly(

@@ -92,6 +92,7 @@ def test_the_page_sends_the_same_bytes(name: str, tmp_path: Path) -> None:
     assert theirs == ours and len(set(ours)) > 100
 
 
+@pytest.mark.slow
 def test_the_page_knows_activations_and_formats(tmp_path: Path) -> None:
     made = [
         bundle("dense", Dropping("at-most", k=20), activation, dtype)

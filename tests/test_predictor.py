@@ -70,6 +70,7 @@ def test_many_records_are_asked_about_in_parts(
     assert np.allclose(parts.outputs, whole.outputs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_record_asked_about_a_thousand_times_is_counted_once(trained: Path, served: Served, home: Home) -> None:
     """Although the limits allow it to leave only once: what has left already can leave again."""
     (home.folder / "limits.toml").write_text("releases = 1\nequations = 0.9\nleverage = 1.0\n")

@@ -69,6 +69,7 @@ def test_a_space_draws_what_the_settings_take(config: Path) -> None:
     assert {s.trunk.lr for s in tried} == {0.01, 0.2}
 
 
+@pytest.mark.slow
 @given(st.integers(1, 4000), st.sampled_from(["release-once", "pipelined"]), st.booleans(), st.integers(0, 9))
 def test_the_usual_space_fits_any_layer(width: int, mode: str, positive: bool, seed: int) -> None:
     settings = load_settings(CONFIGS / "wearables-private.toml", [f"protocol.mode={mode}"])
@@ -135,7 +136,7 @@ def test_a_bad_space_is_refused(config: Path, refused: Callable[..., str], space
     ("override", "says"),
     [
         ("audit.targets=0", "'strongest_psnr' is an audit's: audit.targets must be at least 1, got 0"),
-        ("tune.objectives=['accuracy']", "tune.objectives: should be 'test_accuracy', 'test_loss', "),
+        ("tune.objectives=['accuracy']", "tune.objectives: should be 'test_accuracy', 'test_auc', 'test_loss', "),
         ("tune.objectives=['seconds','seconds']", "none may come twice"),
         ("tune.objectives=[]", "tune.objectives: "),
         (
@@ -183,6 +184,7 @@ def test_hopeless_is_what_seeds_cannot_change() -> None:
     assert not plan.hopeless({"test_accuracy": 0.99, "strongest_psnr": 20.5}, [])
 
 
+@pytest.mark.slow
 def test_a_trial_averages_its_seeds_and_repeats_none(config: Path, tmp_path: Path) -> None:
     settings, plan = load_settings(config), Plan(("test_accuracy", "strongest_psnr"), {}, seeds=2)
     outcome = run_trial(settings.to_json(), tmp_path / "trial", plan, [])
@@ -199,6 +201,7 @@ def test_a_trial_averages_its_seeds_and_repeats_none(config: Path, tmp_path: Pat
     assert len(pruned.seeds) == 1 and pruned.stopped == "another trial is better in everything"
 
 
+@pytest.mark.slow
 def test_a_run_stops_as_soon_as_its_mean_breaks_a_constraint(config: Path, tmp_path: Path) -> None:
     settings = load_settings(config).to_json()
     free = run_trial(settings, tmp_path / "free", Plan(("bytes_up",), {}, seeds=2), [])

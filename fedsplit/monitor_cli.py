@@ -14,6 +14,8 @@ from fedsplit.errors import ConfigError
 if TYPE_CHECKING:
     from fedsplit.prediction.bundle import Bundle
 
+    Stretch = tuple[Any, Any]  # records in order, and when each is complete
+
 
 def monitor(
     recording: Annotated[
@@ -52,13 +54,12 @@ def monitor(
     service = remote(server, bundle.model, ca, insecure=insecure)
     watched = Monitor(Predictor(bundle, own, service), service, name)
     if normal:
-        known = [stretch for path in normal for stretch in _read(path, bundle, recipe, seconds)[0]]
+        known = [records for path in normal for records, _ in _read(path, bundle, recipe, seconds)[0]]
         threshold = watched.calibrate(known, step)
         stderr.print(f"calibrated with {sum(map(len, known))} records: alarms above {threshold:.3f}", highlight=False)
     episodes = alarms = 0
     began = time.monotonic()
-    for at, records in _episodes(stretches, EPISODE):
-        passed = at * step
+    for passed, records in _episodes(stretches, EPISODE):
         if speed and (wait := began + passed / speed - time.monotonic()) > 0:
             time.sleep(wait)
         found = watched.judge(records)
@@ -72,8 +73,8 @@ def monitor(
     stderr.print(f"{alarms} of {episodes} episodes of {EPISODE} records raised an alarm", highlight=False)
 
 
-def _read(path: Path, bundle: "Bundle", recipe: Path | None, seconds: float | None) -> tuple[list[Any], float]:
-    """Return a recording's stretches without gaps, as records in order, and the seconds from one to the next."""
+def _read(path: Path, bundle: "Bundle", recipe: Path | None, seconds: float | None) -> tuple[list["Stretch"], float]:
+    """Return a recording's stretches without gaps, and the seconds from one record to the next."""
     import numpy as np
 
     from fedsplit.data.formats import Layout
@@ -84,26 +85,24 @@ def _read(path: Path, bundle: "Bundle", recipe: Path | None, seconds: float | No
     if recipe is None:
         if seconds is None or not 0 < seconds < float("inf"):
             raise ConfigError(f"--seconds from one record to the next must be above 0, got {seconds}")
-        return [read_records(path, bundle.layer.input_shape)], seconds
+        records = read_records(path, bundle.layer.input_shape)
+        return [(records, seconds * np.arange(1, len(records) + 1))], seconds
     if seconds is not None:
         raise ConfigError("--seconds: is in the recipe already")
     made = read_recipe(recipe)
     windows = made.cut(made.read(path, Layout(), labelled=False))
-    if windows.x.shape[1:] != bundle.layer.input_shape:
-        raise DataError(
-            f"{recipe} makes records of shape {windows.x.shape[1:]}, the model takes {bundle.layer.input_shape}"
-        )
+    made_of, wanted = windows.x.shape[1:], bundle.layer.input_shape
+    if made_of != wanted:
+        raise DataError(f"{recipe} makes records of shape {made_of}, the model takes {wanted}")
     gaps = np.flatnonzero(np.diff(windows.times) > 1.5 * made.stride) + 1
-    return np.split(windows.x, gaps), made.stride
+    return list(zip(np.split(windows.x, gaps), np.split(windows.times, gaps), strict=True)), made.stride
 
 
-def _episodes(stretches: list[Any], size: int) -> Iterator[tuple[int, Any]]:
-    """Yield every ``size`` consecutive records of a stretch, and how many records have been before their end."""
-    before = 0
-    for stretch in stretches:
-        for end in range(size, len(stretch) + 1):
-            yield before + end, stretch[end - size : end]
-        before += len(stretch)
+def _episodes(stretches: list["Stretch"], size: int) -> Iterator[tuple[float, Any]]:
+    """Yield when every ``size`` consecutive records of a stretch are there, and these."""
+    for records, times in stretches:
+        for end in range(size, len(records) + 1):
+            yield float(times[end - 1]), records[end - size : end]
 
 
 def _clock(seconds: float) -> str:

@@ -35,6 +35,9 @@ def windows(
     normal: Annotated[Texts, typer.Option(help="A label that is normal (0), instead of classes; repeatable.")] = None,
     anomalous: Annotated[Texts, typer.Option(help="A label that is not (1); repeatable.")] = None,
     otherwise: Annotated[str | None, typer.Option(help="The label where there is none of these.")] = None,
+    recordings_: Annotated[
+        int | None, typer.Option("--recordings", help="Novelty: a device's normal windows are so many recordings.")
+    ] = None,
     donor: Annotated[Texts, typer.Option(help="A device whose values everybody may know: it is measured.")] = None,
     column: Annotated[Texts, typer.Option(help="CHANNEL=NAME of it in these files; repeatable.")] = None,
     unit: Annotated[Texts, typer.Option(help="CHANNEL=UNIT of it in these files, if not as wanted.")] = None,
@@ -62,6 +65,7 @@ def windows(
         "normal": normal,
         "anomalous": anomalous,
         "otherwise": otherwise,
+        "recordings": recordings_,
     }
     given = {name: value for name, value in shared.items() if value is not None}
     if like is not None and given:
@@ -83,7 +87,8 @@ def windows(
     done = prepare(recipe, owners, out, layout, test, all_labels=like is None)
     console = Console()
     console.print(_table(recipe, done))
-    outputs = f", outputs = {len(recipe.classes)}" if recipe.classes else ""
+    number = len(recipe.classes) if recipe.classes else recipe.recordings
+    outputs = f", outputs = {number}" if number else ""
     said = f'records of shape {recipe.shape}: [data] folder = "{out}", task = "{recipe.task}"{outputs}'
     console.print(said, markup=False, highlight=False, soft_wrap=True)
     said = f"other devices of a run make theirs with --like {out / RECIPE}"
@@ -121,11 +126,14 @@ def _table(recipe: "Recipe", done: Sequence["Prepared"]) -> Table:
     """Show windows by device; those of each label are of train and test together."""
     table = Table(title="windows by device", title_justify="left")
     names = recipe.classes or ["normal", "anomalous"]
-    for column in ("device", "files", "min", "train", "test", *names, "gaps", "no label", "border"):
+    reasons = {"gaps": "gaps", "labels": "no label", "border": "border"}
+    if recipe.recordings is not None:
+        reasons["anomalous"] = "not to train"
+    for column in ("device", "files", "min", "train", "test", *names, *reasons.values()):
         table.add_column(column, justify="left" if column == "device" else "right")
     for number, device in enumerate(done):
         counts = [device.train.total(), device.test.total(), *(device.windows[n] for n in range(len(names)))]
-        left = [Counter(device.left_out)[why] for why in ("gaps", "labels", "border")]
+        left = [Counter(device.left_out)[why] for why in reasons]
         length = f"{device.seconds / 60:.1f}"
         table.add_row(f"{number} {device.name}", str(device.recordings), length, *map(str, counts + left))
     return table

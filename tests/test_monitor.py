@@ -458,6 +458,39 @@ def test_a_service_needs_a_rate_of_false_alarms(run: Path, refused: Callable[...
         assert "--false-alarms must be above 0" in refused("serve", run, "--insecure", "--false-alarms", rate)
 
 
+def test_own_recordings_are_replayed_by_the_recipe(
+    own: Home, tmp_path: Path, main: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From CSV files to an alarm; a gap in the recording begins a new episode."""
+    for device in range(5):
+        parts = [moving(rate * (1 + 0.02 * device), 30, device) for rate in RATES]
+        rows = np.concatenate(parts).transpose(0, 2, 1).reshape(-1, 2)
+        _write_csv(tmp_path / f"p{device}.csv", rows)
+    _write_csv(tmp_path / "gap.csv", moving(NEW, 20, 70).transpose(0, 2, 1).reshape(-1, 2), gap=10 * 32)
+    made = ["--channel", "a", "--channel", "b", "--rate", "32", "--seconds", "1", "--recordings", "3", "--donor", "p0"]
+    files = [tmp_path / f"p{device}.csv" for device in range(5)]
+    main("windows", *files, "--out", tmp_path / "records", *made, "--test-share", "0.4")
+    recipe = tmp_path / "records" / "windows.toml"
+    run = tmp_path / "own-run"
+    simulate(_settings(tmp_path / "records", devices={"test": [3, 4]}), out=run)
+    run_bundle(run).save(tmp_path / "device")
+    asks = ["--device", tmp_path / "device", "--home", own.folder, "--name", "p4", "--insecure", "--speed", "0"]
+    capsys.readouterr()
+    with listening(_app(_fleet(Served.of_run(run), tmp_path))) as url:
+        main(
+            "monitor", tmp_path / "gap.csv", *asks, "--server", url, "--recipe", recipe, "--normal", files[4], "--json"
+        )
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["seconds"] for line in found] == [8.0, 9.0, 10.0, 19.0, 20.0]
+    assert all(line["alarm"] for line in found)
+
+
+def _write_csv(path: Path, rows: np.ndarray, gap: int | None = None) -> None:
+    """Write samples at 32 Hz, one of which may be missing."""
+    lines = [f"{n / 32},{a},{b}" for n, (a, b) in enumerate(rows.tolist()) if n != gap]
+    path.write_text("\n".join(["time,a,b", *lines]) + "\n")
+
+
 # -------------------------------------------------------------------------------------------------- on real recordings
 
 

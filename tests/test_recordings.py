@@ -724,3 +724,54 @@ def test_a_recording_that_fails_leaves_no_folder(tmp_path: Path):
     with pytest.raises(DataError, match=r"b\.csv: channel 'ax' is constant"):
         prepare(recipe, owners, tmp_path / "out", Layout(), HeldOut(), all_labels=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "b.csv"]
+
+
+# --- monitoring ------------------------------------------------------------------------------------------------
+
+
+def _novelty(tmp_path: Path, **settings: Any) -> Any:
+    """Make records of one recording of 40 s, rest and walk by turns, in windows of 1 s; the last half tests."""
+    write_csv(tmp_path / "p0.csv", table(seconds=40.0))
+    recipe = check_recipe(
+        {"channels": ["ax", "ay"], "units": ["g", "g"], "rate": RATE, "seconds": 1.0, "stride": 1.0, "recordings": 3}
+        | {"subtract": [0.0, 0.0], "divide": [1.0, 1.0]}
+        | settings
+    )
+    owners = find_owners([tmp_path / "p0.csv"])
+    (device,) = prepare(recipe, owners, tmp_path / "out", Layout(), HeldOut(0.5), all_labels=True)
+    with np.load(tmp_path / "out" / "p0.npz") as file:
+        return device, {name: file[name] for name in file.files}
+
+
+def test_unlabelled_recordings_can_be_monitored(tmp_path: Path):
+    device, found = _novelty(tmp_path)
+    assert found["y"].tolist() == found["y_test"].tolist() == [0] * 7 + [1] * 7 + [2] * 6
+    assert device.train.total() == device.test.total() == 20
+    source = open_source(
+        name=None, folder=str(tmp_path / "out"), builder=None, task="novelty", outputs=3, count=None, test="all",
+        partition="natural", alpha=1.0, seed=0,
+    )  # fmt: skip
+    assert len(source.device(0).train) == 20
+
+
+def test_nobody_trains_with_what_is_anomalous(tmp_path: Path):
+    device, found = _novelty(tmp_path, normal=["rest"], anomalous=["walk"])
+    assert len(found["x"]) == 10 and found["y"].tolist() == [0] * 4 + [1] * 3 + [2] * 3
+    assert found["y_test"].tolist() == [0, 0, 3, 3, 0, 0, 3, 3, 1, 1, 3, 3, 1, 2, 3, 3, 2, 2, 3, 3]
+    assert device.left_out["anomalous"] == 10 and device.test == {0: 10, 1: 10}
+
+
+def test_recordings_do_not_go_with_classes_or_half_of_the_labels(tmp_path: Path):
+    with pytest.raises(ConfigError, match="recordings go with normal and anomalous labels or with none"):
+        _novelty(tmp_path, classes=["rest", "walk"])
+    with pytest.raises(ConfigError, match="labels need either classes, or both normal and anomalous"):
+        _novelty(tmp_path, normal=["rest"])
+    with pytest.raises(ConfigError, match=r"recordings: .* greater than or equal to 1, got 0"):
+        _novelty(tmp_path, recordings=0)
+
+
+def test_anomalies_that_never_come_are_told(tmp_path: Path):
+    with pytest.raises(DataError, match=r"has no normal data: .* makes no window sleep"):
+        _novelty(tmp_path, normal=["sleep"], anomalous=["walk"])
+    with pytest.raises(DataError, match="is run, so nothing can tell it apart"):
+        _novelty(tmp_path, normal=["rest", "walk"], anomalous=["run"])

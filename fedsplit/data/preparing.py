@@ -152,11 +152,17 @@ def _prepare(recipe: Recipe, owner: Owner, out: Path, layout: Layout, test: Held
         tested.append(parts[1])
         seconds += recording.samples / recording.rate
         left += Counter({**windows.left_out, "border": len(windows) - len(parts[0]) - len(parts[1])})
+    if recipe.recordings is not None:
+        left["anomalous"] = sum(int((part.y > 0).sum()) for part in train if part.y is not None)
+        train = [part.take(part.y == 0) if part.y is not None else part for part in train]
     arrays = _arrays(train, "") | _arrays(tested, "_test")
     if not arrays:
         raise DataError(f"{owner.files[0]}: no window is left, to train or to test with ({_said(left)})")
+    labels = {y: arrays.get(y, np.zeros(len(arrays.get(x, [])), int)) for x, y in (("x", "y"), ("x_test", "y_test"))}
+    counts = [Counter(each.tolist()) for each in labels.values()]
+    if recipe.recordings is not None:
+        arrays |= {name: _in_recordings(y, recipe.recordings) for name, y in labels.items() if len(y)}
     np.savez(out / f"{owner.name}.npz", **arrays)  # type: ignore[arg-type]
-    counts = [Counter(arrays[key].tolist() if key in arrays else []) for key in ("y", "y_test")]
     return Prepared(owner.name, len(owner.files), seconds, train=counts[0], test=counts[1], left_out=left)
 
 
@@ -184,10 +190,18 @@ def _arrays(parts: Sequence[Windows], suffix: str) -> dict[str, NDArray[Any]]:
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
 
+def _in_recordings(anomalous: NDArray[Any], recordings: int) -> NDArray[np.int64]:
+    """Return which recording each window is of: normal ones in equal parts by their order, all others the next."""
+    normal = np.flatnonzero(anomalous == 0)
+    found = np.full(len(anomalous), recordings)
+    found[normal] = np.arange(len(normal)) * recordings // max(1, len(normal))
+    return found
+
+
 def _check_labels(recipe: Recipe, done: Sequence[Prepared], layout: Layout, all_labels: bool) -> None:
     labels = f"label column {layout.label!r} (or the annotations of EDF)"
     names = {n: ", ".join(name for name, m in recipe.numbers.items() if m == n) for n in recipe.numbers.values()}
-    if recipe.task == "binary":
+    if recipe.task != "classification" and names:
         for device in done:
             if not device.windows[0]:
                 raise DataError(f"device {device.name!r} has no normal data: {labels} makes no window {names[0]}")
@@ -199,4 +213,5 @@ def _check_labels(recipe: Recipe, done: Sequence[Prepared], layout: Layout, all_
 
 def _said(left: Counter[str]) -> str:
     reasons = {"gaps": "with gaps", "labels": "without one label", "border": "across the border of the test part"}
+    reasons["anomalous"] = "anomalous, which nobody trains with"
     return ", ".join(f"{count} {reasons[why]}" for why, count in left.items() if count)

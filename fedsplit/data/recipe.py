@@ -34,8 +34,9 @@ class Recipe(Section):
     ``channels`` in the order of a record's first axis, in ``units`` ("": as the files have them); sampled at ``rate``
     Hz; windows of ``seconds`` that begin every ``stride``; times of up to ``fill`` seconds between samples are bridged.
     Labels: ``classes`` are numbered from 0; or ``normal`` ones are 0 and ``anomalous`` ones 1. ``otherwise`` is the
-    label where there is none of these; without it there is none. Records are ``(value - subtract) / divide``, by
-    channel.
+    label where there is none of these; without it there is none. With ``recordings`` the task is ``novelty``: a
+    device's normal windows, all of them if there are no labels, are so many recordings by their order. Records are
+    ``(value - subtract) / divide``, by channel.
     """
 
     channels: Names
@@ -48,6 +49,7 @@ class Recipe(Section):
     normal: Names | None = None
     anomalous: Names | None = None
     otherwise: str | None = None
+    recordings: Annotated[int, Field(ge=1, le=1000)] | None = None
     subtract: list[Finite] | None = None
     divide: list[Positive] | None = None
 
@@ -70,6 +72,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _labels(self) -> Self:
+        unlabelled = self.recordings is not None and self.numbers == {} and self.otherwise is None
+        if self.recordings is not None and self.classes is not None:
+            raise ValueError("recordings go with normal and anomalous labels or with none, not with classes")
+        if unlabelled:
+            return self
         if (self.classes is None) != (self.normal is not None and self.anomalous is not None):
             raise ValueError("labels need either classes, or both normal and anomalous")
         if self.classes is not None and (self.normal is not None or self.anomalous is not None):
@@ -93,6 +100,8 @@ class Recipe(Section):
     @property
     def task(self) -> str:
         """The task of the records, one of :data:`fedsplit.data.TASKS`."""
+        if self.recordings is not None:
+            return "novelty"
         return "binary" if self.classes is None else "classification"
 
     @property
@@ -114,7 +123,7 @@ class Recipe(Section):
             [Channel(*each) for each in zip(self.channels, self.units, strict=True)],
             self.rate,
             fill=self.fill,
-            numbers=self.numbers if labelled else None,
+            numbers=self.numbers if labelled and self.numbers else None,
             otherwise=UNLABELLED if self.otherwise is None else self.numbers[self.otherwise],
             layout=layout,
         )

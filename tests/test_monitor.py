@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import demo as driving
 import httpx
 import numpy as np
 import pytest
@@ -344,6 +345,37 @@ def test_a_run_without_an_evaluation_watches_nobody(folder: Path, tmp_path: Path
         simulate(_settings(folder), out=tmp_path / "run", report=report)
     with pytest.raises(DataError, match=r"detector.safetensors is missing: the run has not been evaluated yet"):
         Served.of_run(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not driving.installed(), reason="needs Chromium and ChromeDriver")
+def test_the_page_shows_the_fleet_in_a_browser(run: Path, watching: Served, own: Home, tmp_path: Path) -> None:
+    """With a watcher's token; names and scores are shown as text, and nothing comes from elsewhere."""
+    tokens = {name: add_token(tmp_path / "tokens", name) for name in ("watch-1", "watch-2", "nurse")}
+    app = _app(_fleet(watching, tmp_path), Tokens(tmp_path / "tokens"), ("nurse",))
+    normal = _payload(run, own, np.concatenate(_normal()))
+    episodes = [_payload(run, own, moving(rate, EPISODE, 53)) for rate in (RATES[0], NEW)]
+    with listening(app) as url, driving.browser() as driver:
+        at = f"{url}/v1/models/{watching.name}/devices"
+        for device, payload in zip(("watch-1", "watch-2"), episodes, strict=True):
+            headers = {"Authorization": f"Bearer {tokens[device]}"}
+            httpx.post(f"{at}/{device}/normal?recordings=12,12,12&seconds=2", content=normal, headers=headers)
+            for _ in range(3):
+                assert httpx.post(f"{at}/{device}/episode", content=payload, headers=headers).status_code == 200
+        driver.get(f"{url}/fleet/")
+        driving.wait(driver, "!document.getElementById('entry').hidden")
+        driving.element(driver, "token").send_keys(tokens["nurse"], "\ue007")
+        driving.wait(driver, "document.querySelectorAll('section').length == 2")
+        driving.resize(driver, *driving.PHONE)
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= driving.PHONE[0]
+        shown = driver.execute_script("return [...document.querySelectorAll('section')].map((s) => s.innerText)")
+        assert "watch-1" in shown[0] and "normal" in shown[0] and "0 of 3 above it" in shown[0]
+        assert "watch-2" in shown[1] and "ALARM" in shown[1] and "3 of 3 above it" in shown[1]
+        assert driving.element(driver, "summary").text == "2 devices, 1 with an alarm now"
+        sent = driving.requests(driver)
+        assert {path[: len(url)] for path, _ in sent if not path.startswith(("data:", "chrome:"))} == {url}
+        logs = [line["message"] for line in driver.get_log("browser") if line["level"] == "SEVERE"]
+        assert all("401" in line for line in logs), logs
 
 
 # ------------------------------------------------------------------------------------------------------ the device

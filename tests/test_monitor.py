@@ -18,6 +18,7 @@ import pytest
 from conftest import CONFIGS, small_settings
 from fastapi import FastAPI
 from predictions import listening, problem
+from safetensors.numpy import load, save
 
 from fedsplit import simulate
 from fedsplit.config import check_settings
@@ -334,6 +335,42 @@ def test_damaged_and_foreign_files_of_devices_are_told(watching: Served, tmp_pat
     (tmp_path / FLEET / "watch.safetensors").write_bytes(b"x")
     with pytest.raises(DataError, match=r"watch\.safetensors is damaged, or of another model"):
         _fleet(watching, tmp_path)
+
+
+def test_what_one_device_says_of_its_time_stops_no_service(
+    run: Path, watching: Served, own: Home, tmp_path: Path
+) -> None:
+    """Records that come ever faster ask for ever higher thresholds, up to none that a number can be."""
+    eight = _payload(run, own, moving(NEW, EPISODE, 53))
+    at = f"/v1/models/{watching.name}/devices"
+    with _client(_app(_fleet(watching, tmp_path))) as client:
+        for seconds in ("1e-320", "5e-324", "1e-300", "9e-4"):
+            there = f"{at}/watch/normal?recordings=8&seconds={seconds}"
+            assert problem(client.post(there, content=eight), 422) == "not valid: query.seconds"
+        assert client.post(f"{at}/watch/normal?recordings=8&seconds=0.001", content=eight).status_code == 200
+        assert client.get(at).json()["devices"][0]["threshold"] > 0
+    assert set(_fleet(watching, tmp_path, 1e-320).devices) == {"watch"}
+
+
+@pytest.mark.parametrize("changed", ["seconds", "spreads", "space"])
+def test_a_file_that_no_calibration_wrote_is_told(
+    run: Path, watching: Served, own: Home, tmp_path: Path, changed: str
+) -> None:
+    fleet = _fleet(watching, tmp_path)
+    fleet.calibrate("watch", watching.read(_payload(run, own, moving(NEW, EPISODE, 53))), [8], 2.0)
+    path = tmp_path / FLEET / "watch.safetensors"
+    found = load(path.read_bytes())
+    path.write_bytes(save(found | {changed: np.zeros_like(found[changed])}))  # of another model, say: of another space
+    with pytest.raises(DataError, match=r"watch\.safetensors is damaged, or of another model"):
+        _fleet(watching, tmp_path)
+
+
+def test_what_cannot_be_kept_is_not_believed(run: Path, watching: Served, own: Home, tmp_path: Path) -> None:
+    fleet = _fleet(watching, tmp_path)
+    (tmp_path / FLEET).rmdir()
+    with pytest.raises(OSError, match="No such file"):
+        fleet.calibrate("watch", watching.read(_payload(run, own, moving(NEW, EPISODE, 53))), [8], 2.0)
+    assert not fleet.devices
 
 
 def test_a_run_without_an_evaluation_watches_nobody(folder: Path, tmp_path: Path) -> None:

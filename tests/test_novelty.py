@@ -195,6 +195,11 @@ def test_fewer_false_alarms_never_lower_the_threshold(scores: list[float], rate:
     assert detector.threshold(rate / 2, seconds) >= detector.threshold(rate, seconds)
 
 
+def test_thresholds_of_next_to_no_alarms_are_finite() -> None:
+    scores = np.random.default_rng(0).exponential(size=100)
+    assert np.isfinite(_detector(scores).threshold(1e-320, 1e-320))
+
+
 def test_a_threshold_of_too_few_scores_is_refused() -> None:
     with pytest.raises(DataError, match="needs 10 normal episodes of held-out devices: 9"):
         _detector(np.arange(9.0)).threshold(1.0, 2.0)

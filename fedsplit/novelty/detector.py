@@ -1,6 +1,7 @@
 """What a trained run knows of what is normal, for devices that calibrate themselves afterwards."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,7 @@ class Detector:
         """
         if len(self.scores) * _TAIL < 1:
             raise DataError(f"a threshold needs {1 / _TAIL:g} normal episodes of held-out devices: {len(self.scores)}")
-        share = false_alarms * seconds / _DAY
+        share = max(false_alarms * seconds / _DAY, sys.float_info.min)
         high = float(np.quantile(self.scores, 1 - min(1.0, max(share, _TAIL))))
         beyond = self.scores[self.scores > high] - high
         return high + float(beyond.mean()) * max(0.0, math.log(_TAIL / share)) if len(beyond) else high
@@ -70,6 +71,6 @@ class Detector:
             mean, whitening, scores = found["mean"], found["whitening"], found["scores"]
             if whitening.shape != (len(mean), len(mean)) or not all(np.isfinite(a).all() for a in found.values()):
                 raise ValueError
-        except (SafetensorError, KeyError, ValueError):
+        except (SafetensorError, KeyError, TypeError, ValueError):
             raise DataError("what is known of normal recordings is damaged") from None
         return cls(Space(mean, whitening), scores)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ _PAGE = Path(__file__).parent / "fleet_page"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _KEPT = 600  # episodes of a device
 _MOST = 10_000  # devices: what is known of one takes a few kilobytes
+_SHORTEST, _LONGEST = 0.001, 86_400.0  # seconds from one record to the next
 _UNKNOWN = "{device!r} has not calibrated: it must send what is normal first"
 
 
@@ -72,6 +74,7 @@ class Fleet:
         assert served.detector is not None
         self.served, self.detector = served, served.detector
         self._folder, self._false_alarms = folder, false_alarms
+        self._space = sha256(self.detector.space.mean.tobytes() + self.detector.space.whitening.tobytes()).digest()
         self._limit(1.0)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -86,9 +89,13 @@ class Fleet:
         try:
             found = load(path.read_bytes())
             centres, spreads, (seconds,) = found["centres"], found["spreads"], found["seconds"].tolist()
+            if found["space"].tobytes() != self._space or not _SHORTEST <= seconds <= _LONGEST:
+                raise ValueError
             if centres.shape != (len(spreads), len(self.detector.space.mean)) or not np.isfinite(centres).all():
                 raise ValueError
-        except (SafetensorError, KeyError, ValueError):
+            if not (np.isfinite(spreads).all() and spreads.min(initial=1) > 0):
+                raise ValueError
+        except (SafetensorError, KeyError, TypeError, ValueError):
             raise DataError(f"{path} is damaged, or of another model: without it the device calibrates anew") from None
         return Watched(Normal(centres, spreads), seconds, self._limit(seconds))
 
@@ -114,10 +121,11 @@ class Fleet:
             normal = Normal.of(units, np.repeat(np.arange(len(recordings)), recordings))
         except DataError as error:
             raise WireError(str(error)) from None
-        watched = self.devices[device] = Watched(normal, seconds, self._limit(seconds))
+        watched = Watched(normal, seconds, self._limit(seconds))
         content = {"centres": normal.centres, "spreads": normal.spreads, "seconds": np.array([seconds])}
         with replacing(self._folder / f"{device}.safetensors") as new:
-            new.write_bytes(save(content))
+            new.write_bytes(save(content | {"space": np.frombuffer(self._space, np.uint8)}))
+        self.devices[device] = watched
         return watched
 
     def judge(self, device: str, release: Release) -> dict[str, Any]:
@@ -132,7 +140,7 @@ class Fleet:
             raise WireError(f"an episode must be {EPISODE} records, got {len(release.counts)}")
         watched, units = self.devices[device], self.served.units(release)
         scores, score = watched.normal.scores(units), watched.normal.episode_score(units)
-        if not np.isfinite(scores).all():
+        if not (np.isfinite(scores).all() and np.isfinite(score)):
             raise WireError("values give no finite scores")
         alarm = bool(score > watched.threshold)
         watched.episodes.append((round(time.time(), 3), score, alarm))
@@ -180,7 +188,7 @@ def add_fleets(app: FastAPI, fleets: Sequence[Fleet], watchers: Sequence[str]) -
         device: str,
         request: Request,
         recordings: Annotated[str, Query(pattern=r"^\d{1,6}(,\d{1,6})*$", max_length=10_000)],
-        seconds: Annotated[float, Query(gt=0, le=86_400)],
+        seconds: Annotated[float, Query(ge=_SHORTEST, le=_LONGEST)],
     ) -> Response:
         """Say what is normal for a device: a packed query of some recordings' records, and how many each has."""
         async with releases(name, device, request) as (fleet, release):

@@ -1,6 +1,7 @@
 """The command ``fedsplit monitor``."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedsplit.console import stderr
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from fedsplit.prediction.bundle import Bundle
@@ -37,11 +38,11 @@ def monitor(
 ) -> None:
     """Replay a recording that stays here, and say when something new happens in it; the token is in FEDSPLIT_TOKEN."""
     from fedsplit.home import Home
-    from fedsplit.novelty.detector import EPISODE
     from fedsplit.prediction.bundle import Bundle
     from fedsplit.prediction.monitor import Monitor
     from fedsplit.prediction.predictor import Predictor
     from fedsplit.prediction_cli import remote
+    from fedsplit.wire import EPISODE
 
     bundle = Bundle.load(device)
     if bundle.task != "novelty":
@@ -49,6 +50,8 @@ def monitor(
     if not 0 <= speed < float("inf"):
         raise ConfigError(f"--speed must be at least 0, got {speed:g}")
     stretches, step = _read(recording, bundle, recipe, seconds)
+    if all(len(records) < EPISODE for records, _ in stretches):
+        raise DataError(f"{recording}: has no {EPISODE} consecutive records, which are judged together")
     own = Home(home)
     own.check()
     service = remote(server, bundle.model, ca, insecure=insecure)
@@ -61,7 +64,7 @@ def monitor(
     began = time.monotonic()
     for passed, records in _episodes(stretches, EPISODE):
         if speed and (wait := began + passed / speed - time.monotonic()) > 0:
-            time.sleep(wait)
+            time.sleep(min(wait, threading.TIMEOUT_MAX))
         found = watched.judge(records)
         episodes, alarms = episodes + 1, alarms + found.alarm
         if as_json:
@@ -79,21 +82,30 @@ def _read(path: Path, bundle: "Bundle", recipe: Path | None, seconds: float | No
 
     from fedsplit.data.formats import Layout
     from fedsplit.data.recipe import read_recipe
-    from fedsplit.errors import DataError
     from fedsplit.prediction_cli import read_records
+    from fedsplit.wire import LONGEST, SHORTEST
 
+    wanted = bundle.layer.input_shape
     if recipe is None:
-        if seconds is None or not 0 < seconds < float("inf"):
-            raise ConfigError(f"--seconds from one record to the next must be above 0, got {seconds}")
-        records = read_records(path, bundle.layer.input_shape)
+        if seconds is None or not SHORTEST <= seconds <= LONGEST:
+            said = f"--seconds from one record to the next must be {SHORTEST:g} to {LONGEST:g}"
+            raise ConfigError(f"{said}, got {seconds}, or --recipe say it")
+        records = read_records(path, wanted)
+        if records.shape[1:] != wanted or not len(records):
+            raise DataError(f"{path}: must hold records of shape {wanted}, got an array of shape {records.shape}")
         return [(records, seconds * np.arange(1, len(records) + 1))], seconds
     if seconds is not None:
         raise ConfigError("--seconds: is in the recipe already")
     made = read_recipe(recipe)
+    if made.shape != wanted:
+        raise DataError(f"{recipe} makes records of shape {made.shape}, the model takes {wanted}")
+    if made.stride < made.seconds:  # a device that is watched has no ledger of segments
+        raise DataError(
+            f"{recipe} makes windows that overlap: what they share would leave several times, and count once"
+        )
     windows = made.cut(made.read(path, Layout(), labelled=False))
-    made_of, wanted = windows.x.shape[1:], bundle.layer.input_shape
-    if made_of != wanted:
-        raise DataError(f"{recipe} makes records of shape {made_of}, the model takes {wanted}")
+    if not len(windows):
+        raise DataError(f"{path}: no window is left, all have gaps")
     gaps = np.flatnonzero(np.diff(windows.times) > 1.5 * made.stride) + 1
     return list(zip(np.split(windows.x, gaps), np.split(windows.times, gaps), strict=True)), made.stride
 

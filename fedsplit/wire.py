@@ -5,6 +5,7 @@ Reading a payload checks its arrays against what the kind must hold, then the nu
 names the field. Both sides treat the other's payload as hostile.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -32,6 +33,10 @@ from fedsplit.packing import (
 )
 
 MOST_RECORDS = 4096  # of a query
+EPISODE = 8
+"""Consecutive records of a watched device that are judged together."""
+SHORTEST, LONGEST = 0.001, 86_400.0  # seconds from one of its records to the next
+WATCHED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # what it may be called
 _UPLOAD, _DOWNLOAD, _REGISTRATION, _QUERY = 1, 2, 3, 4
 
 

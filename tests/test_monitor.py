@@ -26,7 +26,6 @@ from fedsplit.data import Scaling, wearables
 from fedsplit.deployment.certs import CA
 from fedsplit.errors import ConfigError, DataError, RunError
 from fedsplit.home import Home
-from fedsplit.novelty.detector import EPISODE
 from fedsplit.prediction.bundle import run_bundle
 from fedsplit.prediction.fleet import FLEET, Fleet, add_fleets
 from fedsplit.prediction.monitor import Monitor
@@ -35,6 +34,7 @@ from fedsplit.prediction.remote import Remote
 from fedsplit.prediction.served import Served
 from fedsplit.prediction.service import service
 from fedsplit.prediction.tokens import Tokens, add_token
+from fedsplit.wire import EPISODE
 
 RATES = (0.25, 0.45, 0.65)  # radians a sample: what a device does in its recordings
 NEW = 1.3
@@ -426,12 +426,15 @@ def test_the_page_shows_the_fleet_in_a_browser(run: Path, watching: Served, own:
         None,
         {"threshold": "x"},
         {"threshold": math.inf},
+        {"threshold": 10**400},
         {"threshold": 1.0, "episode": None, "scores": [0.0] * EPISODE},
         {"threshold": 1.0, "episode": 1.0, "scores": [0.0]},
         {"threshold": 1.0, "episode": 1.0, "scores": ["x"] * EPISODE},
+        {"threshold": 1.0, "episode": 1.0, "scores": [10**400] * EPISODE},
+        {"threshold": 1.0, "episode": 10**400, "scores": [0.0] * EPISODE},
         {"threshold": 1.0, "episode": 1.0, "scores": [math.nan] * EPISODE},
     ],
-    ids=str,
+    ids=lambda answer: str(answer)[:60],
 )
 def test_an_answer_that_is_no_verdict_is_told(run: Path, own: Home, answer: Any) -> None:
     monitor = _monitor(run, own, "https://localhost:1")
@@ -441,6 +444,9 @@ def test_an_answer_that_is_no_verdict_is_told(run: Path, own: Home, answer: Any)
     )
     with pytest.raises(RunError, match="the answer is no verdict"):
         monitor.judge(moving(NEW, EPISODE, 51))
+    if not isinstance(answer, dict) or not isinstance(answer.get("threshold"), float):
+        with pytest.raises(RunError, match="the answer is no verdict"):
+            monitor.calibrate(_normal(), seconds=2.0)
 
 
 def test_an_alarm_is_the_devices_own_conclusion(run: Path, own: Home) -> None:
@@ -458,6 +464,38 @@ def test_records_over_the_limits_do_not_leave(run: Path, own: Home) -> None:
     (own.folder / "limits.toml").write_text("equations = 0.01\nleverage = 1.0\n")
     with pytest.raises(RunError, match="8 of 8 records may not leave, for the limits on equations"):
         _monitor(run, own, "https://localhost:1").judge(moving(NEW, EPISODE, 51))
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "a?b", "a/b", "a" * 65, "ä", "a\n"])
+def test_a_name_that_no_device_can_have_asks_nothing(run: Path, own: Home, name: str) -> None:
+    with pytest.raises(ConfigError, match="a device's name must be"):
+        _monitor(run, own, "https://localhost:1", name)
+
+
+@pytest.mark.parametrize(
+    ("recordings", "seconds", "said"),
+    [
+        ([], 2.0, "to calibrate takes 1..4096 records"),
+        ([np.zeros((12, 2, 32)), np.zeros((0, 2, 32))], 2.0, r"some of each recording, got \[12, 0\]"),
+        ([np.zeros((5000, 2, 32))], 2.0, "to calibrate takes 1..4096 records"),
+        ([np.zeros(()), np.zeros((12, 2, 32))], 2.0, "records of one shape"),
+        ([np.zeros((12, 2, 32)), np.zeros((12, 2, 16))], 2.0, "records of one shape"),
+        ([np.zeros((12, 2, 32))], 0.0, "from one record to the next must be 0.001 to 86400 s, got 0"),
+    ],
+)
+def test_nothing_leaves_of_what_cannot_calibrate(
+    run: Path, own: Home, recordings: list[np.ndarray], seconds: float, said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        _monitor(run, own, "https://localhost:1").calibrate(recordings, seconds)
+    assert not list(own.accountant("test").rows())
+
+
+def test_the_device_has_no_trunk() -> None:
+    names = "fedsplit.prediction.monitor, fedsplit.prediction.predictor, fedsplit.prediction.remote"
+    there = f"import sys, {names}; print([m for m in sys.modules if 'trunk' in m or m.startswith('fedsplit.novelty')])"
+    done = subprocess.run([sys.executable, "-c", there], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # ----------------------------------------------------------------------------------------------------- the command
@@ -500,7 +538,8 @@ def test_the_command_replays_a_recording_and_raises_alarms(
     ("more", "said"),
     [
         (["--seconds", "2", "--server", "http://localhost:1", "--speed", "-1"], "--speed must be at least 0, got -1"),
-        (["--server", "http://localhost:1"], "--seconds from one record to the next must be above 0, got None"),
+        (["--server", "http://localhost:1"], "--seconds from one record to the next must be 0.001 to 86400, got None"),
+        (["--seconds", "1e300", "--server", "http://localhost:1"], "must be 0.001 to 86400, got 1e+300"),
         (["--seconds", "2", "--server", "https://localhost:1"], "a service with TLS wants a token"),
         (["--seconds", "2", "--server", "localhost:1"], "--server must be https://HOST:PORT"),
     ],
@@ -509,6 +548,44 @@ def test_what_the_command_cannot_use_is_told(
     asks: list[Any], tmp_path: Path, refused: Callable[..., str], more: list[str], said: str
 ) -> None:
     assert said in refused("monitor", tmp_path / "new.npy", *asks, *more)
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        (np.float64(3), r"array of shape ()"),
+        (np.zeros((12, 2, 16)), "x.npy: must hold records of shape (2, 32), got an array of shape (12, 2, 16)"),
+        (np.array(["a"] * 12), "got an array of shape (12,)"),
+        (np.zeros((0, 2, 32)), "got an array of shape (0, 2, 32)"),
+    ],
+)
+def test_files_that_hold_no_records_are_named(
+    asks: list[Any], tmp_path: Path, refused: Callable[..., str], records: Any, said: str
+) -> None:
+    np.save(tmp_path / "x.npy", records)
+    there = [*asks, "--server", "http://localhost:1", "--seconds", "2"]
+    assert said in refused("monitor", tmp_path / "x.npy", *there)
+    assert said in refused("monitor", tmp_path / "new.npy", *there, "--normal", tmp_path / "x.npy")
+
+
+def test_too_few_records_to_judge_are_told(asks: list[Any], tmp_path: Path, refused: Callable[..., str]) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((EPISODE - 1, 2, 32)))
+    there = [*asks, "--server", "http://localhost:1", "--seconds", "2"]
+    assert "x.npy: has no 8 consecutive records" in refused("monitor", tmp_path / "x.npy", *there)
+
+
+def test_recipes_that_do_not_fit_are_told(asks: list[Any], tmp_path: Path, refused: Callable[..., str]) -> None:
+    recipe = tmp_path / "windows.toml"
+    _write_csv(tmp_path / "a.csv", moving(NEW, 20, 70).transpose(0, 2, 1).reshape(-1, 2))
+    made = 'channels = ["a", "b"]\nunits = ["", ""]\nrate = 32.0\nrecordings = 3\n'
+    made += "subtract = [0.0, 0.0]\ndivide = [1.0, 1.0]\n"
+    there = ["monitor", tmp_path / "a.csv", *asks, "--server", "http://localhost:1", "--recipe", recipe]
+    for seconds, stride, said in (
+        (1.0, 0.5, "windows that overlap"),
+        (0.5, 0.5, "records of shape (2, 16), the model"),
+    ):
+        recipe.write_text(f"{made}seconds = {seconds}\nstride = {stride}\n")
+        assert said in refused(*there)
 
 
 def test_commands_of_other_tasks_say_which_one_is_meant(

@@ -9,11 +9,11 @@ from torch import nn
 
 from fedsplit.dropping import Kept
 from fedsplit.errors import ConfigError, DataError
-from fedsplit.novelty.detector import EPISODE, Detector
+from fedsplit.novelty.detector import Detector
 from fedsplit.novelty.space import Normal, Space, features
 from fedsplit.novelty.trunk import NoveltyTrunk, auc, judge, self_calibrated
 from fedsplit.trunk import Batches, TrunkOptions, _thinned
-from fedsplit.wire import Release
+from fedsplit.wire import EPISODE, Release
 
 CUT = (3, 8)
 

@@ -13,8 +13,6 @@ from fedsplit.novelty.space import Features, Space
 
 DETECTOR = "detector.safetensors"
 """The file of a checkpoint."""
-EPISODE = 8
-"""Consecutive records that are judged together."""
 _DAY = 86400.0  # seconds
 _TAIL = 0.1  # share of the scores that the tail is fitted to
 

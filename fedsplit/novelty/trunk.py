@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.errors import DataError, RunError
-from fedsplit.novelty.detector import DETECTOR, EPISODE, Detector
+from fedsplit.novelty.detector import DETECTOR, Detector
 from fedsplit.novelty.space import Features, Normal, Space, features
 from fedsplit.packing import FloatArray, IntArray
 from fedsplit.trunk import Batches, Trunk
+from fedsplit.wire import EPISODE
 
 log = logging.getLogger(__name__)
 _CALIBRATING = 1 / 3  # of each normal recording, where a device has no other normal records

@@ -5,7 +5,6 @@ new. Neither here nor on the page is there ever a record.
 """
 
 import asyncio
-import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -22,21 +21,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedsplit.errors import ConfigError, DataError, WireError
-from fedsplit.novelty.detector import EPISODE
 from fedsplit.novelty.space import Normal
 from fedsplit.prediction.pages import add_page
 from fedsplit.prediction.served import Served
 from fedsplit.prediction.service import TOKEN, body_of, problems
 from fedsplit.state import replacing
-from fedsplit.wire import Release
+from fedsplit.wire import EPISODE, LONGEST, SHORTEST, WATCHED_NAME, Release
 
 FLEET = "fleet"
 """The folder, in that of a run, with what is normal for devices."""
 _PAGE = Path(__file__).parent / "fleet_page"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _KEPT = 600  # episodes of a device
 _MOST = 10_000  # devices: what is known of one takes a few kilobytes
-_SHORTEST, _LONGEST = 0.001, 86_400.0  # seconds from one record to the next
 _UNKNOWN = "{device!r} has not calibrated: it must send what is normal first"
 
 
@@ -89,7 +85,7 @@ class Fleet:
         try:
             found = load(path.read_bytes())
             centres, spreads, (seconds,) = found["centres"], found["spreads"], found["seconds"].tolist()
-            if found["space"].tobytes() != self._space or not _SHORTEST <= seconds <= _LONGEST:
+            if found["space"].tobytes() != self._space or not SHORTEST <= seconds <= LONGEST:
                 raise ValueError
             if centres.shape != (len(spreads), len(self.detector.space.mean)) or not np.isfinite(centres).all():
                 raise ValueError
@@ -164,7 +160,7 @@ def add_fleets(app: FastAPI, fleets: Sequence[Fleet], watchers: Sequence[str]) -
     @asynccontextmanager
     async def releases(name: str, device: str, request: Request) -> AsyncIterator[tuple[Fleet, Release]]:
         fleet, owner = known(request, name)
-        if not _NAME.fullmatch(device):
+        if not WATCHED_NAME.fullmatch(device):
             raise HTTPException(422, "a device's name must be 1..64 letters, digits, '_', '.' and '-'")
         if owner not in ("", device):
             raise HTTPException(403, f"this token is of {owner!r}: a device is called what its token is called")
@@ -188,7 +184,7 @@ def add_fleets(app: FastAPI, fleets: Sequence[Fleet], watchers: Sequence[str]) -
         device: str,
         request: Request,
         recordings: Annotated[str, Query(pattern=r"^\d{1,6}(,\d{1,6})*$", max_length=10_000)],
-        seconds: Annotated[float, Query(ge=_SHORTEST, le=_LONGEST)],
+        seconds: Annotated[float, Query(ge=SHORTEST, le=LONGEST)],
     ) -> Response:
         """Say what is normal for a device: a packed query of some recordings' records, and how many each has."""
         async with releases(name, device, request) as (fleet, release):

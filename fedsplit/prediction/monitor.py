@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.errors import DataError, RunError
-from fedsplit.novelty.detector import EPISODE
+from fedsplit.errors import ConfigError, DataError, RunError
 from fedsplit.prediction.predictor import Predictor
 from fedsplit.prediction.remote import Remote
-from fedsplit.wire import MOST_RECORDS, Reason
+from fedsplit.wire import EPISODE, LONGEST, MOST_RECORDS, SHORTEST, WATCHED_NAME, Reason
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,16 @@ class Monitor:
         The service.
     device : str
         What the device is called there; with a token, the token's name.
+
+    Raises
+    ------
+    ConfigError
+        If nothing can be called so.
     """
 
     def __init__(self, predictor: Predictor, remote: Remote, device: str) -> None:
+        if not WATCHED_NAME.fullmatch(device):
+            raise ConfigError(f"a device's name must be 1..64 letters, digits, '_', '.' and '-', got {device!r}")
         self._predictor, self._remote, self._device = predictor, remote, device
 
     def calibrate(self, recordings: Sequence[NDArray[Any]], seconds: float) -> float:
@@ -66,23 +72,28 @@ class Monitor:
         Raises
         ------
         DataError
-            If there are too many or no records, or they cannot be used; see :meth:`Predictor.release`.
+            If there are too many or no records, or they or the time cannot be used; see :meth:`Predictor.release`.
         RunError
             If the guard lets a record not leave, or the service refuses, or answers what is no answer.
         """
-        total = sum(map(len, recordings))
-        if not 0 < total <= MOST_RECORDS:
-            raise DataError(f"to calibrate takes 1..{MOST_RECORDS} records, got {total}")
-        payload = self._released(np.concatenate(recordings))
-        counts = ",".join(str(len(r)) for r in recordings)
-        return _number(self._ask(f"normal?recordings={counts}&seconds={seconds!r}", payload), "threshold")
+        if not SHORTEST <= seconds <= LONGEST:
+            raise DataError(f"from one record to the next must be {SHORTEST:g} to {LONGEST:g} s, got {seconds:g}")
+        counts = [len(recording) for recording in recordings if np.ndim(recording)]
+        if not (counts and all(counts) and sum(counts) <= MOST_RECORDS):
+            raise DataError(f"to calibrate takes 1..{MOST_RECORDS} records, some of each recording, got {counts}")
+        try:
+            raw = np.concatenate(recordings)
+        except (TypeError, ValueError):
+            raise DataError("recordings must have records of one shape") from None
+        asked = f"normal?recordings={','.join(map(str, counts))}&seconds={float(seconds)!r}"
+        return _number(self._ask(asked, self._released(raw)), "threshold")
 
     def judge(self, records: NDArray[Any]) -> Verdict:
         """Return how new :data:`EPISODE` consecutive records are; raises as :meth:`calibrate`."""
         answer = self._ask("episode", self._released(records))
         try:
             scores = np.asarray(answer["scores"], dtype=np.float64)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise RunError("the answer is no verdict") from None
         if scores.shape != (EPISODE,) or not np.isfinite(scores).all():
             raise RunError("the answer is no verdict")
@@ -103,7 +114,7 @@ class Monitor:
 def _number(answer: Any, name: str) -> float:
     try:
         found = float(answer[name])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise RunError("the answer is no verdict") from None
     if not np.isfinite(found):
         raise RunError("the answer is no verdict")

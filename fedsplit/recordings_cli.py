@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedsplit.errors import ConfigError
@@ -130,10 +131,10 @@ def _table(recipe: "Recipe", done: Sequence["Prepared"]) -> Table:
     if recipe.recordings is not None:
         reasons["anomalous"] = "not to train"
     for column in ("device", "files", "min", "train", "test", *names, *reasons.values()):
-        table.add_column(column, justify="left" if column == "device" else "right")
+        table.add_column(escape(column), justify="left" if column == "device" else "right")
     for number, device in enumerate(done):
         counts = [device.train.total(), device.test.total(), *(device.windows[n] for n in range(len(names)))]
         left = [Counter(device.left_out)[why] for why in reasons]
         length = f"{device.seconds / 60:.1f}"
-        table.add_row(f"{number} {device.name}", str(device.recordings), length, *map(str, counts + left))
+        table.add_row(escape(f"{number} {device.name}"), str(device.recordings), length, *map(str, counts + left))
     return table

@@ -715,6 +715,37 @@ def test_paths_and_options_that_do_not_fit_are_refused(tmp_path: Path, refused: 
     assert "windows.toml: not valid TOML" in refused(*like)
 
 
+def test_folders_that_cannot_be_written_are_told(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
+    write_csv(tmp_path / "p.csv", table())
+    recipe = check_recipe(RECIPE_TABLE | {"subtract": [0.0, 0.0], "divide": [1.0, 1.0]})
+    (tmp_path / RECIPE).write_text(recipe.to_toml())
+    like = ["windows", tmp_path / "p.csv", "--like", tmp_path / RECIPE, "--out"]
+    assert "p.csv/x: cannot be written (" in refused(*like, tmp_path / "p.csv" / "x")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "--out .: cannot be written (" in refused(*like, ".")
+    assert not any((tmp_path / "here").iterdir())
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, main: Callable[..., None], capsys: pytest.CaptureFixture[str]):
+    labels = ["[/b]" if label == "rest" else label for label in table()["label"]]
+    write_csv(tmp_path / "p[b].csv", table() | {"label": labels})
+    made = ["--channel", "ax", "--rate", "50", "--seconds", "1", "--class", "[/b]", "--class", "walk"]
+    main("windows", tmp_path / "p[b].csv", "--out", tmp_path / "out", *made, "--donor", "p[b]")
+    assert "p[b]" in (said := capsys.readouterr().out) and "[/b]" in said
+
+
+def test_numbers_that_float32_cannot_hold_are_refused(tmp_path: Path):
+    write_csv(tmp_path / "p.csv", table() | {"ax": [1e39, 0.0] * 500})
+    with pytest.raises(DataError, match=r"p\.csv: channel 'ax' holds infinity, or numbers as large"):
+        read_recording(tmp_path / "p.csv", [Channel("ax")], 50.0)
+    write_csv(tmp_path / "p.csv", table() | {"ax": [1e29, 0.0] * 500})
+    with pytest.raises(DataError, match="holds infinity, or numbers as large"):
+        read_recording(tmp_path / "p.csv", [Channel("ax", "nV")], 50.0, layout=Layout(units={"ax": "V"}))
+
+
 def test_a_recording_that_fails_leaves_no_folder(tmp_path: Path):
     write_csv(tmp_path / "a.csv", table())
     write_csv(tmp_path / "b.csv", table() | {"ax": [1] * 1000})

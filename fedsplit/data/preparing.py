@@ -124,7 +124,7 @@ def prepare(
     Raises
     ------
     ConfigError
-        If the folder holds something.
+        If the folder holds something, or cannot be written.
     DataError
         If a recording cannot be used, or no window of it is left.
     """
@@ -132,15 +132,18 @@ def prepare(
         raise ConfigError(f"--out {out}: must be a new or an empty folder")
     if test.files and not any(fnmatch(file.name, test.files) for owner in owners for file in owner.files):
         raise ConfigError(f"--test-files {test.files}: no recording has such a name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        (unfinished / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
-        done = [_prepare(recipe, owner, unfinished, layout, test) for owner in owners]
-        _check_labels(recipe, done, layout, all_labels)
-        unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            (unfinished / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+            done = [_prepare(recipe, owner, unfinished, layout, test) for owner in owners]
+            _check_labels(recipe, done, layout, all_labels)
+            unfinished.replace(out)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror})") from None
     return done
 
 

@@ -39,6 +39,7 @@ UNITS: dict[str, tuple[str, float]] = {
     "uT": ("magnetic field", 1e-6),
 }
 _SPELLINGS = {"m/s^2": "m/s2", "m/s²": "m/s2", "dps": "deg/s", "°/s": "deg/s"}
+_LARGEST = 1e30  # numbers are float32, of which this leaves room to interpolate and to scale
 _SLOWER = 0.99  # of the wanted rate: a recorder's clock may be that slow
 
 
@@ -173,9 +174,9 @@ def _converted(signal: Signal, channel: Channel, where: str, layout: Layout) -> 
         raise DataError(f"{where} is in {unit}: say which unit is wanted, as in --channel {channel.name}={unit}")
     if factor is None:
         raise DataError(f"{where} is in {unit or 'no unit that its file says'}, which cannot become {channel.unit}")
-    if np.isinf(signal.values).any():
-        raise DataError(f"{where} holds infinity")
     known = ~np.isnan(signal.values)
+    if (np.abs(signal.values[known]) * max(1.0, factor) > _LARGEST).any():
+        raise DataError(f"{where} holds infinity, or numbers as large")
     if not known.any():
         raise DataError(f"{where} holds no numbers")
     times = signal.times if known.all() else signal.times[known]  # not copied: signals of a file share them

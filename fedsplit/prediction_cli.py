@@ -96,7 +96,10 @@ def serve(
     if not 0 < false_alarms < math.inf:
         raise ConfigError(f"--false-alarms must be above 0, got {false_alarms:g}")
     models = [Served.of_run(run) for run in runs]
-    app = service(models, Tokens(tokens) if tokens else None, rate=rate)
+    known = Tokens(tokens) if tokens else None
+    if strangers := set(watcher or ()) - set(known.names if known else ()):
+        raise ConfigError(f"--watcher {min(strangers)}: there is no token of that name")
+    app = service(models, known, rate=rate)
     if demo:
         import torch
 

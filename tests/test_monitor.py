@@ -604,6 +604,18 @@ def test_a_service_needs_a_rate_of_false_alarms(run: Path, refused: Callable[...
         assert "--false-alarms must be above 0" in refused("serve", run, "--insecure", "--false-alarms", rate)
 
 
+def test_a_demo_is_not_for_what_watches_devices(run: Path, refused: Callable[..., str]) -> None:
+    said = refused("serve", run, "--insecure", "--demo")
+    assert f"--demo is for models that predict, and that of {run} watches devices" in said
+
+
+def test_a_watcher_has_a_token(run: Path, certificates: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    add_token(tmp_path / "tokens", "nurse")
+    secured = ["serve", run, "--certs", certificates / "good", "--tokens", tmp_path / "tokens"]
+    for other in (["--watcher", "nurs"], ["--watcher", "nurse", "--watcher", "nurs"]):
+        assert "--watcher nurs: there is no token of that name" in refused(*secured, *other)
+
+
 def test_own_recordings_are_replayed_by_the_recipe(
     own: Home, tmp_path: Path, main: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,8 +62,10 @@ class Attacker:
         Raises
         ------
         ConfigError
-            If the run has neither, or the page cannot compute its first layer.
+            If the run has neither, or watches devices, or the page cannot compute its first layer.
         """
+        if served.detector is not None:
+            raise ConfigError(f"--demo is for models that predict, and that of {folder} watches devices")
         settings = run_settings(folder)
         source = data_source(settings)
         public = public_records(settings, source)

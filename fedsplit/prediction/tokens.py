@@ -34,6 +34,11 @@ class Tokens:
         if not self._hashes:
             raise ConfigError(f"tokens {path} holds none: fedsplit token makes one")
 
+    @property
+    def names(self) -> list[str]:
+        """Whose tokens there are."""
+        return list(self._hashes)
+
     def owner(self, header: str) -> str | None:
         """Return whose token an Authorization header has; None if it is nobody's."""
         kind, _, token = header.partition(" ")

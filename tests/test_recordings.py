@@ -673,6 +673,18 @@ def test_what_is_no_table_is_refused(content: bytes, part: str, tmp_path: Path, 
     assert part in refused(*windows_command(tmp_path), "--donor", "p")
 
 
+def test_timestamps_of_a_parquet_may_be_large_strings_and_must_not_be_too_late(tmp_path: Path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns, stamps = table(), [f"2024-01-01T00:00:{t:09.6f}" for t in table()["time"]]
+    pq.write_table(pa.table(columns | {"time": pa.array(stamps, pa.large_string())}), tmp_path / "p.parquet")
+    read = read_recording(tmp_path / "p.parquet", [Channel("ax")], RATE)
+    np.testing.assert_array_equal(read.values[0], columns["ax"].astype(np.float32))
+    late = pa.array(np.arange(len(stamps)) * 20_000 + 4 * 10**16).cast(pa.timestamp("us"))  # in the year 3237
+    pq.write_table(pa.table(columns | {"time": late}), tmp_path / "q.parquet")
+    with pytest.raises(DataError, match=r"q\.parquet: column 'time' is no time"):
+        read_recording(tmp_path / "q.parquet", [Channel("ax")], RATE)
+
+
 def test_a_parquet_must_fit_too(tmp_path: Path, refused: Callable[..., str]):
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")

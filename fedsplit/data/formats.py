@@ -253,14 +253,15 @@ def _arrow(column: Any, convert: Converter) -> Any:
     """Return an Arrow column as an array; None if its type does not fit."""
     import pyarrow as pa
 
-    if convert is _times and pa.types.is_timestamp(column.type):
-        nanoseconds = column.cast(pa.timestamp("ns", column.type.tz)).cast(pa.int64())
-        return nanoseconds.to_numpy() / 1e9
-    if convert in (_floats, _times) and not pa.types.is_string(column.type):
-        numeric = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-        fits = any(is_numeric(column.type) for is_numeric in numeric)
-        return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64) if fits else None
+    text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
     try:
+        if convert is _times and pa.types.is_timestamp(column.type):
+            nanoseconds = column.cast(pa.timestamp("ns", column.type.tz)).cast(pa.int64())
+            return nanoseconds.to_numpy() / 1e9
+        if convert in (_floats, _times) and not text:
+            numeric = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+            fits = any(is_numeric(column.type) for is_numeric in numeric)
+            return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64) if fits else None
         return convert("" if cell is None else cell.strip() for cell in column.cast(pa.string()).to_pylist())
     except (ValueError, pa.ArrowException):
         return None

@@ -21,6 +21,7 @@ from predictions import listening, problem
 from safetensors.numpy import load, save
 
 from fedsplit import simulate
+from fedsplit.assemble import data_source, public_records
 from fedsplit.config import check_settings
 from fedsplit.data import Scaling, wearables
 from fedsplit.deployment.certs import CA
@@ -34,6 +35,7 @@ from fedsplit.prediction.remote import Remote
 from fedsplit.prediction.served import Served
 from fedsplit.prediction.service import service
 from fedsplit.prediction.tokens import Tokens, add_token
+from fedsplit.privacy.transcript import Subjects
 from fedsplit.wire import EPISODE
 
 RATES = (0.25, 0.45, 0.65)  # radians a sample: what a device does in its recordings
@@ -180,8 +182,6 @@ def test_something_new_to_train_with_is_refused(folder: Path, tmp_path: Path) ->
 
 
 def test_a_class_of_a_data_set_can_be_the_novelty() -> None:
-    from fedsplit.assemble import data_source
-
     raw: dict[str, Any] = {
         "data": {"name": "digits", "novel": 3},
         "devices": {"count": 6, "partition": "iid", "test": [5]},
@@ -193,6 +193,16 @@ def test_a_class_of_a_data_set_can_be_the_novelty() -> None:
     assert (source.task, source.outputs, source.trunk_outputs) == ("novelty", 9, 54)
     train, test = source.device(1).train, source.device(5).test
     assert set(train.y.tolist()) == set(range(9)) and set(test.y.tolist()) == set(range(10))
+
+
+def test_an_attacker_knows_public_recordings_by_the_numbers_that_releases_have(folder: Path) -> None:
+    settings = _settings(folder, public={"devices": [0, 2]})
+    source = data_source(settings)
+    public = public_records(settings, source)
+    assert public is not None and set(public.y.tolist()) == {0, 1, 2, 6, 7, 8}
+    subjects = Subjects.choose(source, public, settings.donors, targets=9, seed=0)
+    assert subjects.public.y.tolist() == [0] * 20 + [1] * 20 + [2] * 20 + [0] * 20 + [1] * 20 + [2] * 20
+    assert set(subjects.y.tolist()) <= {0, 1, 2}
 
 
 # ----------------------------------------------------------------------------------------------------- the service

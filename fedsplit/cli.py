@@ -138,11 +138,16 @@ def forget(
 ) -> None:
     """Remove a device's releases from a run's replay store and checkpoint; what was learned from them stays."""
     from fedsplit.checkpoint import forget_device
+    from fedsplit.prediction.fleet import FLEET
 
     removed = forget_device(folder, device)
     if not removed:
         raise ConfigError(f"{folder} holds no releases of device {device}: nothing was removed")
     print(f"removed {removed} records of device {device} from {folder}; what the weights have learned from them stays")
+    if (folder / FLEET).exists():
+        print(
+            f"what is normal for watched devices is in {folder / FLEET}, by their names: remove a device's file there"
+        )
 
 
 def _quiet(verbose: bool) -> None:

@@ -4,8 +4,10 @@ import asyncio
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,6 +223,7 @@ def test_a_device_that_has_calibrated_is_told_what_is_new(
         assert new.episode > threshold > known.episode and len(new.scores) == EPISODE
         found = httpx.get(f"{url}/v1/models/{watching.name}/devices").json()
     (row,) = found["devices"]
+    assert 0 <= found["now"] - row["episodes"][-1][0] < 60
     assert row["name"] == "watch" and [alarm for _, _, alarm in row["episodes"]] == [False, True]
     scores = [score for _, score, _ in row["episodes"]]
     assert scores == [known.episode, new.episode]
@@ -399,7 +402,8 @@ def test_a_run_without_an_evaluation_watches_nobody(folder: Path, tmp_path: Path
 def test_the_page_shows_the_fleet_in_a_browser(run: Path, watching: Served, own: Home, tmp_path: Path) -> None:
     """With a watcher's token; names and scores are shown as text, and nothing comes from elsewhere."""
     tokens = {name: add_token(tmp_path / "tokens", name) for name in ("watch-1", "watch-2", "nurse")}
-    app = _app(_fleet(watching, tmp_path), Tokens(tmp_path / "tokens"), ("nurse",))
+    fleet = _fleet(watching, tmp_path)
+    app = _app(fleet, Tokens(tmp_path / "tokens"), ("nurse",))
     normal = _payload(run, own, np.concatenate(_normal()))
     episodes = [_payload(run, own, moving(rate, EPISODE, 53)) for rate in (RATES[0], NEW)]
     with listening(app) as url, driving.browser() as driver:
@@ -419,6 +423,10 @@ def test_the_page_shows_the_fleet_in_a_browser(run: Path, watching: Served, own:
         assert "watch-1" in shown[0] and "normal" in shown[0] and "0 of 3 above it" in shown[0]
         assert "watch-2" in shown[1] and "ALARM" in shown[1] and "3 of 3 above it" in shown[1]
         assert driving.element(driver, "summary").text == "2 devices, 1 with an alarm now"
+        fleet.devices["watch-1"].episodes.append((time.time() - 100, 0.1, False))
+        driving.wait(driver, "document.getElementById('summary').textContent.endsWith('now, 1 silent')")
+        shown = driver.execute_script("return [...document.querySelectorAll('section')].map((s) => s.innerText)")
+        assert "normal, silent since 10" in shown[0] and "silent" not in shown[1]
         sent = driving.requests(driver)
         assert {path[: len(url)] for path, _ in sent if not path.startswith(("data:", "chrome:"))} == {url}
         logs = [line["message"] for line in driver.get_log("browser") if line["level"] == "SEVERE"]
@@ -612,6 +620,17 @@ def test_commands_of_other_tasks_say_which_one_is_meant(
 def test_a_service_needs_a_rate_of_false_alarms(run: Path, refused: Callable[..., str]) -> None:
     for rate in ("0", "-1", "nan", "inf"):
         assert "--false-alarms must be above 0" in refused("serve", run, "--insecure", "--false-alarms", rate)
+
+
+def test_forgetting_tells_of_what_watched_devices_have_said(
+    run: Path, tmp_path: Path, main: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "copy")
+    main("forget", 1, tmp_path / "copy")
+    assert "removed 60 records of device 1" in (said := capsys.readouterr().out) and "fleet" not in said
+    (tmp_path / "copy" / FLEET).mkdir()
+    main("forget", 2, tmp_path / "copy")
+    assert f"is in {tmp_path / 'copy' / FLEET}, by their names" in capsys.readouterr().out
 
 
 def test_a_demo_is_not_for_what_watches_devices(run: Path, refused: Callable[..., str]) -> None:

@@ -214,6 +214,6 @@ def add_fleets(app: FastAPI, fleets: Sequence[Fleet], watchers: Sequence[str]) -
             for device, watched in sorted(fleet.devices.items())
             if owner in ("", device, *watchers)
         ]
-        return {"episode": EPISODE, "devices": rows}
+        return {"episode": EPISODE, "now": round(time.time(), 3), "devices": rows}
 
     add_page(app, "fleet", _PAGE)

@@ -2,6 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 const EVERY = 2000; // milliseconds
+const QUIET = 30; // seconds
 const WIDTH = 400, HEIGHT = 110;
 let model = null;
 
@@ -31,11 +32,11 @@ async function begin() {
 
 async function look() {
   try {
-    const { devices } = await ask(`/v1/models/${model}/devices`);
+    const { devices, now } = await ask(`/v1/models/${model}/devices`);
     $("problem").textContent = "";
-    $("devices").replaceChildren(...devices.map(card));
-    const alarms = devices.filter(alarmed).length;
-    $("summary").textContent = `${devices.length} devices, ${alarms} with an alarm now`;
+    $("devices").replaceChildren(...devices.map((device) => card(device, now)));
+    const alarms = devices.filter(alarmed).length, quiet = devices.filter((device) => silent(device, now)).length;
+    $("summary").textContent = `${devices.length} devices, ${alarms} with an alarm now${quiet ? `, ${quiet} silent` : ""}`;
   } catch (error) {
     $("problem").textContent = error.message;
   }
@@ -44,14 +45,19 @@ async function look() {
 
 const alarmed = ({ episodes }) => episodes.length > 0 && episodes.at(-1)[2];
 
+/** Whether a device that has sent episodes sends none any more: what it showed last says nothing of now. */
+const silent = ({ episodes, seconds }, now) =>
+  episodes.length > 0 && now - episodes.at(-1)[0] > Math.max(QUIET, 3 * seconds);
+
 /** One device's section. */
-function card(device) {
+function card(device, now) {
   const section = document.createElement("section"), title = document.createElement("h2");
   const state = document.createElement("span"), figures = document.createElement("p");
   title.textContent = device.name;
   state.className = "state";
   const last = device.episodes.at(-1);
   state.textContent = !last ? "calibrated" : last[2] ? "ALARM" : "normal";
+  if (silent(device, now)) state.textContent += `, silent since ${Math.round(now - last[0])} s`;
   section.className = last?.[2] ? "alarm" : "";
   const count = device.episodes.filter(([, , alarm]) => alarm).length;
   figures.textContent = last

@@ -68,9 +68,13 @@ def data_source(settings: Settings) -> Source:
             f"a novelty task is for protocol.mode 'release-once', not {settings.protocol.mode!r}: only releases of one "
             "first layer tell what is normal"
         )
-    if source.task == "novelty" and settings.public and settings.public.file:
-        raise ConfigError("public.file is not for a novelty task: whose recordings they are is needed (public.devices)")
     return source
+
+
+def _trunk_outputs(settings: Settings, source: Source) -> int:
+    """Return how many outputs the trunk has: of a novelty task also those for the recordings of ``public.file``."""
+    also = source.task == "novelty" and settings.public is not None and settings.public.file is not None
+    return source.trunk_outputs + (source.outputs if also else 0)
 
 
 def public_records(settings: Settings, source: Source) -> Records | None:
@@ -93,6 +97,8 @@ def public_records(settings: Settings, source: Source) -> Records | None:
         raise ConfigError(f"public.devices: device {wrong[0]} does not exist: ids are 0..{source.count - 1}")
     if chosen.file is not None:
         public = read_records(chosen.file, source)
+        if source.task == "novelty":  # as if of one device more
+            public = Records(public.x, public.y + source.trunk_outputs)
     else:
         given = [source.device(device).train for device in donors]
         first = [device * source.outputs if source.task == "novelty" else 0 for device in donors]  # their recordings
@@ -127,15 +133,16 @@ def split_model(settings: Settings, source: Source) -> SplitModel:
                 )
         else:
             assert model.name is not None
-            built = build_model(model.name, source.input_shape, source.trunk_outputs, model.width, model.activation)
-    _check_fit(built, source)
+            outputs = _trunk_outputs(settings, source)
+            built = build_model(model.name, source.input_shape, outputs, model.width, model.activation)
+    _check_fit(built, source, _trunk_outputs(settings, source))
     if settings.protocol.labels == "at-home":
         cut_head(built.trunk)  # raises
     dropping(settings).check_layer(built.first_layer.width, built.first_layer.positive_only)
     return built
 
 
-def _check_fit(model: SplitModel, source: Source) -> None:
+def _check_fit(model: SplitModel, source: Source, outputs: int) -> None:
     first = model.first_layer
     if first.input_shape != source.input_shape:
         raise ConfigError(f"the model takes records of shape {first.input_shape}, the data's have {source.input_shape}")
@@ -145,10 +152,9 @@ def _check_fit(model: SplitModel, source: Source) -> None:
     except RuntimeError:  # also where it begins with a module that changes them in place
         raise ConfigError(f"the trunk does not take cut activations of shape {first.cut_shape}") from None
     model.trunk.train()
-    if shape != (2, source.trunk_outputs):
+    if shape != (2, outputs):
         raise ConfigError(
-            f"the trunk must return {source.trunk_outputs} outputs per record (the data's), it returns shape "
-            f"{shape[1:]}"
+            f"the trunk must return {outputs} outputs per record (the data's), it returns shape {shape[1:]}"
         )
 
 

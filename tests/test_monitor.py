@@ -17,13 +17,14 @@ import demo as driving
 import httpx
 import numpy as np
 import pytest
+import torch
 from conftest import CONFIGS, small_settings
 from fastapi import FastAPI
 from predictions import listening, problem
 from safetensors.numpy import load, save
 
 from fedsplit import simulate
-from fedsplit.assemble import data_source, public_records
+from fedsplit.assemble import data_source, public_records, split_model
 from fedsplit.config import check_settings
 from fedsplit.data import Scaling, wearables
 from fedsplit.deployment.certs import CA
@@ -163,7 +164,6 @@ def test_equal_settings_notice_alike_and_a_run_resumes(folder: Path, run: Path, 
         ({"protocol": {"mode": "single-pass"}}, "a novelty task is for protocol.mode 'release-once'"),
         ({"data": {"outputs": None}}, "outputs must be the most recordings that a device has"),
         ({"data": {"outputs": 1}}, "labels must be in 0..1 for a novelty task with 1 outputs"),
-        ({"public": {"devices": None, "file": "x.npz"}}, "public.file is not for a novelty task"),
         ({"data": {"novel": 1}}, "novel is for data sets with classes, not for a folder"),
     ],
 )
@@ -181,6 +181,30 @@ def test_something_new_to_train_with_is_refused(folder: Path, tmp_path: Path) ->
     np.savez(tmp_path / "1.npz", x=x, y=y)
     with pytest.raises(DataError, match=r"device 1 \(1.npz\), train: label 3 is for something new"):
         simulate(_settings(tmp_path), out=tmp_path / "run")
+
+
+def test_public_recordings_may_come_in_a_file_as_real_nodes_need(
+    folder: Path, run: Path, own: Home, tmp_path: Path
+) -> None:
+    """With data.shape the server has no device's records: those that everybody may know are of one device more."""
+    x, y = _doing(9, RATES)
+    np.savez(tmp_path / "public.npz", x=x, y=y)
+    given = {"devices": None, "file": str(tmp_path / "public.npz")}
+    absent = {"folder": None, "shape": [2, 32]}
+    real = _settings(folder, public=given, data=absent, devices={"count": 6})
+    public = public_records(real, source := data_source(real))
+    assert public is not None and set(public.y.tolist()) == {18, 19, 20}
+    assert (
+        split_model(real, source).trunk(torch.zeros(1, *split_model(real, source).first_layer.cut_shape)).shape[1] == 21
+    )
+    result = simulate(_settings(folder, public=given), out=tmp_path / "run")
+    assert result["test_auc"] > 0.85
+    fleet = _fleet(Served.of_run(tmp_path / "run"), tmp_path)
+    with listening(_app(fleet)) as url:
+        assert _monitor(tmp_path / "run", own, url).calibrate(_normal(), seconds=2.0) > 0
+    np.savez(tmp_path / "public.npz", x=x, y=y + 1)
+    with pytest.raises(DataError, match=r"public.npz: label 3 is for something new"):
+        public_records(real, source)
 
 
 def test_a_class_of_a_data_set_can_be_the_novelty() -> None:

@@ -202,8 +202,7 @@ def _load(
         name: check_records(part, task=task, outputs=outputs, input_shape=shape, where=f"{where}, {name}")
         for name, part in parts.items()
     }
-    if task == "novelty" and (checked["train"].y == outputs).any():
-        raise DataError(f"{where}, train: label {outputs} is for something new, which only test records can be")
+    _check_known(checked["train"], task, outputs, f"{where}, train")
     return DeviceData(**checked)
 
 
@@ -220,7 +219,15 @@ def read_records(file: str, source: Source) -> Records:
     pair = _pair(arrays, "x", "y", where)
     if pair is None:
         raise DataError(f"{where}: lacks x and y")
-    return check_records(pair, task=source.task, outputs=source.outputs, input_shape=source.input_shape, where=where)
+    task, outputs = source.task, source.outputs
+    found = check_records(pair, task=task, outputs=outputs, input_shape=source.input_shape, where=where)
+    _check_known(found, task, outputs, where)
+    return found
+
+
+def _check_known(records: Records, task: str, outputs: int, where: str) -> None:
+    if task == "novelty" and (records.y == outputs).any():
+        raise DataError(f"{where}: label {outputs} is for something new, which only test records can be")
 
 
 def _read_file(files: tuple[Path, ...], places: tuple[str, ...], device_id: int) -> DeviceData:

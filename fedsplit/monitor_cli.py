@@ -39,7 +39,7 @@ def monitor(
     """Replay a recording that stays here, and say when something new happens in it; the token is in FEDSPLIT_TOKEN."""
     from fedsplit.home import Home
     from fedsplit.prediction.bundle import Bundle
-    from fedsplit.prediction.monitor import Monitor
+    from fedsplit.prediction.monitor import Monitor, WithheldError
     from fedsplit.prediction.predictor import Predictor
     from fedsplit.prediction_cli import remote
     from fedsplit.wire import EPISODE
@@ -61,11 +61,18 @@ def monitor(
         threshold = watched.calibrate(known, step)
         stderr.print(f"calibrated with {sum(map(len, known))} records: alarms above {threshold:.3f}", highlight=False)
     episodes = alarms = 0
+    withheld = None
     began = time.monotonic()
     for passed, records in _episodes(stretches, EPISODE):
         if speed and (wait := began + passed / speed - time.monotonic()) > 0:
             time.sleep(min(wait, threading.TIMEOUT_MAX))
-        found = watched.judge(records)
+        try:
+            found = watched.judge(records)
+        except WithheldError as error:
+            withheld = error
+            said = json.dumps({"seconds": passed, "withheld": str(error)}) if as_json else f"{_clock(passed)}  {error}"
+            print(said, flush=True)
+            continue
         episodes, alarms = episodes + 1, alarms + found.alarm
         if as_json:
             line = {"seconds": passed, "score": found.episode, "threshold": found.threshold, "alarm": found.alarm}
@@ -73,6 +80,8 @@ def monitor(
         else:
             said = "ALARM" if found.alarm else "normal"
             print(f"{_clock(passed)}  {found.episode:6.2f} of {found.threshold:.2f}  {said}", flush=True)
+    if withheld and not episodes:
+        raise withheld
     stderr.print(f"{alarms} of {episodes} episodes of {EPISODE} records raised an alarm", highlight=False)
 
 

@@ -32,14 +32,14 @@ from fedsplit.errors import ConfigError, DataError, RunError
 from fedsplit.home import Home
 from fedsplit.prediction.bundle import run_bundle
 from fedsplit.prediction.fleet import FLEET, Fleet, add_fleets
-from fedsplit.prediction.monitor import Monitor
+from fedsplit.prediction.monitor import Monitor, WithheldError
 from fedsplit.prediction.predictor import Predictor
 from fedsplit.prediction.remote import Remote
 from fedsplit.prediction.served import Served
 from fedsplit.prediction.service import service
 from fedsplit.prediction.tokens import Tokens, add_token
 from fedsplit.privacy.transcript import Subjects
-from fedsplit.wire import EPISODE
+from fedsplit.wire import EPISODE, Reason
 
 RATES = (0.25, 0.45, 0.65)  # radians a sample: what a device does in its recordings
 NEW = 1.3
@@ -504,8 +504,45 @@ def test_an_alarm_is_the_devices_own_conclusion(run: Path, own: Home) -> None:
 
 def test_records_over_the_limits_do_not_leave(run: Path, own: Home) -> None:
     (own.folder / "limits.toml").write_text("equations = 0.01\nleverage = 1.0\n")
-    with pytest.raises(RunError, match="8 of 8 records may not leave, for the limits on equations"):
-        _monitor(run, own, "https://localhost:1").judge(moving(NEW, EPISODE, 51))
+    monitor = _monitor(run, own, "https://localhost:1")
+    with pytest.raises(WithheldError, match="8 of 8 records may not leave, for the limits on equations"):
+        monitor.judge(moving(NEW, EPISODE, 51))
+    with pytest.raises(WithheldError, match="36 of 36 records may not leave, for the limits on equations"):
+        monitor.calibrate(_normal(), seconds=2.0)
+
+
+class _Withholding(Predictor):
+    """One whose guard lets no record leave that begins with 9."""
+
+    def release(self, raw: np.ndarray) -> tuple[Any, np.ndarray]:
+        left = raw[:, 0, 0] != 9
+        query, _ = super().release(raw[left])
+        return query, np.where(left, 0, Reason.LEVERAGE)
+
+
+def test_watching_goes_on_where_a_record_may_not_leave(
+    asks: list[Any],
+    watching: Served,
+    tmp_path: Path,
+    main: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("fedsplit.prediction.predictor.Predictor", _Withholding)
+    records, normal = moving(NEW, 20, 51), np.concatenate(_normal())
+    records[9, 0, 0] = normal[3, 0, 0] = 9
+    np.save(tmp_path / "some.npy", records)
+    np.save(tmp_path / "all.npy", normal)
+    fleet = _fleet(watching, tmp_path)
+    with listening(_app(fleet)) as url:
+        timed = [*asks, "--server", url, "--seconds", "2", "--speed", "0", "--normal", tmp_path / "all.npy"]
+        main("monitor", tmp_path / "some.npy", *timed, "--json")
+    said = capsys.readouterr()
+    lines = [json.loads(line) for line in said.out.splitlines()]
+    assert ["withheld" in line for line in lines] == [False] * 2 + [True] * 8 + [False] * 3
+    assert lines[2]["withheld"] == "1 of 8 records may not leave, for the limits on leverage"
+    assert "of 5 episodes of 8 records raised an alarm" in said.err
+    assert len(fleet.devices["watch"].episodes) == 5
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a?b", "a/b", "a" * 65, "ä", "a\n"])

@@ -4,6 +4,7 @@ Records stay here; what leaves of them passes the guard and is the same whenever
 records, which are sent again with every new one, release nothing twice.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.errors import ConfigError, DataError, RunError
+from fedsplit.packing import IntArray
 from fedsplit.prediction.predictor import Predictor
 from fedsplit.prediction.remote import Remote
 from fedsplit.wire import EPISODE, LONGEST, MOST_RECORDS, SHORTEST, WATCHED_NAME, Reason
+
+log = logging.getLogger(__name__)
+
+
+class WithheldError(RunError):
+    """The guard lets a record not leave."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class Monitor:
     def calibrate(self, recordings: Sequence[NDArray[Any]], seconds: float) -> float:
         """Say what is normal, in place of what was said before, and return the threshold for episodes.
 
+        Records that the guard lets not leave are left out.
+
         Parameters
         ----------
         recordings : sequence of arrays (records, *input_shape)
@@ -73,8 +83,10 @@ class Monitor:
         ------
         DataError
             If there are too many or no records, or they or the time cannot be used; see :meth:`Predictor.release`.
+        WithheldError
+            If none may leave.
         RunError
-            If the guard lets a record not leave, or the service refuses, or answers what is no answer.
+            If the service refuses, or answers what is no answer.
         """
         if not SHORTEST <= seconds <= LONGEST:
             raise DataError(f"from one record to the next must be {SHORTEST:g} to {LONGEST:g} s, got {seconds:g}")
@@ -85,12 +97,24 @@ class Monitor:
             raw = np.concatenate(recordings)
         except (TypeError, ValueError):
             raise DataError("recordings must have records of one shape") from None
-        asked = f"normal?recordings={','.join(map(str, counts))}&seconds={float(seconds)!r}"
-        return _number(self._ask(asked, self._released(raw)), "threshold")
+        query, refused = self._predictor.release(raw)
+        if refused.all():
+            raise WithheldError(_withheld(refused))
+        if refused.any():
+            log.warning("%s", _withheld(refused))
+        left = [int((part == 0).sum()) for part in np.split(refused, np.cumsum(counts)[:-1])]
+        asked = f"normal?recordings={','.join(str(n) for n in left if n)}&seconds={float(seconds)!r}"
+        return _number(self._ask(asked, query.to_bytes()), "threshold")
 
     def judge(self, records: NDArray[Any]) -> Verdict:
-        """Return how new :data:`EPISODE` consecutive records are; raises as :meth:`calibrate`."""
-        answer = self._ask("episode", self._released(records))
+        """Return how new :data:`EPISODE` consecutive records are.
+
+        Raises as :meth:`calibrate`; WithheldError if one of them may not leave.
+        """
+        query, refused = self._predictor.release(records)
+        if refused.any():
+            raise WithheldError(_withheld(refused))
+        answer = self._ask("episode", query.to_bytes())
         try:
             scores = np.asarray(answer["scores"], dtype=np.float64)
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -100,15 +124,13 @@ class Monitor:
         score, threshold = _number(answer, "episode"), _number(answer, "threshold")
         return Verdict(scores, score, threshold, score > threshold)
 
-    def _released(self, raw: NDArray[Any]) -> bytes:
-        query, refused = self._predictor.release(raw)
-        if refused.any():
-            why = ", ".join(sorted({Reason(code).name.lower() for code in refused[refused != 0].tolist()}))
-            raise RunError(f"{np.count_nonzero(refused)} of {len(raw)} records may not leave, for the limits on {why}")
-        return query.to_bytes()
-
     def _ask(self, what: str, payload: bytes) -> Any:
         return self._remote.ask(f"devices/{self._device}/{what}", payload)
+
+
+def _withheld(refused: IntArray) -> str:
+    why = ", ".join(sorted({Reason(code).name.lower() for code in refused[refused != 0].tolist()}))
+    return f"{np.count_nonzero(refused)} of {len(refused)} records may not leave, for the limits on {why}"
 
 
 def _number(answer: Any, name: str) -> float:

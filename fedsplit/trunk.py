@@ -261,7 +261,7 @@ class Trunk:
         outputs, cells, positions = batches.dense(rows)
         cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
         targets = torch.from_numpy(batches.targets[rows])
-        predictions = self.module(_thinned(cut, self.options.thinning) if self.options.thinning else cut)
+        predictions = self.module(thinned(cut, self.options.thinning))
         loss = summed_loss(self.task, predictions, targets)
         self.optimizer.zero_grad()
         (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
@@ -313,7 +313,10 @@ def _optimizer(module: nn.Module, options: TrunkOptions) -> torch.optim.Optimize
     return built
 
 
-def _thinned(cut: Tensor, most: float) -> Tensor:
+def thinned(cut: Tensor, most: float) -> Tensor:
+    """Drop of each record a share of its outputs that is drawn from 0..``most``; without any, nothing is drawn."""
+    if not most:
+        return cut
     share = most * torch.rand((len(cut), *[1] * (cut.ndim - 1)))
     return cut * (torch.rand(cut.shape) >= share)
 

@@ -85,6 +85,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "momentum and decay": {"trunk": {"momentum": 0.9, "weight-decay": 0.01}},
     "dropping and a schedule": {"dropping": {"policy": "random", "keep": 0.5}, "trunk": {"schedule": "cosine"}},
     "dropout and batch norm": {"model": {"builder": "own:random_model"}},
+    "thinning": {"trunk": {"thinning": 0.5}},
     "a frozen first layer": {"first-layer": {"strategy": "frozen"}},
     "a sum of each device's": {"first-layer": {"strategy": "FedMedian"}},
     "some devices": {"devices": {"fraction": 0.5}},

@@ -12,7 +12,7 @@ from fedsplit.errors import ConfigError, DataError
 from fedsplit.novelty.detector import Detector
 from fedsplit.novelty.space import Normal, Space, features
 from fedsplit.novelty.trunk import NoveltyTrunk, auc, judge, self_calibrated
-from fedsplit.trunk import Batches, TrunkOptions, _thinned
+from fedsplit.trunk import Batches, TrunkOptions, thinned
 from fedsplit.wire import EPISODE, Release
 
 CUT = (3, 8)
@@ -105,11 +105,11 @@ def test_devices_whose_records_say_nothing_are_left_out() -> None:
 
 def test_thinning_drops_a_share_of_a_records_outputs() -> None:
     torch.manual_seed(0)
-    thin = _thinned(torch.ones(400, 3, 50), 0.5).mean(dim=(1, 2))
+    thin = thinned(torch.ones(400, 3, 50), 0.5).mean(dim=(1, 2))
     assert thin.min() > 0.35
     assert thin.max() <= 1
     assert abs(float(thin.mean()) - 0.75) < 0.02
-    assert torch.equal(_thinned(torch.ones(2, 3), 0.0), torch.ones(2, 3))
+    assert torch.equal(thinned(torch.ones(2, 3), 0.0), torch.ones(2, 3))
 
 
 def test_features_are_means_and_largest_values_over_time_after_each_relu() -> None:

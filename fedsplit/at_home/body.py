@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedsplit.at_home.head import Head, cut_head
 from fedsplit.packing import FloatArray, IntArray
 from fedsplit.schedule import seed_of
-from fedsplit.trunk import Batches, Trunk, trunk_outputs
+from fedsplit.trunk import Batches, Trunk, thinned, trunk_outputs
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Body(Trunk):
         cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, "trunk", round_number))
-            found = self._cut[0](cut)
+            found = self._cut[0](thinned(cut, self.options.thinning))
         self._open = _Step(rows, cells, positions, cut, found)
         features = np.empty(tuple(found.shape), dtype=np.float32)
         features[rows] = found.detach().numpy()

@@ -13,6 +13,7 @@ from fedsplit.console import stderr
 from fedsplit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from fedsplit.data import Scaling
     from fedsplit.prediction.bundle import Bundle
 
     Stretch = tuple[Any, Any]  # records in order, and when each is complete
@@ -112,11 +113,17 @@ def _read(path: Path, bundle: "Bundle", recipe: Path | None, seconds: float | No
         raise DataError(
             f"{recipe} makes windows that overlap: what they share would leave several times, and count once"
         )
+    if _changes(made.scaling) and _changes(bundle.scaling):
+        raise DataError(f"{recipe} scales records, and so does the model, which wants subtract 0 and divide 1")
     windows = made.cut(made.read(path, Layout(), labelled=False))
     if not len(windows):
         raise DataError(f"{path}: no window is left, all have gaps")
     gaps = np.flatnonzero(np.diff(windows.times) > 1.5 * made.stride) + 1
     return list(zip(np.split(windows.x, gaps), np.split(windows.times, gaps), strict=True)), made.stride
+
+
+def _changes(scaling: "Scaling") -> bool:
+    return any(scaling.subtract) or any(number != 1 for number in scaling.divide)
 
 
 def _episodes(stretches: list["Stretch"], size: int) -> Iterator[tuple[float, Any]]:

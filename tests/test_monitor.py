@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -653,7 +654,9 @@ def test_too_few_records_to_judge_are_told(asks: list[Any], tmp_path: Path, refu
     assert "x.npy: has no 8 consecutive records" in refused("monitor", tmp_path / "x.npy", *there)
 
 
-def test_recipes_that_do_not_fit_are_told(asks: list[Any], tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_recipes_that_do_not_fit_are_told(
+    asks: list[Any], run: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     recipe = tmp_path / "windows.toml"
     _write_csv(tmp_path / "a.csv", moving(NEW, 20, 70).transpose(0, 2, 1).reshape(-1, 2))
     made = 'channels = ["a", "b"]\nunits = ["", ""]\nrate = 32.0\nrecordings = 3\n'
@@ -665,6 +668,11 @@ def test_recipes_that_do_not_fit_are_told(asks: list[Any], tmp_path: Path, refus
     ):
         recipe.write_text(f"{made}seconds = {seconds}\nstride = {stride}\n")
         assert said in refused(*there)
+    scaled = replace(run_bundle(run), scaling=Scaling((0.5,), (1.0,)))
+    scaled.save(tmp_path / "scaled")
+    recipe.write_text(made.replace("divide = [1.0", "divide = [2.0") + "seconds = 1.0\nstride = 1.0\n")
+    assert "scales records, and so does the model" in refused(*there, "--device", tmp_path / "scaled")
+    assert "does not answer" in refused(*there)  # which is as far as a recipe gets that scales what nobody else does
 
 
 def test_commands_of_other_tasks_say_which_one_is_meant(

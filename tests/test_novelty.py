@@ -81,6 +81,31 @@ def test_a_device_that_has_trained_is_judged_by_what_it_trained_with() -> None:
     assert scores["test_auc"] > 0.9
 
 
+def test_thresholds_are_those_of_devices_that_trained_nothing() -> None:
+    rng = np.random.default_rng(0)
+    trunk = _trained(rng)
+    both = _of([1, 7], np.tile(np.repeat([0, 1], 15), 2), _movements(np.tile(np.repeat([3, 4], 15), 2), rng))
+    trunk.evaluate(both)
+    assert trunk.detector is not None
+    together = trunk.detector.scores
+    trunk.evaluate(both.without(1))
+    np.testing.assert_allclose(together, trunk.detector.scores)
+    trunk.evaluate(both.without(7))
+    assert len(trunk.detector.scores) == 2 * (15 - EPISODE + 1)
+
+
+def test_a_device_whose_records_are_too_large_spoils_no_threshold() -> None:
+    rng = np.random.default_rng(0)
+    trunk = _trained(rng)
+    outputs = _movements(np.zeros(60, dtype=int), rng)
+    outputs[:30] *= 1e38
+    with np.errstate(over="ignore", invalid="ignore"):
+        trunk.evaluate(_of([6, 7], np.zeros(60, dtype=np.int64), outputs))
+    assert trunk.detector is not None
+    assert np.isfinite(trunk.detector.scores).all()
+    assert len(trunk.detector.scores) == 20 - EPISODE + 1
+
+
 def test_something_new_is_never_learned_from() -> None:
     rng = np.random.default_rng(0)
     outputs = _movements(np.repeat([0, 1, 3], 20), rng)
@@ -201,7 +226,7 @@ def test_thresholds_of_next_to_no_alarms_are_finite() -> None:
 
 
 def test_a_threshold_of_too_few_scores_is_refused() -> None:
-    with pytest.raises(DataError, match="needs 10 normal episodes of held-out devices: 9"):
+    with pytest.raises(DataError, match="needs 10 normal episodes of tested devices: 9"):
         _detector(np.arange(9.0)).threshold(1.0, 2.0)
 
 

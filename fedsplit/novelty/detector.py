@@ -25,7 +25,8 @@ class Detector:
     ----------
     space : Space
     scores : float64 array (episodes,)
-        Of normal episodes of devices that were held out, each by its device's own calibration.
+        Of normal episodes of tested devices, each by its device's own calibration: of those that trained nothing, or
+        of all if all trained.
     """
 
     space: Space
@@ -51,7 +52,7 @@ class Detector:
             If there are too few scores.
         """
         if len(self.scores) * _TAIL < 1:
-            raise DataError(f"a threshold needs {1 / _TAIL:g} normal episodes of held-out devices: {len(self.scores)}")
+            raise DataError(f"a threshold needs {1 / _TAIL:g} normal episodes of tested devices: {len(self.scores)}")
         share = max(false_alarms * seconds / _DAY, sys.float_info.min)
         high = float(np.quantile(self.scores, 1 - min(1.0, max(share, _TAIL))))
         beyond = self.scores[self.scores > high] - high

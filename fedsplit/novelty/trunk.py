@@ -63,19 +63,24 @@ class NoveltyTrunk(Trunk):
         trained = features(self.module, self.cut_shape, self._known)
         space = Space.of(trained, self._known.targets)
         own, units = space.units(trained), space.units(features(self.module, self.cut_shape, batches))
-        judged = []
+        judged: list[Judged] = []
+        held_out: list[Judged] = []
         for device in np.unique(batches.devices).tolist():
             mine, before = batches.devices == device, self._known.devices == device
             try:
+                if not np.isfinite(units[mine]).all():
+                    raise DataError("its records give no finite numbers")
                 if before.any():
                     normal = Normal.of(own[before], self._known.targets[before])
                     judged.append(judge(normal, units[mine], batches.targets[mine], self.outputs))
                 else:
-                    judged.append(self_calibrated(units[mine], batches.targets[mine], self.outputs))
+                    held_out.append(self_calibrated(units[mine], batches.targets[mine], self.outputs))
             except DataError as error:
                 log.warning("device %d is not scored: %s", device, error)
-        self.detector = Detector(space, np.concatenate([np.zeros(0), *(j.episodes[~j.new_episodes] for j in judged)]))
-        both = [j for j in judged if 0 < j.new.mean() < 1]
+        # a trunk knows recordings of devices that it learned from: what is normal for others scores higher
+        normal_scores = [j.episodes[~j.new_episodes] for j in held_out or judged]
+        self.detector = Detector(space, np.concatenate([np.zeros(0), *normal_scores]))
+        both = [j for j in judged + held_out if 0 < j.new.mean() < 1]
         return {
             "test_accuracy": None,
             "test_loss": None,

@@ -32,7 +32,7 @@ FLEET = "fleet"
 """The folder, in that of a run, with what is normal for devices."""
 _PAGE = Path(__file__).parent / "fleet_page"
 _KEPT = 600  # episodes of a device
-_MOST = 10_000  # devices: what is known of one takes a few kilobytes
+_MOST = 10_000  # devices, each with some kilobytes for every recording that it called normal
 _UNKNOWN = "{device!r} has not calibrated: it must send what is normal first"
 
 

@@ -24,12 +24,12 @@ from fedsplit.config import load_settings
 from fedsplit.data import wearables
 from fedsplit.deployment.certs import CA, make_certificates
 from fedsplit.home import Home
-from fedsplit.novelty.detector import EPISODE
 from fedsplit.prediction.bundle import Bundle, run_bundle
 from fedsplit.prediction.monitor import Monitor
 from fedsplit.prediction.predictor import Predictor
 from fedsplit.prediction.remote import Remote
 from fedsplit.prediction.tokens import add_token
+from fedsplit.wire import EPISODE
 
 SECONDS = wearables.WINDOW / 50  # of a window
 WATCHER = "nurse"

@@ -258,7 +258,7 @@ def test_shipped_settings_load_and_begin_with_the_command_that_runs_them(path: P
 
 
 def test_there_are_shipped_settings() -> None:
-    shipped = {"digits", "mnist", "mnist-paper", "mnist-private", "own-data", "wearables", "wearables-paper"}
+    shipped = {"digits", "mnist", "mnist-paper", "mnist-private", "own-data", "own-novelty", "wearables"}
     assert shipped <= {path.stem for path in CONFIGS.glob("*.toml")}
 
 

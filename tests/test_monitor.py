@@ -299,6 +299,9 @@ def test_what_is_no_calibration_or_episode_is_refused(run: Path, watching: Serve
             there = f"{at}/watch/normal?recordings=8&seconds={seconds}"
             assert problem(client.post(there, content=eight), 422) == "not valid: query.seconds"
         assert "need normal records" in problem(client.post(normal + "4", content=alike), 422)
+        many = _payload(run, own, moving(NEW, 514, 55))
+        said = problem(client.post(normal + ",".join(["2"] * 257), content=many), 422)
+        assert said == "recordings must be at most 256, got 257"
         assert "need normal records" in problem(client.post(normal + ",".join("1" * 8), content=eight), 422)
         for name in (".hidden", "a" * 65, "a b", "%2e%2e"):
             assert client.post(f"{at}/{name}/normal?seconds=2&recordings=8", content=eight).status_code in (404, 422)
@@ -728,17 +731,20 @@ def test_own_recordings_are_replayed_by_the_recipe(
     main("windows", *files, "--out", tmp_path / "records", *made, "--test-share", "0.4")
     recipe = tmp_path / "records" / "windows.toml"
     run = tmp_path / "own-run"
-    simulate(_settings(tmp_path / "records", devices={"test": [3, 4]}), out=run)
+    changes = [f'data.folder="{tmp_path / "records"}"', "data.outputs=3", "run.rounds=15", "run.engine=inline"]
+    simulate(CONFIGS / "own-novelty.toml", overrides=changes, out=run)
     run_bundle(run).save(tmp_path / "device")
     asks = ["--device", tmp_path / "device", "--home", own.folder, "--name", "p4", "--insecure", "--speed", "0"]
     capsys.readouterr()
+    asks += ["--recipe", recipe, "--normal", files[4], "--json"]
+    found = []
     with listening(_app(_fleet(Served.of_run(run), tmp_path))) as url:
-        main(
-            "monitor", tmp_path / "gap.csv", *asks, "--server", url, "--recipe", recipe, "--normal", files[4], "--json"
-        )
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["seconds"] for line in found] == [8.0, 9.0, 10.0, 19.0, 20.0]
-    assert all(line["alarm"] for line in found)
+        for name in ("gap", "p4"):
+            main("monitor", tmp_path / f"{name}.csv", *asks, "--server", url)
+            found.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert [line["seconds"] for line in found[0]] == [8.0, 9.0, 10.0, 19.0, 20.0] and len(found[1]) == 83
+    new, known = ([line["score"] for line in each] for each in found)
+    assert min(new) > max(known)
 
 
 def _write_csv(path: Path, rows: np.ndarray, gap: int | None = None) -> None:

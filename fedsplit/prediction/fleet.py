@@ -32,6 +32,7 @@ FLEET = "fleet"
 """The folder, in that of a run, with what is normal for devices."""
 _PAGE = Path(__file__).parent / "fleet_page"
 _KEPT = 600  # episodes of a device
+_MOST_RECORDINGS = 256  # that a device may call normal
 _MOST = 10_000  # devices, each with some kilobytes for every recording that it called normal
 _UNKNOWN = "{device!r} has not calibrated: it must send what is normal first"
 
@@ -110,6 +111,8 @@ class Fleet:
         """
         if sum(recordings) != len(release.counts) or min(recordings) < 1:
             raise WireError(f"recordings must be counts of the {len(release.counts)} records")
+        if len(recordings) > _MOST_RECORDINGS:
+            raise WireError(f"recordings must be at most {_MOST_RECORDINGS}, got {len(recordings)}")
         units = self.served.units(release)
         if not np.isfinite(units).all():
             raise WireError("values give no finite scores")

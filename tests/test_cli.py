@@ -103,7 +103,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["data.name=digts"], ["one of wearables, mnist, digits, breast-cancer", "got 'digts'", "mean 'digits'"]),
+        (
+            ["data.name=digts"],
+            ["one of wearables, pig-cvp, mnist, digits, breast-cancer", "got 'digts'", "mean 'digits'"],
+        ),
         (["devices.count=3000"], ["partition 'iid' leaves device", "without records: use fewer devices"]),
         (
             ["devices.partition=dirichlet", "devices.alpha=0.001"],

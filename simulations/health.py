@@ -60,7 +60,7 @@ from fedsplit.wire import Release
 RESULTS = Path(__file__).parent / "results" / "health"
 KNOWN = len(wearables.CLASSES) - 1  # exercises, and so recordings of a device
 DONORS, TRAINING = (1, 2), tuple(range(1, 8))  # people
-PRIVATE = "private"
+PRIVATE, LIBRARY = "private", "recordings"
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,13 @@ POLICIES = {
     "top-48": Policy(Dropping("top-k", k=48)),
     "paper": Policy(Dropping("random", keep=0.25)),
 }
-CELLS = [(layer, policy) for policy in ("none", PRIVATE, "paper") for layer in ("donors", "random")] + [
-    ("donors", "top-48")
+CELLS = [
+    ("donors", "none"),
+    ("donors", PRIVATE),
+    ("random", "none"),
+    ("random", PRIVATE),
+    ("donors", "top-48"),
+    ("donors", "paper"),
 ]
 RATES = (10, 100)  # false alarms per device and day
 SECONDS = 2.0  # of a window
@@ -124,7 +129,7 @@ def released(layer: FirstLayer, dropping: Dropping, x: Features, device: Rows, t
 
 def methods(releases: Releases, *, rivals: bool) -> Iterator[tuple[str, Method]]:
     """Yield the library's method, and if asked for all others."""
-    yield "recordings", recordings(releases)
+    yield LIBRARY, recordings(releases)
     if rivals:
         yield from classifier(releases).items()
         yield "neighbours, releases", neighbours(releases)
@@ -148,10 +153,15 @@ def delays(normal: Scorer, rows: Features, targets: Rows, limit: float) -> Itera
         yield SECONDS * (next(above, np.inf) + 1)
 
 
-def measured(method: Method, windows: Windows, releases: Releases, held_out: Sequence[int], *, own: bool) -> list[Any]:
-    """Return the measures of each person who was held out."""
+Watched = tuple[Judged, Scorer, Features, Rows]  # a device: with its tested windows' rows and targets
+
+
+def measured(
+    method: Method, windows: Windows, releases: Releases, held_out: Sequence[int], *, own: bool, watching: bool
+) -> list[Any]:
+    """Return the measures of each person who was held out; with ``watching`` those at thresholds, too."""
     population = None if own else method.normal(releases.training)
-    judged: dict[int, list[tuple[Judged, Scorer, Features, Rows]]] = {}
+    judged: dict[int, list[Watched]] = {}
     for person in held_out:
         for device in np.unique(windows.device[windows.person == person]):
             mine = np.flatnonzero(windows.device == device)
@@ -161,19 +171,26 @@ def measured(method: Method, windows: Windows, releases: Releases, held_out: Seq
             targets = releases.batches.targets[rest]
             scored = judge(normal, method.rows[rest], targets, KNOWN)
             judged.setdefault(person, []).append((scored, normal, method.rows[rest], targets))
-    return [
-        {"person": p, **_of_person(judged[p], [j for o in held_out if o != p for j in judged[o]])} for p in held_out
-    ]
+    found = []
+    for person in held_out:
+        mine, others = judged[person], [j for o in held_out if o != person for j, *_ in judged[o]]
+        found.append({"person": person, **areas([j for j, *_ in mine]), **(alarms(mine, others) if watching else {})})
+    return found
 
 
-def _of_person(mine: list[Any], others: list[Any]) -> dict[str, Any]:
-    seen = [j for j, *_ in mine]
-    result: dict[str, Any] = {
+def areas(seen: Sequence[Judged]) -> dict[str, float]:
+    """Return the measures that need no threshold, means over a person's devices."""
+    return {
         "window": float(np.mean([auc(j.new, j.scores) for j in seen])),
         "precision": float(np.mean([precision(j.new, j.scores) for j in seen])),
         "episode": float(np.mean([auc(j.new_episodes, j.episodes) for j in seen])),
     }
-    known = np.concatenate([j.episodes[~j.new_episodes] for j, *_ in others])
+
+
+def alarms(mine: Sequence[Watched], others: Sequence[Judged]) -> dict[str, Any]:
+    """Return what comes of thresholds by other people's normal episodes."""
+    seen, result = [j for j, *_ in mine], {}
+    known = np.concatenate([j.episodes[~j.new_episodes] for j in others])
     detector = Detector(Space(np.zeros(0), np.zeros((0, 0))), known)  # for its threshold alone
     for rate in RATES:
         limit = detector.threshold(rate, SECONDS)
@@ -215,7 +232,8 @@ def fold(windows: Windows, novel: int, layer: str, policy: str, seed: int, held_
     named = {"seed": seed, "layer": layer, "policy": policy, "novel": novel}
     for name, method in methods(releases, rivals=layer == "donors" and policy in ("none", PRIVATE)):
         for own in (True, False) if method.own else (False,):
-            found = measured(method, windows, releases, held_out, own=own)
+            watching = own and name == LIBRARY
+            found = measured(method, windows, releases, held_out, own=own, watching=watching)
             rows += [{**named, "method": name, "calibrated": own, **person} for person in found]
     return rows
 
@@ -368,7 +386,7 @@ def show(rows: list[dict[str, Any]], leaked: list[dict[str, Any]], cases: list[d
         cells = [interval(by_seed(own, m)) if own else "cannot" for m in ("window", "episode", "precision")]
         table.add_row(name, policy, *cells, *(interval(by_seed(usual, m)) for m in ("window", "episode")))
     to.print(table)
-    calibrated = [r for r in rows if r["method"] == "recordings" and r["calibrated"]]
+    calibrated = [r for r in rows if r["method"] == LIBRARY and r["calibrated"]]
     kinds = list(dict.fromkeys((r["layer"], r["policy"]) for r in calibrated))
     measures = ("window", "people", "episode", "people ", "precision", "PSNR", "identified", "leverage")
     table = _table("first layers and policies", ("layer", "policy"), measures)
@@ -458,7 +476,7 @@ def main() -> None:
                 f"{layer}, {policy}: seed {seed}, {name} is new ({time.process_time() / 60:.1f} CPU minutes so far)"
             )
         audited = (
-            arguments.seeds if policy in (PRIVATE, "top-48") else arguments.seeds[:1]
+            arguments.seeds if (layer, policy) in (CELLS[1], CELLS[4]) else arguments.seeds[:1]
         )  # none and paper leak by far more
         leaked += [leakage(windows, layer, policy, seed) for seed in audited]
         (RESULTS / "health.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

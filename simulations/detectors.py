@@ -9,7 +9,7 @@ row, or by its mean score where there are no rows to average. Settings were chos
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -17,9 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsplit.dropping import KEYED_ROUND, Dropping, simulation_secret
+from fedsplit.forward import Chunk, forward
+from fedsplit.model import FirstLayer
 from fedsplit.novelty.space import Features, Normal, Space, features
 from fedsplit.novelty.trunk import NoveltyTrunk
 from fedsplit.trunk import Batches, Trunk, TrunkOptions, minibatches
+from fedsplit.wire import Release
 
 Rows = NDArray[np.int64]
 OPTIONS = TrunkOptions("adam", 0.002, 0.0, 0.0, "cosine", 64, 1, thinning=0.5)  # as in wearables-novelty.toml
@@ -70,6 +74,16 @@ class Releases:
         """The releases ``(windows, width)``, made unit vectors."""
         dense = self.batches.dense(np.arange(len(self.batches)))[0].astype(np.float64)
         return dense / np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-6)
+
+
+def released(layer: FirstLayer, dropping: Dropping, x: Features, device: Rows, targets: Rows, seed: int) -> Batches:
+    """Return what devices release of all their records, which come device by device."""
+    devices, counts = np.unique(device, return_counts=True)
+    index = np.concatenate([np.arange(n) for n in counts])
+    chunk = Chunk(devices, counts, index, index[:, None], x, targets)
+    secret, weights = partial(simulation_secret, seed), layer.flatten(layer.initial_weights())
+    kept = forward(layer, dropping, secret, chunk, weights, KEYED_ROUND, b"health", want_slopes=False).kept
+    return Batches.join([Release.pack(kept, devices, counts, targets, "float16", dropping.bits)])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 Each exercise of the smart-watch data in turn is the novelty, of which no record is used before the test. People 1 and 2
 give their records, from which the first layer learns (`donors`; `random`: it stays as it was drawn); devices of people
 3..7 release their windows once, and the server learns from these and the donors'. Of people 8, 9 and 10 the first third
-of each recording of a known exercise (5 to 8 windows of 2 s) calibrates their own device, unless a method is
+of each recording of a known exercise (4 to 8 windows of 2 s) calibrates their own device, unless a method is
 `uncalibrated`; all that is measured is of the rest. Windows share no sample. The methods are in `detectors.py`.
 
 - `window`, `precision`: area under the ROC curve, and average precision, of single windows; `episode`: of every 8
@@ -21,31 +21,26 @@ Two more cases, not proofs: tumours as a table, and one recorded series with one
 """
 
 import argparse
-import csv
-import io
 import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from detectors import Method, Releases, Rows, Scorer, autoencoder, classifier, neighbours, recordings, svdd
+from cases import bleeding, tumours
+from detectors import Method, Releases, Rows, Scorer, autoencoder, classifier, neighbours, recordings, released, svdd
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t
 
-from fedsplit.data import Records, packaged, wearables
-from fedsplit.data.loading import installed_file, verified_bytes
-from fedsplit.dropping import KEYED_ROUND, Dropping, simulation_secret
-from fedsplit.errors import DataError
-from fedsplit.forward import Chunk, forward
-from fedsplit.model import FirstLayer, SplitModel, build_model
+from fedsplit.data import Records, wearables
+from fedsplit.dropping import Dropping
+from fedsplit.model import SplitModel, build_model
 from fedsplit.novelty.detector import EPISODE, Detector
 from fedsplit.novelty.space import Features, Space
 from fedsplit.novelty.trunk import Judged, auc, judge
@@ -53,9 +48,7 @@ from fedsplit.privacy.audit import audit
 from fedsplit.privacy.evidence import rehearsed
 from fedsplit.privacy.transcript import Subjects
 from fedsplit.schedule import seed_of
-from fedsplit.trunk import Batches
 from fedsplit.warmup import WarmUp, warm_up
-from fedsplit.wire import Release
 
 RESULTS = Path(__file__).parent / "results" / "health"
 KNOWN = len(wearables.CLASSES) - 1  # exercises, and so recordings of a device
@@ -115,16 +108,6 @@ def split_model(windows: Windows, novel: int, layer: str, policy: Policy, seed: 
         records = Records(windows.x[rows], (windows.targets(novel) + KNOWN * windows.device)[rows])
         warm_up(model, records, "novelty", policy.dropping, WarmUp(40, 0.002, 64, policy.penalty), seed)
     return model
-
-
-def released(layer: FirstLayer, dropping: Dropping, x: Features, device: Rows, targets: Rows, seed: int) -> Batches:
-    """Return what devices release of all their records, which come device by device."""
-    devices, counts = np.unique(device, return_counts=True)
-    index = np.concatenate([np.arange(n) for n in counts])
-    chunk = Chunk(devices, counts, index, index[:, None], x, targets)
-    secret, weights = partial(simulation_secret, seed), layer.flatten(layer.initial_weights())
-    kept = forward(layer, dropping, secret, chunk, weights, KEYED_ROUND, b"health", want_slopes=False).kept
-    return Batches.join([Release.pack(kept, devices, counts, targets, "float16", dropping.bits)])
 
 
 def methods(releases: Releases, *, rivals: bool) -> Iterator[tuple[str, Method]]:
@@ -269,70 +252,6 @@ def leakage(windows: Windows, layer: str, policy: str, seed: int) -> dict[str, A
     }
 
 
-def tumours(policy: str, seed: int) -> dict[str, Any]:
-    """Take malignant tumours for the novelty; half of the benign ones are normal, in ten stretches of no meaning.
-
-    Nothing says who the patients are, so that there is neither a device's own calibration nor an episode.
-    """
-    pool = packaged.breast_cancer()
-    benign = np.random.default_rng(seed).permutation(np.flatnonzero(pool.y == 1))
-    half = len(benign) // 2
-    rows = np.concatenate([benign, np.flatnonzero(pool.y == 0)])
-    targets = np.concatenate([np.arange(half) % KNOWN, np.full(len(rows) - half, KNOWN)])
-    torch.manual_seed(seed_of(seed, "model"))
-    first = build_model("mlp", pool.x.shape[1:], 2, 4 * POLICIES[policy].width, "relu").first_layer
-    dropping = POLICIES[policy].dropping
-    batches = released(first, dropping, pool.x[rows], np.zeros(len(rows), np.int64), targets, seed)
-    dense = batches.dense(np.arange(len(rows)))[0].astype(np.float64)
-    space = Space.of(dense[:half], np.zeros(half, np.int64))
-    found = np.square((dense[half:] - space.mean) @ space.whitening).sum(
-        axis=1
-    )  # Mahalanobis: there is nothing to learn
-    new = pool.y[rows[half:]] == 0
-    return {
-        "case": "tumours",
-        "policy": policy,
-        "seed": seed,
-        "auc": auc(new, found),
-        "precision": precision(new, found),
-    }
-
-
-BLEEDING = "aeon/datasets/data/KDD-TSAD_135/135_UCR_Anomaly_InternalBleeding16_TEST.csv"
-BLEEDING_SHA256 = "fe26577b94896943e8205d04d56bf2511fe05c008df535a1ec3826adff3597e2"
-NORMAL, BEAT, HOP = 1200, 200, 4  # samples that are known to be normal, of a window (about a period), and between two
-
-
-def bleeding(policy: str, seed: int) -> dict[str, Any] | None:
-    """Look for the one anomaly of a pressure curve (UCR anomaly archive, 135: InternalBleeding16) in its releases.
-
-    As the archive does it: found is what scores highest, right if it lies within 100 samples of the anomaly. Scores are
-    distances to the nearest of the releases of the first 1,200 samples. None if the package aeon 1.6.0 is not there.
-    """
-    try:
-        path = installed_file("aeon", BLEEDING, missing="the package aeon 1.6.0 is not there")
-    except DataError:
-        return None
-    text = verified_bytes(path, BLEEDING_SHA256).decode("ascii")
-    table = np.array([[float(v) for v in row[1:]] for row in list(csv.reader(io.StringIO(text)))[1:]])
-    series = (table[:, 0] - table[:NORMAL, 0].mean()) / table[:NORMAL, 0].std()
-    x = np.lib.stride_tricks.sliding_window_view(series, BEAT)[::HOP, None].astype(np.float32)
-    torch.manual_seed(seed_of(seed, "model"))
-    first = build_model("sensor-cnn", x.shape[1:], 2, POLICIES[policy].width, "relu").first_layer
-    batches = released(
-        first, POLICIES[policy].dropping, x, np.zeros(len(x), np.int64), np.zeros(len(x), np.int64), seed
-    )
-    releases = Releases(batches, batches.targets, batches.targets, lambda _: first.layer, first.cut_shape, 1, seed)
-    starts, method = np.arange(len(x)) * HOP, neighbours(releases)
-    scores = method.normal(np.flatnonzero(starts + BEAT <= NORMAL)).scores(method.rows)
-    tested = starts >= NORMAL
-    anomalous = np.flatnonzero(table[:, 1])
-    new = np.array([(table[s : s + BEAT, 1] > 0).any() for s in starts])
-    at = int(starts[tested][np.argmax(scores[tested])]) + BEAT // 2
-    right = bool(anomalous[0] - 100 <= at <= anomalous[-1] + 100)
-    return {"case": "bleeding", "policy": policy, "seed": seed, "auc": auc(new[tested], scores[tested]), "right": right}
-
-
 # ---------------------------------------------------------------------- what is printed
 
 
@@ -463,7 +382,12 @@ def main() -> None:
     torch.set_num_threads(1)
     windows, rows, leaked, err = Windows(), [], [], Console(stderr=True)
     pairs = list(product(("none", PRIVATE), arguments.seeds))
-    cases = [c for case in (tumours, bleeding) for policy, seed in pairs if (c := case(policy, seed))]
+    cases = [
+        {"case": case.__name__, "policy": policy, "seed": seed, **found}
+        for case in (tumours, bleeding)
+        for policy, seed in pairs
+        if (found := case(POLICIES[policy].dropping, POLICIES[policy].width, seed))
+    ]
     if not any(c["case"] == "bleeding" for c in cases):
         err.print("left out: the recorded series, for which the package aeon 1.6.0 is not there")
     RESULTS.mkdir(parents=True, exist_ok=True)

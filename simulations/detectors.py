@@ -125,8 +125,11 @@ class Score:
         return float(self.scores(rows).mean())
 
 
-def recordings(releases: Releases) -> Method:
-    """Return the library's: a trunk that tells recordings apart, centres of recordings in its whitened features."""
+def recordings(releases: Releases, rounds: int) -> Method:
+    """Return the library's: a trunk that tells recordings apart, centres of recordings in its whitened features.
+
+    With 0 rounds the trunk stays as it was drawn: what whitening and calibration find without any learning of the trunk.
+    """
     r = releases
     known = r.batches.take(r.training)
     trunk = NoveltyTrunk(
@@ -135,10 +138,10 @@ def recordings(releases: Releases) -> Method:
         "novelty",
         r.outputs,
         OPTIONS,
-        ROUNDS,
+        rounds,
         r.seed,
     )
-    for round_number in range(1, ROUNDS + 1):
+    for round_number in range(1, rounds + 1):
         trunk.train(known, 0, round_number)
     found = features(trunk.module, r.cut_shape, r.batches)
     units = Space.of(found[r.training], r.recording[r.training]).units(found)

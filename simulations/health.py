@@ -32,7 +32,19 @@ from typing import Any
 import numpy as np
 import torch
 from cases import bleeding, tumours
-from detectors import Method, Releases, Rows, Scorer, autoencoder, classifier, neighbours, recordings, released, svdd
+from detectors import (
+    ROUNDS,
+    Method,
+    Releases,
+    Rows,
+    Scorer,
+    autoencoder,
+    classifier,
+    neighbours,
+    recordings,
+    released,
+    svdd,
+)
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +65,7 @@ from fedsplit.warmup import WarmUp, warm_up
 RESULTS = Path(__file__).parent / "results" / "health"
 KNOWN = len(wearables.CLASSES) - 1  # exercises, and so recordings of a device
 DONORS, TRAINING = (1, 2), tuple(range(1, 8))  # people
-PRIVATE, LIBRARY = "private", "recordings"
+PRIVATE, LIBRARY, UNTRAINED = "private", "recordings", "recordings, untrained"
 
 
 @dataclass(frozen=True)
@@ -111,8 +123,9 @@ def split_model(windows: Windows, novel: int, layer: str, policy: Policy, seed: 
 
 def methods(releases: Releases, *, rivals: bool) -> Iterator[tuple[str, Method]]:
     """Yield the library's method, and if asked for all others."""
-    yield LIBRARY, recordings(releases)
+    yield LIBRARY, recordings(releases, ROUNDS)
     if rivals:
+        yield UNTRAINED, recordings(releases, 0)
         yield from classifier(releases).items()
         yield "neighbours, releases", neighbours(releases)
         yield "Deep SVDD", svdd(releases)

@@ -128,7 +128,7 @@ class Score:
 def recordings(releases: Releases, rounds: int) -> Method:
     """Return the library's: a trunk that tells recordings apart, centres of recordings in its whitened features.
 
-    With 0 rounds the trunk stays as it was drawn: what whitening and calibration find without any learning of the trunk.
+    With 0 rounds the trunk stays as it was drawn: what whitening and calibration find when it learns nothing.
     """
     r = releases
     known = r.batches.take(r.training)

@@ -62,7 +62,8 @@ def serve(
         bool, typer.Option(help="Add a page where a prediction, and attacks on it, can be watched.")
     ] = False,
     false_alarms: Annotated[
-        float, typer.Option(help="Novelty: alarms that a device may give a day where all is normal.")
+        float,
+        typer.Option(help="Novelty: alarms a day that a device may give where all is normal: an aim, no promise."),
     ] = 10.0,
     watcher: Annotated[
         list[str] | None, typer.Option(help="Novelty: whose token may see all devices' scores; repeatable.")

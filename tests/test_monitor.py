@@ -786,14 +786,14 @@ def _cut(samples: np.ndarray) -> np.ndarray:
 @pytest.mark.slow
 def test_a_new_exercise_raises_an_alarm_and_ten_minutes_of_a_known_one_none(certificates: Path, tmp_path: Path) -> None:
     """The command as a process, over TLS, on a watch of somebody whose data trained nothing; no body holds a record."""
-    run, novel = tmp_path / "run", "TRAP"
+    run, novel = tmp_path / "run", "ROW"
     simulate(CONFIGS / "wearables-novelty.toml", overrides=["run.engine=inline", "audit.targets=0"], out=run)
     samples, third = _watch_recordings(9, 1), {}
     for exercise, recording in samples.items():
         border = len(recording) // 3
         third[exercise] = _cut(recording[:border])
         samples[exercise] = recording[border:]
-    known = np.concatenate([samples["ROW"]] * (30_000 // len(samples["ROW"]) + 1))[:30_000]  # at 50 Hz
+    known = np.concatenate([samples["IR"]] * (30_000 // len(samples["IR"]) + 1))[:30_000]  # at 50 Hz
     for name, records in {"known": _cut(known), "new": _cut(samples[novel]), **third}.items():
         np.save(tmp_path / f"{name}.npy", records)
     run_bundle(run).save(tmp_path / "device")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedsplit.dropping import Kept
+from fedsplit.dropping import Dropping, Kept
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.novelty.detector import Detector
 from fedsplit.novelty.space import Normal, Space, features
@@ -47,11 +47,11 @@ def _novelty_trunk(recordings: int, rounds: int, seed: int = 0) -> NoveltyTrunk:
     return NoveltyTrunk(_trunk(2 * recordings), CUT, "novelty", recordings, _options(), rounds, seed)
 
 
-def _of(devices: list[int], targets: np.ndarray, outputs: np.ndarray) -> Batches:
+def _of(devices: list[int], targets: np.ndarray, outputs: np.ndarray, bits: int = 0) -> Batches:
     """Return outputs ``(records, 24)`` as released by some devices, as many by each."""
     kept = Kept.of(outputs, outputs > 0, zeros_count=False)
     counts = np.full(len(devices), len(outputs) // len(devices))
-    return Batches.join([Release.pack(kept, np.array(devices), counts, targets, "float32", 0)])
+    return Batches.join([Release.pack(kept, np.array(devices), counts, targets, "float32", bits)])
 
 
 def _trained(rng: np.random.Generator) -> NoveltyTrunk:
@@ -71,6 +71,21 @@ def test_a_movement_not_taught_is_noticed_on_a_device_that_was_held_out() -> Non
     assert scores["test_auc"] > 0.9
     assert scores["test_episode_auc"] > 0.95
     assert scores["test_accuracy"] is None
+
+
+def test_one_bit_of_every_output_is_enough() -> None:
+    rng = np.random.default_rng(0)
+    dropping, trunk = Dropping("bits", bits=1), _novelty_trunk(2, rounds=15)
+
+    def coded(kinds: np.ndarray) -> np.ndarray:
+        return dropping.coded(_movements(kinds, rng))
+
+    batches = _of([0, 1], np.tile(np.repeat([0, 1], 60), 2), coded(np.repeat([0, 1, 3, 4], 60)), bits=1)
+    assert set(batches.values.tolist()) == {1.0}
+    for round_number in range(1, 16):
+        trunk.train(batches, 0, round_number)
+    scores = trunk.evaluate(_of([7], np.repeat([0, 1, 2], 30), coded(np.repeat([0, 4, 2], 30)), bits=1))
+    assert scores["test_auc"] > 0.9
 
 
 def test_a_device_that_has_trained_is_judged_by_what_it_trained_with() -> None:

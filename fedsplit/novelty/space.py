@@ -1,10 +1,9 @@
 """Where releases are compared, and how far from what has been normal they lie.
 
-A trunk that learns to classify looks away from whatever its classes share, and so from what a class never seen differs
-in. The trunk of the task ``novelty`` learns to tell the *recordings* of the training devices apart (stretches of
-consecutive records), which needs no labels and makes it keep how somebody moves; that is how speakers are verified
-(Snyder et al., "X-vectors", ICASSP 2018, with a plainer backend). What is normal for a device is one centre for each of
-its own recordings; a distance counts in units of how far the recording's own records lie.
+The trunk of the task ``novelty`` learns to tell the *recordings* of the training devices apart (stretches of
+consecutive records), which needs no labels; that is how speakers are verified (Snyder et al., "X-vectors", ICASSP 2018,
+with a plainer backend). What is normal for a device is one centre for each of its own recordings; a distance counts in
+units of how far the recording's own records lie.
 
 Everything here is the server's and sees releases alone.
 """

@@ -15,6 +15,7 @@ from fedsplit.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from fedsplit.data import Scaling
     from fedsplit.prediction.bundle import Bundle
+    from fedsplit.prediction.monitor import Monitor
 
     Stretch = tuple[Any, Any]  # records in order, and when each is complete
 
@@ -63,16 +64,15 @@ def monitor(
         stderr.print(f"calibrated with {sum(map(len, known))} records: alarms above {threshold:.3f}", highlight=False)
     episodes = alarms = 0
     withheld = None
-    began = time.monotonic()
-    for passed, records in _episodes(stretches, EPISODE):
-        if speed and (wait := began + passed / speed - time.monotonic()) > 0:
-            time.sleep(min(wait, threading.TIMEOUT_MAX))
+    for passed, record in _in_time(stretches, watched, speed):
         try:
-            found = watched.judge(records)
+            found = watched.take(record)
         except WithheldError as error:
             withheld = error
             said = json.dumps({"seconds": passed, "withheld": str(error)}) if as_json else f"{_clock(passed)}  {error}"
             print(said, flush=True)
+            continue
+        if found is None:
             continue
         episodes, alarms = episodes + 1, alarms + found.alarm
         if as_json:
@@ -126,11 +126,15 @@ def _changes(scaling: "Scaling") -> bool:
     return any(scaling.subtract) or any(number != 1 for number in scaling.divide)
 
 
-def _episodes(stretches: list["Stretch"], size: int) -> Iterator[tuple[float, Any]]:
-    """Yield when every ``size`` consecutive records of a stretch are there, and these."""
+def _in_time(stretches: list["Stretch"], watched: "Monitor", speed: float) -> Iterator[tuple[float, Any]]:
+    """Yield each record, and when it is complete, at that time; what follows a gap begins a new episode."""
+    began = time.monotonic()
     for records, times in stretches:
-        for end in range(size, len(records) + 1):
-            yield float(times[end - 1]), records[end - size : end]
+        watched.begin()
+        for record, passed in zip(records, times.tolist(), strict=True):
+            if speed and (wait := began + passed / speed - time.monotonic()) > 0:
+                time.sleep(min(wait, threading.TIMEOUT_MAX))
+            yield passed, record
 
 
 def _clock(seconds: float) -> str:

@@ -25,11 +25,10 @@ from fedsplit.data import wearables
 from fedsplit.deployment.certs import CA, make_certificates
 from fedsplit.home import Home
 from fedsplit.prediction.bundle import Bundle, run_bundle
-from fedsplit.prediction.monitor import Monitor
+from fedsplit.prediction.monitor import Monitor, WithheldError
 from fedsplit.prediction.predictor import Predictor
 from fedsplit.prediction.remote import Remote
 from fedsplit.prediction.tokens import add_token
-from fedsplit.wire import EPISODE
 
 SECONDS = wearables.WINDOW / 50  # of a window
 WATCHER = "nurse"
@@ -72,10 +71,18 @@ def watch(device: int, novel: int, bundle: Bundle, folder: Path, url: str, token
     said = []
     for exercise in [*(e for e in windows if e != novel), novel]:
         rest = windows[exercise][third[exercise] :]
-        verdicts = [monitor.judge(rest[end - EPISODE : end]) for end in range(EPISODE, len(rest) + 1)]
-        alarms = [number for number, verdict in enumerate(verdicts) if verdict.alarm]
-        first = f" (first after {SECONDS * (EPISODE + alarms[0]):g} s)" if alarms else ""
-        said.append(f"{wearables.CLASSES[exercise]} {len(alarms)} of {len(verdicts)}{first}")
+        monitor.begin()
+        verdicts, withheld = [], 0
+        for number, record in enumerate(rest, start=1):
+            try:
+                verdicts.append((number, monitor.take(record)))
+            except WithheldError:
+                withheld += 1
+        alarms = [number for number, verdict in verdicts if verdict and verdict.alarm]
+        first = f" (first after {SECONDS * alarms[0]:g} s)" if alarms else ""
+        kept = f" ({withheld} windows withheld)" if withheld else ""
+        judged = sum(verdict is not None for _, verdict in verdicts)
+        said.append(f"{wearables.CLASSES[exercise]} {len(alarms)} of {judged}{first}{kept}")
     return f"{name}: alarms in {', '.join(said)}"
 
 

@@ -22,7 +22,20 @@ log = logging.getLogger(__name__)
 
 
 class WithheldError(RunError):
-    """The guard lets a record not leave."""
+    """The guard lets records not leave.
+
+    Parameters
+    ----------
+    refused : int64 array (records,)
+        0, or why one may not.
+    """
+
+    def __init__(self, refused: IntArray) -> None:
+        self.refused = refused
+        why = ", ".join(sorted({Reason(code).name.lower() for code in refused[refused != 0].tolist()}))
+        super().__init__(
+            f"{np.count_nonzero(refused)} of {len(refused)} records may not leave, for the limits on {why}"
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ class Monitor:
         if not WATCHED_NAME.fullmatch(device):
             raise ConfigError(f"a device's name must be 1..64 letters, digits, '_', '.' and '-', got {device!r}")
         self._predictor, self._remote, self._device = predictor, remote, device
+        self._last: list[NDArray[Any]] = []
 
     def calibrate(self, recordings: Sequence[NDArray[Any]], seconds: float) -> float:
         """Say what is normal, in place of what was said before, and return the threshold for episodes.
@@ -99,12 +113,30 @@ class Monitor:
             raise DataError("recordings must have records of one shape") from None
         query, refused = self._predictor.release(raw)
         if refused.all():
-            raise WithheldError(_withheld(refused))
+            raise WithheldError(refused)
         if refused.any():
-            log.warning("%s", _withheld(refused))
+            log.warning("%s", WithheldError(refused))
         left = [int((part == 0).sum()) for part in np.split(refused, np.cumsum(counts)[:-1])]
         asked = f"normal?recordings={','.join(str(n) for n in left if n)}&seconds={float(seconds)!r}"
         return _number(self._ask(asked, query.to_bytes()), "threshold")
+
+    def take(self, record: NDArray[Any]) -> Verdict | None:
+        """Return how new a record is together with those taken before, or None as long as they are too few.
+
+        Raises as :meth:`judge`; a record that may not leave is then as if it had not been.
+        """
+        self._last = [*self._last, record][-EPISODE:]
+        if len(self._last) < EPISODE:
+            return None
+        try:
+            return self.judge(np.stack(self._last))
+        except WithheldError as error:
+            self._last = [each for each, reason in zip(self._last, error.refused, strict=True) if not reason]
+            raise
+
+    def begin(self) -> None:
+        """Begin a new episode: the next record does not follow the last."""
+        self._last = []
 
     def judge(self, records: NDArray[Any]) -> Verdict:
         """Return how new :data:`EPISODE` consecutive records are.
@@ -113,7 +145,7 @@ class Monitor:
         """
         query, refused = self._predictor.release(records)
         if refused.any():
-            raise WithheldError(_withheld(refused))
+            raise WithheldError(refused)
         answer = self._ask("episode", query.to_bytes())
         try:
             scores = np.asarray(answer["scores"], dtype=np.float64)
@@ -126,11 +158,6 @@ class Monitor:
 
     def _ask(self, what: str, payload: bytes) -> Any:
         return self._remote.ask(f"devices/{self._device}/{what}", payload)
-
-
-def _withheld(refused: IntArray) -> str:
-    why = ", ".join(sorted({Reason(code).name.lower() for code in refused[refused != 0].tolist()}))
-    return f"{np.count_nonzero(refused)} of {len(refused)} records may not leave, for the limits on {why}"
 
 
 def _number(answer: Any, name: str) -> float:

@@ -45,4 +45,6 @@ def main(grid: Grid, context: Context) -> None:
         result = run.train(grid)
     draw_curves(folder)  # whoever follows the run has its result already
     shutil.rmtree(STATE_FOLDER / f"{run.strategy.progress.run:x}", ignore_errors=True)
-    print(f"test accuracy {result['test_accuracy']}, written to {folder.resolve()}")
+    known = [name for name in ("test_accuracy", "test_auc", "test_r2") if result.get(name) is not None]
+    said = f"{known[0]} {result[known[0]]:.4f}, " if known else ""
+    print(f"{said}written to {folder.resolve()}")

@@ -246,8 +246,12 @@ def test_a_device_that_has_calibrated_is_told_what_is_new(
         new = monitor.judge(moving(NEW, EPISODE, 51))
         assert not known.alarm and new.alarm and known.threshold == new.threshold == threshold
         assert new.episode > threshold > known.episode and len(new.scores) == EPISODE
-        found = httpx.get(f"{url}/v1/models/{watching.name}/devices").json()
+        at = f"{url}/v1/models/{watching.name}/devices"
+        found = httpx.get(at).json()
+        (last,) = httpx.get(at, params={"last": 1}).json()["devices"]
+        assert "not valid: query.last" in problem(httpx.get(at, params={"last": 601}), 422)
     (row,) = found["devices"]
+    assert last["episodes"] == row["episodes"][-1:]
     assert 0 <= found["now"] - row["episodes"][-1][0] < 60
     assert row["name"] == "watch" and [alarm for _, _, alarm in row["episodes"]] == [False, True]
     scores = [score for _, score, _ in row["episodes"]]

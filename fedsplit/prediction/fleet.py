@@ -31,7 +31,7 @@ from fedsplit.wire import EPISODE, LONGEST, SHORTEST, WATCHED_NAME, Release
 FLEET = "fleet"
 """The folder, in that of a run, with what is normal for devices."""
 _PAGE = Path(__file__).parent / "fleet_page"
-_KEPT = 600  # episodes of a device
+_KEPT, _SHOWN = 600, 120  # episodes of a device
 _MOST_RECORDINGS = 256  # that a device may call normal
 _MOST = 10_000  # devices, each with some kilobytes for every recording that it called normal
 _UNKNOWN = "{device!r} has not calibrated: it must send what is normal first"
@@ -203,8 +203,10 @@ def add_fleets(app: FastAPI, fleets: Sequence[Fleet], watchers: Sequence[str]) -
                 raise HTTPException(409, _UNKNOWN.format(device=device))
             return JSONResponse(await asyncio.to_thread(fleet.judge, device, release))
 
-    @app.get("/v1/models/{name}/devices", openapi_extra=TOKEN, responses=problems(401, 404, 429))
-    async def devices(name: str, request: Request) -> dict[str, Any]:
+    @app.get("/v1/models/{name}/devices", openapi_extra=TOKEN, responses=problems(401, 404, 422, 429))
+    async def devices(
+        name: str, request: Request, last: Annotated[int, Query(ge=1, le=_KEPT)] = _SHOWN
+    ) -> dict[str, Any]:
         """The devices that are watched, and their last scores."""
         fleet, owner = known(request, name)
         rows = [
@@ -212,7 +214,7 @@ def add_fleets(app: FastAPI, fleets: Sequence[Fleet], watchers: Sequence[str]) -
                 "name": device,
                 "threshold": watched.threshold,
                 "seconds": watched.seconds,
-                "episodes": [*watched.episodes],
+                "episodes": [*watched.episodes][-last:],
             }
             for device, watched in sorted(fleet.devices.items())
             if owner in ("", device, *watchers)

@@ -126,9 +126,9 @@ def _pairs(recipe: "Recipe", option: str, given: Sequence[str] | None) -> dict[s
 def _table(recipe: "Recipe", done: Sequence["Prepared"]) -> Table:
     """Show windows by device; those of each label are of train and test together."""
     table = Table(title="windows by device", title_justify="left")
-    names = recipe.classes or ["normal", "anomalous"]
-    reasons = {"gaps": "gaps", "labels": "no label", "border": "border"}
-    if recipe.recordings is not None:
+    names = recipe.classes or ["normal", "anomalous"][: len(set(recipe.numbers.values())) or 1]
+    reasons = {"gaps": "gaps", "border": "border"} | ({"labels": "no label"} if recipe.numbers else {})
+    if recipe.numbers and recipe.recordings is not None:
         reasons["anomalous"] = "not to train"
     for column in ("device", "files", "min", "train", "test", *names, *reasons.values()):
         table.add_column(escape(column), justify="left" if column == "device" else "right")

@@ -20,6 +20,7 @@ from fedsplit.forward import Chunk, forward
 from fedsplit.loss import summed_loss
 from fedsplit.metrics import correct
 from fedsplit.model import SplitModel
+from fedsplit.novelty.trunk import NoveltyTrunk
 from fedsplit.packing import FloatArray
 from fedsplit.schedule import seed_of
 from fedsplit.trunk import Batches, Trunk, minibatches
@@ -175,10 +176,14 @@ class PublicOnly:
         Returns
         -------
         dict
-            ``public_only_accuracy`` (or ``public_only_r2``); for classes also ``gain_over_public`` and
-            ``gain_interval``, the 95 % half-width of the paired difference.
+            ``public_only_accuracy`` (or ``public_only_r2``; or ``public_only_auc``, if something new is tested); for
+            classes also ``gain_over_public`` and ``gain_interval``, the 95 % half-width of the paired difference.
         """
         alone = copy.deepcopy(self._trunk)
+        if isinstance(alone, NoveltyTrunk) and isinstance(trunk, NoveltyTrunk):
+            alone.normal = trunk.known  # devices know what is normal for them, whatever the trunk has learned from
+            if not (test.targets == trunk.outputs).any():
+                return {}
         for round_number in range(1, self._rounds + 1):
             alone.train(self.public, 0, round_number)
         scored = alone.evaluate(test)

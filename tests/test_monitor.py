@@ -722,7 +722,11 @@ def test_a_watcher_has_a_token(run: Path, certificates: Path, tmp_path: Path, re
 
 
 def test_own_recordings_are_replayed_by_the_recipe(
-    own: Home, tmp_path: Path, main: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    own: Home,
+    tmp_path: Path,
+    main: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """From CSV files to an alarm; a gap in the recording begins a new episode."""
     for device in range(5):
@@ -736,7 +740,12 @@ def test_own_recordings_are_replayed_by_the_recipe(
     recipe = tmp_path / "records" / "windows.toml"
     run = tmp_path / "own-run"
     changes = [f'data.folder="{tmp_path / "records"}"', "data.outputs=3", "run.rounds=15", "run.engine=inline"]
-    simulate(CONFIGS / "own-novelty.toml", overrides=changes, out=run)
+    result = simulate(CONFIGS / "own-novelty.toml", overrides=changes, out=run)
+    assert result["test_auc"] is None and "public_only_auc" not in result  # nothing new was tested
+    said = [record.getMessage() for record in caplog.records]
+    assert [text for text in said if "device" in text] == [
+        "no tested device has both something normal and something new: thresholds are known, no AUC"
+    ]
     run_bundle(run).save(tmp_path / "device")
     asks = ["--device", tmp_path / "device", "--home", own.folder, "--name", "p4", "--insecure", "--speed", "0"]
     capsys.readouterr()

@@ -121,6 +121,14 @@ def test_a_device_whose_records_are_too_large_spoils_no_threshold() -> None:
     assert len(trunk.detector.scores) == 20 - EPISODE + 1
 
 
+def test_what_is_normal_can_be_told_apart_from_what_was_learned() -> None:
+    rng = np.random.default_rng(0)
+    trunk = _trained(rng)
+    test = _of([7], np.repeat([0, 2], 30), _movements(np.repeat([2, 0], 30), rng))  # to it, a known one is new
+    trunk.normal = _of([7], np.repeat([0], 30), _movements(np.repeat([2], 30), rng))
+    assert trunk.evaluate(test)["test_auc"] > 0.9
+
+
 def test_something_new_is_never_learned_from() -> None:
     rng = np.random.default_rng(0)
     outputs = _movements(np.repeat([0, 1, 3], 20), rng)

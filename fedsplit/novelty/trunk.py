@@ -27,7 +27,11 @@ class NoveltyTrunk(Trunk):
     """
 
     detector: Detector | None = None
-    _known: Batches | None = None
+    """Of the last evaluation."""
+    known: Batches | None = None
+    """What was learned from last."""
+    normal: Batches | None = None
+    """What is normal for devices, if that is not what was learned from."""
 
     def files(self) -> dict[str, bytes]:
         """Return the weights, and what is known of normal recordings once there was an evaluation."""
@@ -37,8 +41,8 @@ class NoveltyTrunk(Trunk):
         """Train on all that are of recordings; there are no cut gradients, since the first layer is frozen."""
         public = batches.devices < 0  # whose targets count through all devices already
         known = batches.take(np.flatnonzero(public | (batches.targets < self.outputs)))
-        self._known = replace(known, targets=np.maximum(known.devices, 0) * self.outputs + known.targets)
-        return super().train(self._known, len(known), round_number)
+        self.known = replace(known, targets=np.maximum(known.devices, 0) * self.outputs + known.targets)
+        return super().train(self.known, len(known), round_number)
 
     def evaluate(self, batches: Batches) -> dict[str, Any]:
         """Score the tested devices' records by what is normal for each, and keep a :class:`Detector`.
@@ -58,21 +62,21 @@ class NoveltyTrunk(Trunk):
         RunError
             If no device has released normal records.
         """
-        if self._known is None:
+        if self.known is None:
             raise RunError("no device has released normal records")
-        trained = features(self.module, self.cut_shape, self._known)
-        space = Space.of(trained, self._known.targets)
-        own, units = space.units(trained), space.units(features(self.module, self.cut_shape, batches))
+        space = Space.of(features(self.module, self.cut_shape, self.known), self.known.targets)
+        normal = self.known if self.normal is None else self.normal
+        own, units = (space.units(features(self.module, self.cut_shape, each)) for each in (normal, batches))
         judged: list[Judged] = []
         held_out: list[Judged] = []
         for device in np.unique(batches.devices).tolist():
-            mine, before = batches.devices == device, self._known.devices == device
+            mine, before = batches.devices == device, normal.devices == device
             try:
                 if not np.isfinite(units[mine]).all():
                     raise DataError("its records give no finite numbers")
                 if before.any():
-                    normal = Normal.of(own[before], self._known.targets[before])
-                    judged.append(judge(normal, units[mine], batches.targets[mine], self.outputs))
+                    calibrated = Normal.of(own[before], normal.targets[before])
+                    judged.append(judge(calibrated, units[mine], batches.targets[mine], self.outputs))
                 else:
                     held_out.append(self_calibrated(units[mine], batches.targets[mine], self.outputs))
             except DataError as error:
@@ -81,6 +85,8 @@ class NoveltyTrunk(Trunk):
         normal_scores = [j.episodes[~j.new_episodes] for j in held_out or judged]
         self.detector = Detector(space, np.concatenate([np.zeros(0), *normal_scores]))
         both = [j for j in judged + held_out if 0 < j.new.mean() < 1]
+        if not both:
+            log.warning("no tested device has both something normal and something new: thresholds are known, no AUC")
         return {
             "test_accuracy": None,
             "test_loss": None,

@@ -160,7 +160,7 @@ def test_a_run_trains_over_it(trial: Deployment, proxy: str) -> None:
         trial.start_node(name, "--superlink", proxy)  # the last one counts
     for name in ("gateway", "wearable", "tester"):
         trial.wait_for(name, f"connected to {proxy} as node")
-    trial.run(config, "run", "--set", *rounds)
+    trial.run(config, "run", "--set", *rounds, "--set", "protocol.timeout=60")  # on a machine that has other work
     result = trial.result("run", timeout=200)
     assert result["rounds"] == 3
     simulate(settings, out=trial.folder / "simulation")

@@ -3,7 +3,8 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +15,14 @@ from fedsplit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from fedsplit.data import Scaling
+    from fedsplit.data.formats import Layout
+    from fedsplit.data.recipe import Recipe
     from fedsplit.prediction.bundle import Bundle
     from fedsplit.prediction.monitor import Monitor
 
     Stretch = tuple[Any, Any]  # records in order, and when each is complete
+
+Texts = list[str] | None
 
 
 def monitor(
@@ -32,6 +37,10 @@ def monitor(
         list[Path] | None, typer.Option(help="Calibrate first: a recording of something normal; repeatable.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="How recordings become records (windows.toml).")] = None,
+    column: Annotated[Texts, typer.Option(help="With --recipe: CHANNEL=NAME of it in these files; repeatable.")] = None,
+    unit: Annotated[Texts, typer.Option(help="With --recipe: CHANNEL=UNIT of it in these files.")] = None,
+    time_: Annotated[str, typer.Option("--time", help="With --recipe: column of times in CSV and Parquet.")] = "time",
+    file_rate: Annotated[float | None, typer.Option(help="With --recipe: rows a second, if no column says it.")] = None,
     seconds: Annotated[float | None, typer.Option(help="From one record to the next; a recipe says it, too.")] = None,
     speed: Annotated[float, typer.Option(help="How much faster than in life it is replayed; 0: at once.")] = 1.0,
     ca: Annotated[Path | None, typer.Option(help="The authority (ca.crt) of the server's certificate.")] = None,
@@ -44,14 +53,28 @@ def monitor(
     from fedsplit.prediction.monitor import Monitor, WithheldError
     from fedsplit.prediction.predictor import Predictor
     from fedsplit.prediction_cli import remote
-    from fedsplit.wire import EPISODE
+    from fedsplit.recordings_cli import layout_of
+    from fedsplit.wire import EPISODE, LONGEST, SHORTEST
 
     bundle = Bundle.load(device)
     if bundle.task != "novelty":
         raise ConfigError(f"the model in {device} predicts: see fedsplit predict")
     if not 0 <= speed < float("inf"):
         raise ConfigError(f"--speed must be at least 0, got {speed:g}")
-    stretches, step = _read(recording, bundle, recipe, seconds)
+    read: Callable[[Path], list[Stretch]]
+    if recipe is None:
+        if column or unit or time_ != "time" or file_rate is not None:
+            raise ConfigError("--column, --unit, --time and --file-rate say how recordings are read with --recipe")
+        if seconds is None or not SHORTEST <= seconds <= LONGEST:
+            said = f"--seconds from one record to the next must be {SHORTEST:g} to {LONGEST:g}"
+            raise ConfigError(f"{said}, got {seconds}, or --recipe say it")
+        step, read = seconds, partial(_records, shape=bundle.layer.input_shape, seconds=seconds)
+    else:
+        if seconds is not None:
+            raise ConfigError("--seconds: is in the recipe already")
+        made = _checked(recipe, bundle)
+        step, read = made.stride, partial(_windows, recipe=made, layout=layout_of(made, column, unit, time_, file_rate))
+    stretches = read(recording)
     if all(len(records) < EPISODE for records, _ in stretches):
         raise DataError(f"{recording}: has no {EPISODE} consecutive records, which are judged together")
     own = Home(home)
@@ -59,7 +82,7 @@ def monitor(
     service = remote(server, bundle.model, ca, insecure=insecure)
     watched = Monitor(Predictor(bundle, own, service), service, name)
     if normal:
-        known = [records for path in normal for records, _ in _read(path, bundle, recipe, seconds)[0]]
+        known = [records for path in normal for records, _ in read(path)]
         threshold = watched.calibrate(known, step)
         stderr.print(f"calibrated with {sum(map(len, known))} records: alarms above {threshold:.3f}", highlight=False)
     episodes = alarms = 0
@@ -86,40 +109,41 @@ def monitor(
     stderr.print(f"{alarms} of {episodes} episodes of {EPISODE} records raised an alarm", highlight=False)
 
 
-def _read(path: Path, bundle: "Bundle", recipe: Path | None, seconds: float | None) -> tuple[list["Stretch"], float]:
-    """Return a recording's stretches without gaps, and the seconds from one record to the next."""
+def _records(path: Path, shape: tuple[int, ...], seconds: float) -> list["Stretch"]:
+    """Read a file of records that follow each other."""
     import numpy as np
 
-    from fedsplit.data.formats import Layout
-    from fedsplit.data.recipe import read_recipe
     from fedsplit.prediction_cli import read_records
-    from fedsplit.wire import LONGEST, SHORTEST
 
-    wanted = bundle.layer.input_shape
-    if recipe is None:
-        if seconds is None or not SHORTEST <= seconds <= LONGEST:
-            said = f"--seconds from one record to the next must be {SHORTEST:g} to {LONGEST:g}"
-            raise ConfigError(f"{said}, got {seconds}, or --recipe say it")
-        records = read_records(path, wanted)
-        if records.shape[1:] != wanted or not len(records):
-            raise DataError(f"{path}: must hold records of shape {wanted}, got an array of shape {records.shape}")
-        return [(records, seconds * np.arange(1, len(records) + 1))], seconds
-    if seconds is not None:
-        raise ConfigError("--seconds: is in the recipe already")
-    made = read_recipe(recipe)
-    if made.shape != wanted:
-        raise DataError(f"{recipe} makes records of shape {made.shape}, the model takes {wanted}")
-    if made.stride < made.seconds:  # a device that is watched has no ledger of segments
-        raise DataError(
-            f"{recipe} makes windows that overlap: what they share would leave several times, and count once"
-        )
-    if _changes(made.scaling) and _changes(bundle.scaling):
-        raise DataError(f"{recipe} scales records, and so does the model, which wants subtract 0 and divide 1")
-    windows = made.cut(made.read(path, Layout(), labelled=False))
+    records = read_records(path, shape)
+    if records.shape[1:] != shape or not len(records):
+        raise DataError(f"{path}: must hold records of shape {shape}, got an array of shape {records.shape}")
+    return [(records, seconds * np.arange(1, len(records) + 1))]
+
+
+def _windows(path: Path, recipe: "Recipe", layout: "Layout") -> list["Stretch"]:
+    """Read a recording and cut it into windows; a gap ends a stretch."""
+    import numpy as np
+
+    windows = recipe.cut(recipe.read(path, layout, labelled=False))
     if not len(windows):
         raise DataError(f"{path}: no window is left, all have gaps")
-    gaps = np.flatnonzero(np.diff(windows.times) > 1.5 * made.stride) + 1
-    return list(zip(np.split(windows.x, gaps), np.split(windows.times, gaps), strict=True)), made.stride
+    gaps = np.flatnonzero(np.diff(windows.times) > 1.5 * recipe.stride) + 1
+    return list(zip(np.split(windows.x, gaps), np.split(windows.times, gaps), strict=True))
+
+
+def _checked(path: Path, bundle: "Bundle") -> "Recipe":
+    """Read a recipe that goes with a model."""
+    from fedsplit.data.recipe import read_recipe
+
+    recipe, wanted = read_recipe(path), bundle.layer.input_shape
+    if recipe.shape != wanted:
+        raise DataError(f"{path} makes records of shape {recipe.shape}, the model takes {wanted}")
+    if recipe.stride < recipe.seconds:  # a device that is watched has no ledger of segments
+        raise DataError(f"{path} makes windows that overlap: what they share would leave several times, and count once")
+    if _changes(recipe.scaling) and _changes(bundle.scaling):
+        raise DataError(f"{path} scales records, and so does the model, which wants subtract 0 and divide 1")
+    return recipe
 
 
 def _changes(scaling: "Scaling") -> bool:

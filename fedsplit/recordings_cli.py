@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from fedsplit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedsplit.data.formats import Layout
     from fedsplit.data.preparing import Prepared
     from fedsplit.data.recipe import Recipe
 
@@ -52,7 +54,6 @@ def windows(
     ] = None,
 ) -> None:
     """Make records of your own recordings: windows at one rate, in one unit, scaled by constants."""
-    from fedsplit.data.formats import Layout
     from fedsplit.data.preparing import HeldOut, find_owners, measure, prepare
     from fedsplit.data.recipe import RECIPE, read_recipe
 
@@ -72,10 +73,7 @@ def windows(
     if like is not None and given:
         raise ConfigError(f"--{next(iter(given))}: is in the recipe {like} already")
     recipe = read_recipe(like) if like else _recipe(given)
-    if file_rate is not None and not 0 < file_rate < float("inf"):
-        raise ConfigError(f"--file-rate must be above 0, got {file_rate:g}")
-    own = (_pairs(recipe, "column", column), _pairs(recipe, "unit", unit))
-    layout = Layout(*own, time=time, rate=file_rate, label=label, upsample=upsample)
+    layout = replace(layout_of(recipe, column, unit, time, file_rate), label=label, upsample=upsample)
     owners, test = find_owners(recordings), HeldOut(test_share, test_files)
     if recipe.divide is None:
         known = {owner.name: owner for owner in owners}
@@ -105,6 +103,15 @@ def _recipe(given: dict[str, Any]) -> "Recipe":
     names, units = zip(*(_pair(text) for text in given.pop("channel")), strict=True)
     renamed = {"classes" if name == "class" else name: value for name, value in given.items()}
     return check_recipe({"channels": list(names), "units": list(units), "stride": given["seconds"]} | renamed)
+
+
+def layout_of(recipe: "Recipe", column: Texts, unit: Texts, time: str, file_rate: float | None) -> "Layout":
+    """Return how files hold a recipe's channels, from the options of these names; raises ConfigError."""
+    from fedsplit.data.formats import Layout
+
+    if file_rate is not None and not 0 < file_rate < float("inf"):
+        raise ConfigError(f"--file-rate must be above 0, got {file_rate:g}")
+    return Layout(_pairs(recipe, "column", column), _pairs(recipe, "unit", unit), time=time, rate=file_rate)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -625,6 +625,10 @@ def test_the_command_replays_a_recording_and_raises_alarms(
     ("more", "said"),
     [
         (["--seconds", "2", "--server", "http://localhost:1", "--speed", "-1"], "--speed must be at least 0, got -1"),
+        (
+            ["--seconds", "2", "--server", "http://localhost:1", "--column", "a=A"],
+            "--column, --unit, --time and --file-rate say how recordings are read with --recipe",
+        ),
         (["--server", "http://localhost:1"], "--seconds from one record to the next must be 0.001 to 86400, got None"),
         (["--seconds", "1e300", "--server", "http://localhost:1"], "must be 0.001 to 86400, got 1e+300"),
         (["--seconds", "2", "--server", "https://localhost:1"], "a service with TLS wants a token"),
@@ -755,6 +759,11 @@ def test_own_recordings_are_replayed_by_the_recipe(
         for name in ("gap", "p4"):
             main("monitor", tmp_path / f"{name}.csv", *asks, "--server", url)
             found.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+        for name in ("gap", "p4"):
+            text = (tmp_path / f"{name}.csv").read_text()
+            (tmp_path / f"{name}.csv").write_text(text.replace("time,a,b", "t,A,b"))
+        main("monitor", tmp_path / "gap.csv", *asks, "--server", url, "--time", "t", "--column", "a=A")
+        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found[0]
     assert [line["seconds"] for line in found[0]] == [8.0, 9.0, 10.0, 19.0, 20.0] and len(found[1]) == 83
     new, known = ([line["score"] for line in each] for each in found)
     assert min(new) > max(known)

@@ -262,6 +262,7 @@ def test_the_wire_carries_neither_labels_nor_gradients_at_the_outputs(per_node: 
         assert not gradients_in(everything, gradients)
 
 
+@pytest.mark.slow
 def test_what_is_looked_for_on_the_wire_would_be_found(out: Path) -> None:
     """With shared labels they are there, and a gradient at the outputs is found in a message that has one."""
     _, wire = run(at_home(protocol={"chunk": "epoch", "labels": "shared"}), out)
@@ -273,6 +274,7 @@ def test_what_is_looked_for_on_the_wire_would_be_found(out: Path) -> None:
     assert gradients_in([rows.tobytes()], rows[:1])
 
 
+@pytest.mark.slow
 def test_releases_of_other_modes_must_have_labels_and_these_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -379,6 +381,7 @@ def without_node_1_at_first(tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return trained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lying_node_is_left_out(
     lie: str, without_node_1_at_first: dict[str, torch.Tensor], out: Path, caplog: pytest.LogCaptureFixture
@@ -543,6 +546,7 @@ def test_other_modes_are_refused(protocol: dict[str, Any]) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_round_of_several_batches_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"protocol\.batch-size must be at least 35 with labels at home .* got 34"):
         simulate(at_home(protocol={"batch-size": 34}), out=tmp_path / "run")

@@ -152,6 +152,7 @@ def test_an_audit_is_shown_too(show: Show, trained: Path, wide: Path, tmp_path: 
     assert shown["identified"] == ["-", "7.1%"]
 
 
+@pytest.mark.slow
 def test_a_regression_has_other_figures(show: Show, wide: Path, tmp_path: Path) -> None:
     folder = tmp_path / "regression"
     data = {"builder": "own:regression", "task": "regression", "outputs": 1}
@@ -221,6 +222,7 @@ def panels(path: Path) -> int:
     return round((width / 120 - 1) / 4)
 
 
+@pytest.mark.slow
 def test_the_plot_is_where_it_is_said_to_be(show: Show, wide: Path, trained: Path, tmp_path: Path) -> None:
     assert show(wide, trained).endswith("plot written to compare.png\n")
     assert panels(Path("compare.png")) == 3

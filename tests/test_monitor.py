@@ -142,6 +142,7 @@ def test_a_run_says_how_well_something_new_is_noticed(run: Path) -> None:
     assert 0 < result["public_only_auc"] <= 1
 
 
+@pytest.mark.slow
 def test_equal_settings_notice_alike_and_a_run_resumes(folder: Path, run: Path, tmp_path: Path) -> None:
     settings = _settings(folder)
     stop = RuntimeError("stopped")
@@ -184,6 +185,7 @@ def test_something_new_to_train_with_is_refused(folder: Path, tmp_path: Path) ->
         simulate(_settings(tmp_path), out=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_public_recordings_may_come_in_a_file_as_real_nodes_need(
     folder: Path, run: Path, own: Home, tmp_path: Path
 ) -> None:
@@ -666,13 +668,14 @@ def test_too_few_records_to_judge_are_told(asks: list[Any], tmp_path: Path, refu
 
 
 def test_recipes_that_do_not_fit_are_told(
-    asks: list[Any], run: Path, tmp_path: Path, refused: Callable[..., str]
+    asks: list[Any], run: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("fedsplit.prediction.remote._PAUSE", 0.0)
     recipe = tmp_path / "windows.toml"
     _write_csv(tmp_path / "a.csv", moving(NEW, 20, 70).transpose(0, 2, 1).reshape(-1, 2))
     made = 'channels = ["a", "b"]\nunits = ["", ""]\nrate = 32.0\nrecordings = 3\n'
     made += "subtract = [0.0, 0.0]\ndivide = [1.0, 1.0]\n"
-    there = ["monitor", tmp_path / "a.csv", *asks, "--server", "http://localhost:1", "--recipe", recipe]
+    there = ["monitor", tmp_path / "a.csv", *asks, "--server", "http://localhost:1", "--recipe", recipe, "--speed", "0"]
     for seconds, stride, said in (
         (1.0, 0.5, "windows that overlap"),
         (0.5, 0.5, "records of shape (2, 16), the model"),
@@ -725,6 +728,7 @@ def test_a_watcher_has_a_token(run: Path, certificates: Path, tmp_path: Path, re
         assert "--watcher nurs: there is no token of that name" in refused(*secured, *other)
 
 
+@pytest.mark.slow
 def test_own_recordings_are_replayed_by_the_recipe(
     own: Home,
     tmp_path: Path,

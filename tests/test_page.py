@@ -20,7 +20,7 @@ from fedsplit.model import ACTIVATIONS, FirstLayer
 from fedsplit.prediction.bundle import Bundle
 from fedsplit.prediction.predictor import Predictor
 
-pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")]
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "dense": (lambda: nn.Linear(64, 40), (64,)),

@@ -174,7 +174,8 @@ def test_what_flower_starts_is_a_copy_of_this_process(tmp_path: Path) -> None:
     here, done = os.getpid(), tmp_path / "done"
 
     def client(arguments: list[str]) -> None:
-        done.with_suffix(f".{arguments[0]}").write_text(f"{os.getppid()} {arguments[1:]}")
+        (tmp_path / "part").write_text(f"{os.getppid()} {arguments[1:]}")
+        (tmp_path / "part").rename(done.with_suffix(f".{arguments[0]}"))  # whole as soon as it is there
         if arguments[0] == "raises":
             raise ValueError
         sys.exit(arguments[0] == "exits")

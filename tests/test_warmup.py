@@ -145,6 +145,7 @@ def penalty_of(model: SplitModel, public: Records) -> float:
     return covariance_penalty(model.first_layer.unrolled(), principal_factors(public.x)).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "accuracy"), POLICIES, ids=BY_NAME)
 def test_a_warm_up_teaches_both_halves_what_devices_will_send(policy: Dropping, accuracy: float) -> None:
     """Chance is 0.1; records that nobody learned from are released as a device would, and scored."""
@@ -419,6 +420,7 @@ def test_release_once_exposes_every_record_once_and_then_is_silent(policy: dict[
     assert [p for kind, p, _ in grid.sent if kind == "evaluate"] == [8, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["FedAdam", "frozen"])
 def test_release_once_moves_no_first_layer_and_sends_no_gradients(strategy: str, out: Path) -> None:
     chosen = digits(first_layer={"strategy": strategy, "lr": 0.1}, protocol={"chunk": 40})
@@ -456,6 +458,7 @@ def test_release_once_in_chunks_is_silent_once_all_is_released(out: Path) -> Non
     assert set(exposures(out, "train")) == {1}
 
 
+@pytest.mark.slow
 def test_release_once_learns_more_than_the_public_records_teach(out: Path) -> None:
     chosen = digits(
         run={"rounds": 20},
@@ -470,6 +473,7 @@ def test_release_once_learns_more_than_the_public_records_teach(out: Path) -> No
     assert json.loads((out / "result.json").read_text())["public_only_accuracy"] == result["public_only_accuracy"]
 
 
+@pytest.mark.slow
 def test_without_private_records_the_gain_is_nothing(out: Path) -> None:
     """An independent run of the public-only model: no device that trains is there."""
     run, _, _ = watch(digits(protocol={"timeout": 0.1}), out, hidden=range(2, 8))
@@ -482,6 +486,7 @@ def test_without_private_records_the_gain_is_nothing(out: Path) -> None:
     assert other.result["public_only_accuracy"] == alone != other.result["test_accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", ["epoch", 70])
 def test_a_device_that_joins_late_is_welcome(chunk: int | str, out: Path) -> None:
     def join(round_number: int, grid: Watched) -> None:

@@ -235,7 +235,7 @@ def fold(windows: Windows, novel: int, layer: str, policy: str, seed: int, held_
 
 
 def leakage(windows: Windows, layer: str, policy: str, seed: int) -> dict[str, Any]:
-    """Attack private windows released as in the fold whose novelty is the same as in wearables-novelty.toml."""
+    """Attack private windows released as in the fold whose novelty is TRAP."""
     novel = wearables.CLASSES.index("TRAP")
     first = split_model(windows, novel, layer, POLICIES[policy], seed).first_layer
     people = np.setdiff1d(TRAINING, DONORS)

@@ -4,21 +4,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedsplit.data import DeviceData as DeviceData
-    from fedsplit.model import FirstLayer as FirstLayer
-    from fedsplit.model import SplitModel as SplitModel
-    from fedsplit.prediction.predictor import Predictor as Predictor
-    from fedsplit.simulation import simulate as simulate
-    from fedsplit.strategy import SplitStrategy as SplitStrategy
+    from fedsplit.device.predictor import Predictor as Predictor
+    from fedsplit.model.layer import FirstLayer as FirstLayer
+    from fedsplit.model.layer import SplitModel as SplitModel
+    from fedsplit.runs.simulation import simulate as simulate
+    from fedsplit.server.rounds import SplitStrategy as SplitStrategy
 
 __version__ = "0.1.0"
 __all__ = ["DeviceData", "FirstLayer", "Predictor", "SplitModel", "SplitStrategy", "simulate"]
 _HOMES = {
     "DeviceData": "fedsplit.data",
-    "FirstLayer": "fedsplit.model",
-    "Predictor": "fedsplit.prediction.predictor",
-    "SplitModel": "fedsplit.model",
-    "SplitStrategy": "fedsplit.strategy",
-    "simulate": "fedsplit.simulation",
+    "FirstLayer": "fedsplit.model.layer",
+    "Predictor": "fedsplit.device.predictor",
+    "SplitModel": "fedsplit.model.layer",
+    "SplitStrategy": "fedsplit.server.rounds",
+    "simulate": "fedsplit.runs.simulation",
 }
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from detectors import Releases, neighbours, released
 
+from fedsplit.common.errors import DataError
 from fedsplit.data import packaged
 from fedsplit.data.loading import installed_file, verified_bytes
-from fedsplit.dropping import Dropping
-from fedsplit.errors import DataError
-from fedsplit.model import build_model
-from fedsplit.novelty.space import Space
-from fedsplit.novelty.trunk import auc
-from fedsplit.schedule import seed_of
+from fedsplit.model.layer import build_model
+from fedsplit.plan.schedule import seed_of
+from fedsplit.release.policies import Dropping
+from fedsplit.server.novelty.space import Space
+from fedsplit.server.novelty.trunk import auc
 
 
 def tumours(dropping: Dropping, width: int, seed: int) -> dict[str, Any]:

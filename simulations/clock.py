@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsplit import simulate
-from fedsplit.config import Settings, check_settings
+from fedsplit.plan.settings import Settings, check_settings
 
 RESULTS = Path(__file__).parent / "results" / "clock.json"
 RECORDS, NODES = 10, 4

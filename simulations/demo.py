@@ -23,8 +23,8 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from fedsplit.deployment.certs import make_certificates
-from fedsplit.prediction.tokens import add_token
+from fedsplit.common.certs import make_certificates
+from fedsplit.service.tokens import add_token
 
 OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
            "--disable-background-networking", "--disable-component-update")  # fmt: skip

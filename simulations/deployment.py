@@ -24,10 +24,10 @@ import numpy as np
 from processes import Deployment, deployment, namespaces_permitted
 from safetensors.numpy import load_file
 
-from fedsplit.config import Settings, load_settings
-from fedsplit.following import read_nodes
-from fedsplit.home import Home
-from fedsplit.simulation import simulate
+from fedsplit.device.home import Home
+from fedsplit.plan.settings import Settings, load_settings
+from fedsplit.runs.following import read_nodes
+from fedsplit.runs.simulation import simulate
 
 CONFIG = Path(__file__).parent.parent / "configs" / "wearables.toml"
 NODES = 4

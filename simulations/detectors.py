@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsplit.dropping import KEYED_ROUND, Dropping, simulation_secret
-from fedsplit.forward import Chunk, forward
-from fedsplit.model import FirstLayer
-from fedsplit.novelty.space import Features, Normal, Space, features
-from fedsplit.novelty.trunk import NoveltyTrunk
-from fedsplit.trunk import Batches, Trunk, TrunkOptions, minibatches
-from fedsplit.wire import Release
+from fedsplit.model.layer import FirstLayer
+from fedsplit.release.making import Chunk, forward
+from fedsplit.release.policies import KEYED_ROUND, Dropping, simulation_secret
+from fedsplit.server.novelty.space import Features, Normal, Space, features
+from fedsplit.server.novelty.trunk import NoveltyTrunk
+from fedsplit.server.trunk import Batches, Trunk, TrunkOptions, minibatches
+from fedsplit.wire.exchange import Release
 
 Rows = NDArray[np.int64]
 OPTIONS = TrunkOptions("adam", 0.002, 0.0, 0.0, "cosine", 64, 1, thinning=0.5)  # as in wearables-novelty.toml
@@ -34,7 +34,7 @@ _OWN_STEPS = 200  # of the autoencoder on a device's own windows
 
 
 class Scorer(Protocol):
-    """What is normal, as :func:`fedsplit.novelty.trunk.judge` asks for it."""
+    """What is normal, as :func:`fedsplit.server.novelty.trunk.judge` asks for it."""
 
     def scores(self, rows: Features) -> Features:
         """Return how new each window is."""

@@ -45,16 +45,16 @@ from rivals import train_fedavg, train_naively
 from safetensors.torch import load_file
 
 from fedsplit import simulate
-from fedsplit.assemble import data_source, dropping, split_model
-from fedsplit.config import Settings, load_settings, presets
 from fedsplit.data import Records, Source
-from fedsplit.metrics import score
-from fedsplit.model import SplitModel
-from fedsplit.trunk import trunk_outputs
-from fedsplit.virtual.clock import VirtualClock
-from fedsplit.virtual.profile import Profile
-from fedsplit.virtual.trace import SECOND
-from fedsplit.warmup import public_release
+from fedsplit.model.layer import SplitModel
+from fedsplit.model.metrics import score
+from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.settings import Settings, load_settings, presets
+from fedsplit.server.trunk import trunk_outputs
+from fedsplit.server.virtual.clock import VirtualClock
+from fedsplit.server.virtual.profile import Profile
+from fedsplit.server.virtual.trace import SECOND
+from fedsplit.server.warmup import public_release
 
 RESULTS = Path(__file__).parent / "results" / "devices"
 CONFIG = Path(__file__).parent.parent / "configs" / "wearables.toml"

@@ -31,19 +31,19 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from homomorphic import measured
 from numpy.typing import NDArray
 
-from fedsplit.assemble import data_source, public_records
+from fedsplit.audit.audit import audit
+from fedsplit.audit.evidence import rehearsed
+from fedsplit.audit.transcript import Subjects
 from fedsplit.data import Scaling
-from fedsplit.dropping import KEYED_ROUND
-from fedsplit.forward import Chunk, forward
-from fedsplit.home import Home
-from fedsplit.model import FirstLayer
-from fedsplit.prediction.bundle import Bundle, run_settings
-from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.served import Served
-from fedsplit.privacy.audit import audit
-from fedsplit.privacy.evidence import rehearsed
-from fedsplit.privacy.transcript import Subjects
-from fedsplit.wire import Query, Release, weights_digest
+from fedsplit.device.bundle import Bundle, run_settings
+from fedsplit.device.home import Home
+from fedsplit.device.predictor import Predictor
+from fedsplit.model.layer import FirstLayer
+from fedsplit.plan.experiment import data_source, public_records
+from fedsplit.release.making import Chunk, forward
+from fedsplit.release.policies import KEYED_ROUND
+from fedsplit.service.served import Served
+from fedsplit.wire.exchange import Query, Release, weights_digest
 
 RESULTS = Path(__file__).parent / "results" / "encryption.json"
 RATES = (0.1, 1.0, 10.0, 100.0)  # Mbit/s

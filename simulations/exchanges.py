@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsplit.assemble import data_source, dropping, split_model
-from fedsplit.config import Settings
 from fedsplit.data import Source
-from fedsplit.loss import summed_loss
-from fedsplit.model import SplitModel
-from fedsplit.virtual.calibration import record_seconds
-from fedsplit.virtual.clock import VirtualClock, Work
-from fedsplit.virtual.profile import Profile
-from fedsplit.virtual.sizes import Sizes
-from fedsplit.virtual.trace import SECOND
+from fedsplit.model.layer import SplitModel
+from fedsplit.model.loss import summed_loss
+from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.settings import Settings
+from fedsplit.server.virtual.calibration import record_seconds
+from fedsplit.server.virtual.clock import VirtualClock, Work
+from fedsplit.server.virtual.profile import Profile
+from fedsplit.server.virtual.trace import SECOND
+from fedsplit.wire.sizes import Sizes
 
 SHARE, POPULATION = 0.95, 2000  # of exchanges that make the deadline, among so many devices
 Changes = dict[str, dict[str, Any]]

@@ -39,20 +39,20 @@ from rich.table import Table
 from scipy.stats import t
 
 from fedsplit import simulate
-from fedsplit.assemble import data_source, dropping, split_model
-from fedsplit.auditing import audit_run
-from fedsplit.config import Settings, check_settings, load_settings
+from fedsplit.audit.attacks import lmmse
+from fedsplit.audit.audit import audit, known_before
+from fedsplit.audit.evidence import rehearsed, released
+from fedsplit.audit.transcript import Subjects
 from fedsplit.data import Records
 from fedsplit.data import pigs as pigs_data
-from fedsplit.dropping import Dropping
-from fedsplit.model import SplitModel
-from fedsplit.prediction.served import Served
-from fedsplit.privacy.attacks import lmmse
-from fedsplit.privacy.audit import audit, known_before
-from fedsplit.privacy.evidence import rehearsed, released
-from fedsplit.privacy.transcript import Subjects
-from fedsplit.trunk import trunk_outputs
-from fedsplit.warmup import WarmUp, public_release, warm_up
+from fedsplit.model.layer import SplitModel
+from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.settings import Settings, check_settings, load_settings
+from fedsplit.release.policies import Dropping
+from fedsplit.runs.auditing import audit_run
+from fedsplit.server.trunk import trunk_outputs
+from fedsplit.server.warmup import WarmUp, public_release, warm_up
+from fedsplit.service.served import Served
 
 RESULTS = Path(__file__).parent / "results" / "forecast"
 CONFIG = Path(__file__).parent.parent / "configs" / "pig-forecast.toml"

@@ -24,20 +24,20 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from fedsplit.assemble import data_source, dropping, public_records, split_model
-from fedsplit.config import Settings, load_settings
+from fedsplit.audit.attacks import decoder, lmmse, map_qp
+from fedsplit.audit.audit import audit
+from fedsplit.audit.evidence import rehearsed, released
+from fedsplit.audit.prior import Prior
+from fedsplit.audit.scores import summarise
+from fedsplit.audit.transcript import Subjects
 from fedsplit.data import Records, Source
-from fedsplit.loss import summed_loss
-from fedsplit.model import SplitModel
-from fedsplit.privacy.attacks import decoder, lmmse, map_qp
-from fedsplit.privacy.audit import audit
-from fedsplit.privacy.evidence import rehearsed, released
-from fedsplit.privacy.prior import Prior
-from fedsplit.privacy.scores import summarise
-from fedsplit.privacy.transcript import Subjects
-from fedsplit.schedule import seed_of
-from fedsplit.trunk import Trunk, TrunkOptions
-from fedsplit.warmup import WarmUp, public_release, warm_up
+from fedsplit.model.layer import SplitModel
+from fedsplit.model.loss import summed_loss
+from fedsplit.plan.experiment import data_source, dropping, public_records, split_model
+from fedsplit.plan.schedule import seed_of
+from fedsplit.plan.settings import Settings, load_settings
+from fedsplit.server.trunk import Trunk, TrunkOptions
+from fedsplit.server.warmup import WarmUp, public_release, warm_up
 
 RESULTS = Path(__file__).parent / "results" / "frontier"
 EPOCHS = 30
@@ -130,7 +130,7 @@ def _measure(path: str, entry: Entry, seed: int, targets: int) -> dict[str, Any]
 
 def _with_policy(path: str, base: Settings, overrides: Sequence[str]) -> Settings:
     """Return the settings with another policy in place of theirs."""
-    from fedsplit.config import check_settings
+    from fedsplit.plan.settings import check_settings
 
     raw = base.model_dump(by_alias=True, exclude_none=True)
     raw["dropping"] = {}

@@ -50,18 +50,18 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t
 
+from fedsplit.audit.audit import audit
+from fedsplit.audit.evidence import rehearsed
+from fedsplit.audit.transcript import Subjects
 from fedsplit.data import Records, wearables
-from fedsplit.dropping import Dropping
-from fedsplit.model import SplitModel, build_model
-from fedsplit.novelty.detector import Detector
-from fedsplit.novelty.space import Features, Space
-from fedsplit.novelty.trunk import Judged, auc, judge
-from fedsplit.privacy.audit import audit
-from fedsplit.privacy.evidence import rehearsed
-from fedsplit.privacy.transcript import Subjects
-from fedsplit.schedule import seed_of
-from fedsplit.warmup import WarmUp, warm_up
-from fedsplit.wire import EPISODE
+from fedsplit.model.layer import SplitModel, build_model
+from fedsplit.plan.schedule import seed_of
+from fedsplit.release.policies import Dropping
+from fedsplit.server.novelty.detector import Detector
+from fedsplit.server.novelty.space import Features, Space
+from fedsplit.server.novelty.trunk import Judged, auc, judge
+from fedsplit.server.warmup import WarmUp, warm_up
+from fedsplit.wire.exchange import EPISODE
 
 RESULTS = Path(__file__).parent / "results" / "health"
 KNOWN = len(wearables.CLASSES) - 1  # exercises, and so recordings of a device

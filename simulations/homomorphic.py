@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsplit.model import FirstLayer
-from fedsplit.prediction.served import Served
+from fedsplit.model.layer import FirstLayer
+from fedsplit.service.served import Served
 
 CKKS_RECORDS = 3
 PAILLIER_BITS = 2048

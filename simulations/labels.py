@@ -36,10 +36,10 @@ from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 
 from fedsplit import simulate
-from fedsplit.at_home.head import Head
-from fedsplit.at_home.messages import HeadDownload, HeadUpload, Rows
-from fedsplit.at_home.node import AtHomeNode
-from fedsplit.config import load_settings
+from fedsplit.device.at_home import AtHomeNode
+from fedsplit.model.head import Head
+from fedsplit.plan.settings import load_settings
+from fedsplit.wire.head import HeadDownload, HeadUpload, Rows
 
 RESULTS = Path(__file__).parent / "results" / "labels"
 Float = NDArray[np.float64]

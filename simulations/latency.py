@@ -24,24 +24,24 @@ import naive
 import replicated
 from processes import NAME, Deployment, deployment, free_port
 
-from fedsplit.config import Settings, check_settings
-from fedsplit.deployment.flower import environment, flower
-from fedsplit.deployment.runs import start_run, write_app
+from fedsplit.flower.programs import environment, flower
+from fedsplit.plan.settings import Settings, check_settings
+from fedsplit.server.link.runs import start_run, write_app
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 HERE = Path(__file__).parent
 RECORDS = 3200
 STOCK_SERVER = """
-import fedsplit.server_app, fedsplit.training
-fedsplit.training.PollingGrid = lambda grid, over: grid
-fedsplit.server_app.DeploymentGrid = lambda grid: grid
-app = fedsplit.server_app.app
+import fedsplit.runs.server_app, fedsplit.runs.training
+fedsplit.runs.training.PollingGrid = lambda grid, over: grid
+fedsplit.runs.server_app.DeploymentGrid = lambda grid: grid
+app = fedsplit.runs.server_app.app
 """
 NAIVE_SERVER = """
 import os
 from flwr.serverapp import ServerApp
 import naive
-from fedsplit.config import Settings
+from fedsplit.plan.settings import Settings
 app = ServerApp()
 @app.main()
 def main(grid, context):

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsplit.model import FirstLayer
-from fedsplit.privacy.criterion import LayerMap, coordinates, leverage
+from fedsplit.guard.criterion import LayerMap, coordinates, leverage
+from fedsplit.model.layer import FirstLayer
 
 
 def _seconds(work: Callable[[], object]) -> float:

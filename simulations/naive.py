@@ -19,12 +19,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from fedsplit.assemble import data_source, dropping, split_model
-from fedsplit.config import Settings
 from fedsplit.data import Records, Source
-from fedsplit.loss import summed_loss
-from fedsplit.model import SplitModel
-from fedsplit.schedule import scheduled
+from fedsplit.model.layer import SplitModel
+from fedsplit.model.loss import summed_loss
+from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.schedule import scheduled
+from fedsplit.plan.settings import Settings
 
 BATCH = 16  # records of each device in a step
 SETTINGS = "NAIVE_SETTINGS"  # environment variable: the run's settings as JSON

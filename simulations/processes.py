@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from fedsplit.assemble import data_source
-from fedsplit.config import Settings
-from fedsplit.dropping import simulation_secret
-from fedsplit.home import Home
+from fedsplit.device.home import Home
+from fedsplit.plan.experiment import data_source
+from fedsplit.plan.settings import Settings
+from fedsplit.release.policies import simulation_secret
 
 NAME = "trial"
 _BRIDGE = "10.77.0"  # the first three numbers of the nodes' addresses

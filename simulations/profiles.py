@@ -19,13 +19,13 @@ from rich.progress import track
 from rich.table import Table
 
 from fedsplit import simulate
-from fedsplit.assemble import data_source, public_records, split_model
-from fedsplit.auditing import audit_run
-from fedsplit.config import Settings, load_settings
 from fedsplit.data import Records
-from fedsplit.dropping import Dropping
-from fedsplit.trunk import Trunk, TrunkOptions
-from fedsplit.warmup import WarmUp, public_release, warm_up
+from fedsplit.plan.experiment import data_source, public_records, split_model
+from fedsplit.plan.settings import Settings, load_settings
+from fedsplit.release.policies import Dropping
+from fedsplit.runs.auditing import audit_run
+from fedsplit.server.trunk import Trunk, TrunkOptions
+from fedsplit.server.warmup import WarmUp, public_release, warm_up
 
 RESULTS = Path(__file__).parent / "results" / "profiles"
 

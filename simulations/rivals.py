@@ -11,16 +11,16 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedsplit.assemble import data_source, public_records, split_model
-from fedsplit.config import Settings
 from fedsplit.data import Source
-from fedsplit.dropping import Dropping
-from fedsplit.grid import InProcessGrid
-from fedsplit.model import SplitModel
-from fedsplit.schedule import scheduled
-from fedsplit.trunk import minibatches
-from fedsplit.virtual.clock import VirtualClock, Work
-from fedsplit.warmup import WarmUp, warm_up
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.model.layer import SplitModel
+from fedsplit.plan.experiment import data_source, public_records, split_model
+from fedsplit.plan.schedule import scheduled
+from fedsplit.plan.settings import Settings
+from fedsplit.release.policies import Dropping
+from fedsplit.server.trunk import minibatches
+from fedsplit.server.virtual.clock import VirtualClock, Work
+from fedsplit.server.warmup import WarmUp, warm_up
 
 Note = Callable[[SplitModel], None]
 

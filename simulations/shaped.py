@@ -26,8 +26,8 @@ import replicated
 from processes import deployment
 from shaping import Link, shaped
 
-from fedsplit.config import Settings, check_settings
-from fedsplit.simulation import simulate
+from fedsplit.plan.settings import Settings, check_settings
+from fedsplit.runs.simulation import simulate
 
 RESULTS = Path(__file__).parent / "results" / "shaped.json"
 RECORDS = 1600  # of each device

@@ -35,7 +35,7 @@ ray.shutdown()
 """
 FEDSPLIT = """
 import sys, tempfile
-from fedsplit import simulation
+from fedsplit.runs import simulation
 def prepared(*arguments, before=simulation._prepared, **more):
     run = before(*arguments, **more)
     def register(grid, register=run.strategy.register):

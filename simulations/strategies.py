@@ -33,16 +33,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fedsplit.assemble import data_source, split_model, split_strategy
-from fedsplit.client_app import client_app
-from fedsplit.config import Settings, check_settings
-from fedsplit.errors import RunError
-from fedsplit.grid import InProcessGrid
-from fedsplit.packing import FloatArray, IntArray
-from fedsplit.record import from_record, to_record
-from fedsplit.schedule import seed_of
-from fedsplit.trunk import Batches, Trunk
-from fedsplit.wire import Upload
+from fedsplit.common.errors import RunError
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.flower.record import from_record, to_record
+from fedsplit.plan.experiment import data_source, split_model, split_strategy
+from fedsplit.plan.schedule import seed_of
+from fedsplit.plan.settings import Settings, check_settings
+from fedsplit.runs.client_app import client_app
+from fedsplit.server.trunk import Batches, Trunk
+from fedsplit.wire.container import FloatArray, IntArray
+from fedsplit.wire.exchange import Upload
 
 RESULTS = Path(__file__).parent / "results" / "strategies"
 DEVICES, HOSTILE, TEST, ROUNDS, CLASSES = 15, 3, 3, 20, 10

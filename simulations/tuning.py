@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from fedsplit.config import Settings, load_settings
+from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.tuning.study import Study
 
 RESULTS = Path(__file__).parent / "results" / "tuning"

@@ -20,15 +20,15 @@ import numpy as np
 from demo import DESKTOP, browser, element, installed, resize, screenshot, wait
 from processes import free_port, wait_for_port
 
-from fedsplit.config import load_settings
+from fedsplit.common.certs import CA, make_certificates
 from fedsplit.data import wearables
-from fedsplit.deployment.certs import CA, make_certificates
-from fedsplit.home import Home
-from fedsplit.prediction.bundle import Bundle, run_bundle
-from fedsplit.prediction.monitor import Monitor, WithheldError
-from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.remote import Remote
-from fedsplit.prediction.tokens import add_token
+from fedsplit.device.bundle import Bundle, run_bundle
+from fedsplit.device.home import Home
+from fedsplit.device.monitor import Monitor, WithheldError
+from fedsplit.device.predictor import Predictor
+from fedsplit.device.remote import Remote
+from fedsplit.plan.settings import load_settings
+from fedsplit.service.tokens import add_token
 
 SECONDS = wearables.WINDOW / 50  # of a window
 WATCHER = "nurse"

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fedsplit.config import Settings, check_settings
-from fedsplit.deployment import certs
-from fedsplit.deployment.certs import make_certificates
+from fedsplit.common import certs
+from fedsplit.common.certs import make_certificates
+from fedsplit.plan.settings import Settings, check_settings
 
 if TYPE_CHECKING:
-    from fedsplit.home import Home
-    from fedsplit.prediction.served import Served
+    from fedsplit.device.home import Home
+    from fedsplit.service.served import Served
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -75,7 +75,7 @@ def needs_pyts() -> None:
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Return a function that runs the command line in this process; what it sets is put back afterwards."""
-    from fedsplit import cli
+    from fedsplit.cli import main as cli
 
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("fedsplit", "flwr")}
@@ -149,7 +149,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a small run, whose model predictions are of."""
-    from fedsplit.simulation import simulate
+    from fedsplit.runs.simulation import simulate
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     simulate(small_settings(dropping={"policy": "top-k", "k": 4}), out=folder)
@@ -158,7 +158,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(trained: Path) -> "Served":
-    from fedsplit.prediction.served import Served
+    from fedsplit.service.served import Served
 
     return Served.of_run(trained)
 
@@ -166,7 +166,7 @@ def served(trained: Path) -> "Served":
 @pytest.fixture
 def home(tmp_path: Path) -> "Home":
     """Return a device's own folder, whose limits only observe."""
-    from fedsplit.home import Home
+    from fedsplit.device.home import Home
 
     built = Home.create(tmp_path / "home", [3])
     (built.folder / "limits.toml").write_text("enforce = false\n")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsplit.assemble import real_node
-from fedsplit.client_app import answer
-from fedsplit.deployment.warm import WarmNode
-from fedsplit.wire import Registration, Release, Upload
+from fedsplit.device.link.warm import WarmNode
+from fedsplit.plan.experiment import real_node
+from fedsplit.runs.client_app import answer
+from fedsplit.wire.exchange import Registration, Release, Upload
 
 PARAMETERS = 1040  # of the first layer that the tests train
 LIES = {

@@ -12,12 +12,12 @@ import uvicorn
 from fastapi import FastAPI
 from processes import free_port, wait_for_port
 
-from fedsplit.deployment.certs import CERTIFICATE, KEY
-from fedsplit.home import Home
-from fedsplit.prediction.bundle import Bundle
-from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.served import Served
-from fedsplit.wire import Query
+from fedsplit.common.certs import CERTIFICATE, KEY
+from fedsplit.device.bundle import Bundle
+from fedsplit.device.home import Home
+from fedsplit.device.predictor import Predictor
+from fedsplit.service.served import Served
+from fedsplit.wire.exchange import Query
 
 RECORDS = np.random.default_rng(5).normal(size=(30, 12))
 

@@ -1,7 +1,7 @@
 // Prints as hex what the page's JavaScript makes of records; the argument: a file of JSON, a list of
 // {folder: made by fedsplit export, secret: hex, records: [[raw numbers]], dropping: {...} or null}.
 import { readFileSync } from "node:fs";
-import { Device } from "../fedsplit/prediction/page/layer.js";
+import { Device } from "../fedsplit/service/page/layer.js";
 
 for (const { folder, secret, records, dropping } of JSON.parse(readFileSync(process.argv[2], "utf-8"))) {
   const description = JSON.parse(readFileSync(`${folder}/device.json`, "utf-8"));

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.errors import StateError
-from fedsplit.privacy.accountant import (
+from fedsplit.common.errors import StateError
+from fedsplit.guard.accountant import (
     Cost,
     ExposureAccountant,
     Spent,
@@ -511,10 +511,10 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
 from torch import nn
-from fedsplit.guard import Guard, Proposal, release_name
-from fedsplit.model import FirstLayer
-from fedsplit.privacy.accountant import Cost, ExposureAccountant
-from fedsplit.privacy.limits import Limits
+from fedsplit.guard.guard import Guard, Proposal, release_name
+from fedsplit.model.layer import FirstLayer
+from fedsplit.guard.accountant import Cost, ExposureAccountant
+from fedsplit.guard.limits import Limits
 
 path, owner = Path(sys.argv[1]), b"o" * 32
 layer = FirstLayer(nn.Linear(16, 8), nn.ReLU(), (16,))

@@ -18,20 +18,20 @@ from references import centralised, largest_difference, moved, trained
 from torch import nn
 
 from fedsplit import simulate
-from fedsplit.assemble import real_node, simulated_node
-from fedsplit.at_home.head import Head, cut_head
-from fedsplit.at_home.messages import HeadDownload, HeadUpload, Rows
-from fedsplit.at_home.node import AtHomeNode
-from fedsplit.client_app import HOME, client_app
-from fedsplit.config import Settings
-from fedsplit.errors import ConfigError, WireError
-from fedsplit.grid import InProcessGrid
-from fedsplit.home import Home
-from fedsplit.packing import Reader, quantise
-from fedsplit.prediction.served import Served
-from fedsplit.record import from_record, to_record
-from fedsplit.training import TrainingRun, open_run_folder
-from fedsplit.wire import Download, Release, Upload, weights_digest
+from fedsplit.common.errors import ConfigError, WireError
+from fedsplit.device.at_home import AtHomeNode
+from fedsplit.device.home import Home
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.flower.record import from_record, to_record
+from fedsplit.model.head import Head, cut_head
+from fedsplit.plan.experiment import real_node, simulated_node
+from fedsplit.plan.settings import Settings
+from fedsplit.runs.client_app import HOME, client_app
+from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.service.served import Served
+from fedsplit.wire.container import Reader, quantise
+from fedsplit.wire.exchange import Download, Release, Upload, weights_digest
+from fedsplit.wire.head import HeadDownload, HeadUpload, Rows
 
 DEVICES = 5
 HEAD = Head(8, 3, bias=True, task="classification")  # of own:linear_model

@@ -8,18 +8,18 @@ import torch
 from scipy.optimize import nnls
 from torch import nn
 
-from fedsplit.data.packaged import mnist as load_mnist
-from fedsplit.model import FirstLayer
-from fedsplit.privacy.attacks import decoder, lmmse, map_qp, wiener
-from fedsplit.privacy.gradient_attacks import (
+from fedsplit.audit.attacks import decoder, lmmse, map_qp, wiener
+from fedsplit.audit.gradient_attacks import (
     FLOAT32,
     conv_operator,
     gradient_conv,
     gradient_dense,
     negative_control,
 )
-from fedsplit.privacy.prior import Prior
-from fedsplit.privacy.scores import pooled_psnr, psnr
+from fedsplit.audit.prior import Prior
+from fedsplit.audit.scores import pooled_psnr, psnr
+from fedsplit.data.packaged import mnist as load_mnist
+from fedsplit.model.layer import FirstLayer
 
 Known = tuple[list[np.ndarray], list[np.ndarray]]
 

@@ -11,17 +11,17 @@ import pytest
 from torch import nn
 
 from fedsplit import simulate
-from fedsplit.assemble import data_source, dropping, split_model
-from fedsplit.auditing import audit_policy, audit_run, preview_record
-from fedsplit.checkpoint import forget_device
-from fedsplit.config import Settings, check_settings, load_settings
+from fedsplit.audit import audit as audit_module
+from fedsplit.audit.evidence import Evidence, equations, recorded, rehearsed
+from fedsplit.audit.transcript import Subjects, exchanges
+from fedsplit.common.errors import ConfigError, DataError, RunError
 from fedsplit.data import Records
-from fedsplit.dropping import Dropping
-from fedsplit.errors import ConfigError, DataError, RunError
-from fedsplit.model import FirstLayer
-from fedsplit.privacy import audit as audit_module
-from fedsplit.privacy.evidence import Evidence, equations, recorded, rehearsed
-from fedsplit.privacy.transcript import Subjects, exchanges
+from fedsplit.model.layer import FirstLayer
+from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.settings import Settings, check_settings, load_settings
+from fedsplit.release.policies import Dropping
+from fedsplit.runs.auditing import audit_policy, audit_run, preview_record
+from fedsplit.server.checkpoint import forget_device
 
 TARGETS = 40
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from torch import nn
 
+from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data import Scaling
-from fedsplit.dropping import Dropping
-from fedsplit.errors import ConfigError, DataError
-from fedsplit.model import ACTIVATIONS, FirstLayer
-from fedsplit.prediction.bundle import DESCRIPTION, WEIGHTS, Bundle, run_bundle
+from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle, run_bundle
+from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.release.policies import Dropping
 
 SCALED = Scaling((1.0,), (2.0,), -50.0, 50.0)
 LAYERS = {

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from fedsplit.deployment.certs import (
+from fedsplit.common.certs import (
     CA,
     CERTIFICATE,
     DAYS,
@@ -24,7 +24,7 @@ from fedsplit.deployment.certs import (
     make_key_pair,
     read_public_key,
 )
-from fedsplit.errors import ConfigError
+from fedsplit.common.errors import ConfigError
 
 HOSTS = ["server.example.org", "127.0.0.1", "::1", "*.example.org", "localhost"]
 

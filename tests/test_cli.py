@@ -15,15 +15,15 @@ from conftest import CONFIGS, small_settings
 from safetensors.numpy import load_file
 
 from fedsplit import simulate
-from fedsplit.client_app import client_app
-from fedsplit.config import load_settings
+from fedsplit.common.errors import RunError
 from fedsplit.data import Records
 from fedsplit.data import loading as loading_module
 from fedsplit.data.pooled import load_pool
-from fedsplit.device import Node
-from fedsplit.errors import RunError
-from fedsplit.grid import InProcessGrid
-from fedsplit.training import TrainingRun, open_run_folder
+from fedsplit.device.node import Node
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.plan.settings import load_settings
+from fedsplit.runs.client_app import client_app
+from fedsplit.runs.training import TrainingRun, open_run_folder
 
 SECRET = 7654.25  # a record's value: no error text may hold it
 RESULT_KEYS = {

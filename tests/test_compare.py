@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from conftest import small_settings
 
-from fedsplit import simulate, training
-from fedsplit.comparing import curves, differing, read_runs
-from fedsplit.report import draw_comparison
+from fedsplit import simulate
+from fedsplit.cli.report import draw_comparison
+from fedsplit.runs import training
+from fedsplit.runs.comparing import curves, differing, read_runs
 
 SO_FAR = ("exchanges", "bytes_up", "bytes_down", "exposures_max")
 Show = Callable[..., str]

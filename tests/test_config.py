@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from conftest import CONFIGS, small_settings
 
-from fedsplit.assemble import dropping
-from fedsplit.config import Settings, load_settings
-from fedsplit.errors import ConfigError
+from fedsplit.common.errors import ConfigError
+from fedsplit.plan.experiment import dropping
+from fedsplit.plan.settings import Settings, load_settings
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedsplit.model import FirstLayer
-from fedsplit.privacy import criterion
-from fedsplit.privacy.criterion import LayerMap, coordinates, leverage, null_probe
-from fedsplit.privacy.gradient import joint, record_leverage
+from fedsplit.guard import criterion
+from fedsplit.guard.criterion import LayerMap, coordinates, leverage, null_probe
+from fedsplit.guard.gradient import joint, record_leverage
+from fedsplit.model.layer import FirstLayer
 
 LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(6, 4), (6,)),

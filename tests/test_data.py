@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data import (
     DeviceData,
     Records,
@@ -27,7 +28,6 @@ from fedsplit.data import (
 from fedsplit.data import loading as loading_module
 from fedsplit.data import partition as partition_module
 from fedsplit.data.pooled import POOLS, load_pool
-from fedsplit.errors import ConfigError, DataError
 
 SECRET = 7654.25  # a record's value: no error text may hold it
 

@@ -12,17 +12,17 @@ import pytest
 from conftest import CONFIGS, small_settings
 from starlette.testclient import TestClient
 
-from fedsplit.config import load_settings
-from fedsplit.dropping import Dropping
-from fedsplit.errors import ConfigError
-from fedsplit.home import Home
-from fedsplit.prediction.bundle import DESCRIPTION, WEIGHTS, run_bundle
-from fedsplit.prediction.demo import Attacker, add_demo
-from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.served import Served
-from fedsplit.prediction.service import service
-from fedsplit.prediction.tokens import Tokens, add_token
-from fedsplit.simulation import simulate
+from fedsplit.common.errors import ConfigError
+from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, run_bundle
+from fedsplit.device.home import Home
+from fedsplit.device.predictor import Predictor
+from fedsplit.plan.settings import load_settings
+from fedsplit.release.policies import Dropping
+from fedsplit.runs.simulation import simulate
+from fedsplit.service.app import service
+from fedsplit.service.demo import Attacker, add_demo
+from fedsplit.service.served import Served
+from fedsplit.service.tokens import Tokens, add_token
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from hostile import LIES
 from processes import Deployment, deployment, write_data
 from references import largest_difference, trained
 
-from fedsplit.config import Settings, load_settings
-from fedsplit.home import Home
-from fedsplit.simulation import simulate
+from fedsplit.device.home import Home
+from fedsplit.plan.settings import Settings, load_settings
+from fedsplit.runs.simulation import simulate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 HONEST = 4

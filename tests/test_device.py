@@ -9,10 +9,10 @@ from conftest import small_settings
 from own import linear
 
 from fedsplit import DeviceData
-from fedsplit.assemble import simulated_node
-from fedsplit.device import Node
-from fedsplit.packing import sum_groups
-from fedsplit.wire import CutGradients, Download, Upload, weights_digest
+from fedsplit.device.node import Node
+from fedsplit.plan.experiment import simulated_node
+from fedsplit.wire.container import sum_groups
+from fedsplit.wire.exchange import CutGradients, Download, Upload, weights_digest
 
 DEVICES = 5
 

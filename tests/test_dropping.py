@@ -13,8 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedsplit.dropping import POLICIES, Dropping, Kept, keystream, record_order, simulation_secret, unpack_bitmap
-from fedsplit.errors import ConfigError
+from fedsplit.common.errors import ConfigError
+from fedsplit.release.policies import (
+    POLICIES,
+    Dropping,
+    Kept,
+    keystream,
+    record_order,
+    simulation_secret,
+    unpack_bitmap,
+)
 
 SECRET, OTHER = simulation_secret(1, 2), simulation_secret(1, 3)
 BY_HAND = np.array([[3.0, -4.0, 1.0]], dtype=np.float32)

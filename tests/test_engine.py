@@ -14,11 +14,11 @@ from flwr.app import Message
 from references import largest_difference, moved, trained
 
 from fedsplit import simulate
-from fedsplit.client_app import client_app
-from fedsplit.config import Settings
-from fedsplit.errors import ConfigError, RunError
-from fedsplit.grid import InProcessGrid
-from fedsplit.record import to_record
+from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.flower.record import to_record
+from fedsplit.plan.settings import Settings
+from fedsplit.runs.client_app import client_app
 
 pytestmark = pytest.mark.slow  # starts Ray
 

@@ -13,8 +13,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from references import largest_difference, moved, trained
 
 from fedsplit import simulate
-from fedsplit.errors import ConfigError, RunError
-from fedsplit.first_layer import NOISY, STRATEGIES, FirstLayerServer, build_strategy
+from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.server.aggregation import NOISY, STRATEGIES, FirstLayerServer, build_strategy
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from fedsplit import following
-from fedsplit.errors import ConfigError, RunError
-from fedsplit.following import LOG, METRICS, NODES, RESULT, STATE, ago, follow, forget_state, read_nodes, working
+from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.runs import following
+from fedsplit.runs.following import LOG, METRICS, NODES, RESULT, STATE, ago, follow, forget_state, read_nodes, working
 
 SECRET = 7654.25  # a record's value: no text for another process may hold it
 log = logging.getLogger("fedsplit.test_following")
@@ -139,7 +139,7 @@ def working_elsewhere(folder: Path, first: str = "") -> Iterator[None]:
     code = f"""
 import sys, time
 from pathlib import Path
-from fedsplit.following import METRICS, working
+from fedsplit.runs.following import METRICS, working
 folder = Path(sys.argv[1])
 with working(folder):
     {first or "pass"}

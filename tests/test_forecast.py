@@ -8,8 +8,8 @@ import pytest
 from conftest import CONFIGS
 
 from fedsplit import simulate
-from fedsplit.config import load_settings
 from fedsplit.data import Records
+from fedsplit.plan.settings import load_settings
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from fedsplit.grid import Pauses
+from fedsplit.flower.grid import Pauses
 
 
 def test_looks_that_take_long_do_not_put_off_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

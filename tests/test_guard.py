@@ -14,22 +14,23 @@ from conftest import CONFIGS, small_settings
 from flwr.app import Context, Message, MessageType, RecordDict
 from torch import nn
 
-from fedsplit import DeviceData, SplitModel, cli, simulate
-from fedsplit.answers import PendingBlock, check_upload
-from fedsplit.assemble import data_source, limits, real_node, split_model
-from fedsplit.client_app import HOME, client_app
-from fedsplit.config import Settings, load_settings
+from fedsplit import DeviceData, SplitModel, simulate
+from fedsplit.cli import main as cli
+from fedsplit.common.errors import ConfigError, StateError
 from fedsplit.data import Records
-from fedsplit.errors import ConfigError, StateError
-from fedsplit.grid import InProcessGrid
-from fedsplit.guard import Guard, Proposal, Summed, release_name
-from fedsplit.home import Home
-from fedsplit.model import FirstLayer
-from fedsplit.preflight import check_limits
-from fedsplit.privacy.accountant import Cost, ExposureAccountant, gaussian_precision
-from fedsplit.privacy.limits import Limits
-from fedsplit.record import from_record, to_record
-from fedsplit.wire import CutGradients, Download, Reason, Upload, weights_digest
+from fedsplit.device.home import Home
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.flower.record import from_record, to_record
+from fedsplit.guard.accountant import Cost, ExposureAccountant, gaussian_precision
+from fedsplit.guard.guard import Guard, Proposal, Summed, release_name
+from fedsplit.guard.limits import Limits
+from fedsplit.model.layer import FirstLayer
+from fedsplit.plan.experiment import data_source, limits, real_node, split_model
+from fedsplit.plan.preflight import check_limits
+from fedsplit.plan.settings import Settings, load_settings
+from fedsplit.runs.client_app import HOME, client_app
+from fedsplit.server.answers import PendingBlock, check_upload
+from fedsplit.wire.exchange import CutGradients, Download, Reason, Upload, weights_digest
 
 N, WIDTH = 16, 10
 OWNER = b"o" * 32
@@ -1021,7 +1022,7 @@ def test_a_device_that_fails_says_nothing_of_its_records(server: Start) -> None:
     assert upload is not None and upload.failed.tolist() == [1] and len(upload.release.targets) == 40
 
 
-@pytest.mark.parametrize("place", ["fedsplit.device.forward", "fedsplit.guard.coordinates"])
+@pytest.mark.parametrize("place", ["fedsplit.device.node.forward", "fedsplit.guard.guard.coordinates"])
 def test_an_unforeseen_error_says_nothing_of_records(
     place: str, server: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1165,7 +1166,7 @@ def test_a_run_goes_on_without_the_node_whose_ledger_is_lost(tmp_path: Path, cap
 
     result = simulate(settings, out=tmp_path / "run", report=lose)
     assert result["rounds"] == 4 and result["samples"] == 2 * 60 + 2 * 40 and result["test_accuracy"] is not None
-    said = " ".join(record.getMessage() for record in caplog.records if record.name == "fedsplit.strategy")
+    said = " ".join(record.getMessage() for record in caplog.records if record.name == "fedsplit.server.rounds")
     assert "nothing leaves" in said and "ledger" not in said  # which only the node's own log tells
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from torch import nn
 
-from fedsplit import cli
+from fedsplit.cli import main as cli
+from fedsplit.common.errors import ConfigError, StateError
 from fedsplit.data import DeviceData, Records
-from fedsplit.errors import ConfigError, StateError
-from fedsplit.home import Home
-from fedsplit.model import FirstLayer
+from fedsplit.device.home import Home
+from fedsplit.model.layer import FirstLayer
 
 
 def test_a_new_home_is_its_owners_alone(tmp_path: Path) -> None:

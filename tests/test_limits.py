@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.errors import ConfigError
-from fedsplit.privacy.limits import SHIPPED, Limits, load_limits
+from fedsplit.common.errors import ConfigError
+from fedsplit.guard.limits import SHIPPED, Limits, load_limits
 
 
 def refused(path: Path) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedsplit.errors import ConfigError
-from fedsplit.model import ACTIVATIONS, FirstLayer, SplitModel, build_model
+from fedsplit.common.errors import ConfigError
+from fedsplit.model.layer import ACTIVATIONS, FirstLayer, SplitModel, build_model
 
 LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(6, 4), (6,)),

@@ -25,22 +25,22 @@ from predictions import listening, problem
 from safetensors.numpy import load, save
 
 from fedsplit import simulate
-from fedsplit.assemble import data_source, public_records, split_model
-from fedsplit.config import check_settings
+from fedsplit.audit.transcript import Subjects
+from fedsplit.common.certs import CA
+from fedsplit.common.errors import ConfigError, DataError, RunError
 from fedsplit.data import Scaling, wearables
-from fedsplit.deployment.certs import CA
-from fedsplit.errors import ConfigError, DataError, RunError
-from fedsplit.home import Home
-from fedsplit.prediction.bundle import run_bundle
-from fedsplit.prediction.fleet import FLEET, Fleet, add_fleets
-from fedsplit.prediction.monitor import Monitor, WithheldError
-from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.remote import Remote
-from fedsplit.prediction.served import Served
-from fedsplit.prediction.service import service
-from fedsplit.prediction.tokens import Tokens, add_token
-from fedsplit.privacy.transcript import Subjects
-from fedsplit.wire import EPISODE, Reason
+from fedsplit.device.bundle import run_bundle
+from fedsplit.device.home import Home
+from fedsplit.device.monitor import Monitor, WithheldError
+from fedsplit.device.predictor import Predictor
+from fedsplit.device.remote import Remote
+from fedsplit.plan.experiment import data_source, public_records, split_model
+from fedsplit.plan.settings import check_settings
+from fedsplit.service.app import service
+from fedsplit.service.fleet import FLEET, Fleet, add_fleets
+from fedsplit.service.served import Served
+from fedsplit.service.tokens import Tokens, add_token
+from fedsplit.wire.exchange import EPISODE, Reason
 
 RATES = (0.25, 0.45, 0.65)  # radians a sample: what a device does in its recordings
 NEW = 1.3
@@ -538,7 +538,7 @@ def test_watching_goes_on_where_a_record_may_not_leave(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("fedsplit.prediction.predictor.Predictor", _Withholding)
+    monkeypatch.setattr("fedsplit.device.predictor.Predictor", _Withholding)
     records, normal = moving(NEW, 20, 51), np.concatenate(_normal())
     records[9, 0, 0] = normal[3, 0, 0] = 9
     np.save(tmp_path / "some.npy", records)
@@ -581,8 +581,8 @@ def test_nothing_leaves_of_what_cannot_calibrate(
 
 
 def test_the_device_has_no_trunk() -> None:
-    names = "fedsplit.prediction.monitor, fedsplit.prediction.predictor, fedsplit.prediction.remote"
-    there = f"import sys, {names}; print([m for m in sys.modules if 'trunk' in m or m.startswith('fedsplit.novelty')])"
+    names = "fedsplit.device.monitor, fedsplit.device.predictor, fedsplit.device.remote"
+    there = f"import sys, {names}; print([m for m in sys.modules if 'trunk' in m or m.startswith('fedsplit.server.novelty')])"
     done = subprocess.run([sys.executable, "-c", there], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -670,7 +670,7 @@ def test_too_few_records_to_judge_are_told(asks: list[Any], tmp_path: Path, refu
 def test_recipes_that_do_not_fit_are_told(
     asks: list[Any], run: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsplit.prediction.remote._PAUSE", 0.0)
+    monkeypatch.setattr("fedsplit.device.remote._PAUSE", 0.0)
     recipe = tmp_path / "windows.toml"
     _write_csv(tmp_path / "a.csv", moving(NEW, 20, 70).transpose(0, 2, 1).reshape(-1, 2))
     made = 'channels = ["a", "b"]\nunits = ["", ""]\nrate = 32.0\nrecordings = 3\n'

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from processes import free_port
 
-from fedsplit.deployment import node as module
-from fedsplit.deployment.certs import CA, CERTIFICATE, KEY, read_authority
-from fedsplit.deployment.node import SuperNode, check_superlink, wait_for_superlink
-from fedsplit.errors import ConfigError
-from fedsplit.home import Home
+from fedsplit.common.certs import CA, CERTIFICATE, KEY, read_authority
+from fedsplit.common.errors import ConfigError
+from fedsplit.device.home import Home
+from fedsplit.device.link import supernode as module
+from fedsplit.device.link.supernode import SuperNode, check_superlink, wait_for_superlink
 
 Handle = Callable[[socket.socket], None]
 

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedsplit.dropping import Dropping, Kept
-from fedsplit.errors import ConfigError, DataError
-from fedsplit.novelty.detector import Detector
-from fedsplit.novelty.space import Normal, Space, features
-from fedsplit.novelty.trunk import NoveltyTrunk, auc, judge, self_calibrated
-from fedsplit.trunk import Batches, TrunkOptions, thinned
-from fedsplit.wire import EPISODE, Release
+from fedsplit.common.errors import ConfigError, DataError
+from fedsplit.release.policies import Dropping, Kept
+from fedsplit.server.novelty.detector import Detector
+from fedsplit.server.novelty.space import Normal, Space, features
+from fedsplit.server.novelty.trunk import NoveltyTrunk, auc, judge, self_calibrated
+from fedsplit.server.trunk import Batches, TrunkOptions, thinned
+from fedsplit.wire.exchange import EPISODE, Release
 
 CUT = (3, 8)
 

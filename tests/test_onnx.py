@@ -11,15 +11,15 @@ import torch
 from conftest import small_settings
 from torch import nn
 
+from fedsplit.cli.predict import export
+from fedsplit.common.errors import ConfigError
 from fedsplit.data import Scaling
-from fedsplit.dropping import Dropping
-from fedsplit.errors import ConfigError
-from fedsplit.model import ACTIVATIONS, FirstLayer
-from fedsplit.packing import FloatArray
-from fedsplit.prediction.bundle import DESCRIPTION, WEIGHTS, Bundle
-from fedsplit.prediction.onnx_export import ONNX, onnx_model
-from fedsplit.prediction_cli import export
-from fedsplit.simulation import simulate
+from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
+from fedsplit.device.onnx_export import ONNX, onnx_model
+from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.release.policies import Dropping
+from fedsplit.runs.simulation import simulate
+from fedsplit.wire.container import FloatArray
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3)),

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.errors import WireError
-from fedsplit.packing import (
+from fedsplit.common.errors import WireError
+from fedsplit.wire.container import (
     VERSION,
     Reader,
     check_ids,

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedsplit.data import Scaling
-from fedsplit.dropping import Dropping
-from fedsplit.home import Home
-from fedsplit.model import ACTIVATIONS, FirstLayer
-from fedsplit.prediction.bundle import Bundle
-from fedsplit.prediction.predictor import Predictor
+from fedsplit.device.bundle import Bundle
+from fedsplit.device.home import Home
+from fedsplit.device.predictor import Predictor
+from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.release.policies import Dropping
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")]
 

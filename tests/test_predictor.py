@@ -9,16 +9,16 @@ import torch
 from predictions import RECORDS, asking, nobody, released
 from torch import nn
 
+from fedsplit.common.errors import DataError, RunError
 from fedsplit.data import Scaling
-from fedsplit.dropping import Dropping
-from fedsplit.errors import DataError, RunError
-from fedsplit.home import Home
-from fedsplit.model import FirstLayer
-from fedsplit.prediction import predictor
-from fedsplit.prediction.bundle import Bundle, run_bundle
-from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.served import Served
-from fedsplit.wire import Query, Reason
+from fedsplit.device import predictor
+from fedsplit.device.bundle import Bundle, run_bundle
+from fedsplit.device.home import Home
+from fedsplit.device.predictor import Predictor
+from fedsplit.model.layer import FirstLayer
+from fedsplit.release.policies import Dropping
+from fedsplit.service.served import Served
+from fedsplit.wire.exchange import Query, Reason
 
 SCALED = Scaling((1.0,), (2.0,), -50.0, 50.0)
 OTHERS = {"activation": nn.Identity(), "stride": nn.Conv1d(2, 3, 3, stride=2), "padding": nn.Conv1d(2, 3, 3, padding=1)}

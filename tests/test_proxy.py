@@ -14,8 +14,8 @@ from processes import Deployment, deployment, free_port, wait_for_port
 from references import largest_difference, trained
 from test_deployment import HONEST, deployed, simulated, written
 
-from fedsplit.config import load_settings
-from fedsplit.simulation import simulate
+from fedsplit.plan.settings import load_settings
+from fedsplit.runs.simulation import simulate
 
 pytestmark = [
     pytest.mark.slow,

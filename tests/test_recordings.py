@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data import open_source
 from fedsplit.data.formats import Layout
 from fedsplit.data.preparing import HeldOut, find_owners, prepare
@@ -20,7 +21,6 @@ from fedsplit.data.recipe import RECIPE, Recipe, check_recipe, read_recipe
 from fedsplit.data.recordings import UNITS, Channel, Recording, conversion, read_recording
 from fedsplit.data.resampling import native_rate, on_grid, resample
 from fedsplit.data.windows import cut
-from fedsplit.errors import ConfigError, DataError
 
 SECRET = "7654.25"  # a record's value: no error text may hold it
 RATE = 100.0

@@ -15,18 +15,18 @@ import pytest
 from predictions import RECORDS, listening
 from processes import free_port, wait_for_port
 
-from fedsplit.deployment.certs import CA
-from fedsplit.errors import ConfigError, RunError
-from fedsplit.home import Home
-from fedsplit.packing import VERSION
-from fedsplit.prediction import remote
-from fedsplit.prediction.bundle import run_bundle
-from fedsplit.prediction.predictor import Predictor
-from fedsplit.prediction.remote import Remote
-from fedsplit.prediction.served import Served
-from fedsplit.prediction.service import service
-from fedsplit.prediction.tokens import Tokens, add_token
-from fedsplit.wire import Query
+from fedsplit.common.certs import CA
+from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.device import remote
+from fedsplit.device.bundle import run_bundle
+from fedsplit.device.home import Home
+from fedsplit.device.predictor import Predictor
+from fedsplit.device.remote import Remote
+from fedsplit.service.app import service
+from fedsplit.service.served import Served
+from fedsplit.service.tokens import Tokens, add_token
+from fedsplit.wire.container import VERSION
+from fedsplit.wire.exchange import Query
 
 Serving = Callable[..., AbstractContextManager[str]]
 

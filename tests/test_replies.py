@@ -17,8 +17,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedsplit.deployment.replies import DeploymentGrid
-from fedsplit.record import from_record, to_record
+from fedsplit.flower.record import from_record, to_record
+from fedsplit.server.link.replies import DeploymentGrid
 
 RUN = 1
 

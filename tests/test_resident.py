@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit import errors
-from fedsplit.deployment import resident as module
-from fedsplit.deployment.resident import Answer, Client, ask, resident
-from fedsplit.errors import ConfigError, FedsplitError, RunError, StateError, WireError
+from fedsplit.common import errors
+from fedsplit.common.errors import ConfigError, FedsplitError, RunError, StateError, WireError
+from fedsplit.device.link import resident as module
+from fedsplit.device.link.resident import Answer, Client, ask, resident
 
 Lies = Callable[[socket.socket], None]
 

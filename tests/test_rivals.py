@@ -13,11 +13,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from rivals import ClockedGrid, train_naively
 
-from fedsplit.assemble import data_source, split_model
-from fedsplit.virtual.clock import VirtualClock
-from fedsplit.virtual.presence import ByChance
-from fedsplit.virtual.profile import Profile
-from fedsplit.virtual.trace import SECOND
+from fedsplit.plan.experiment import data_source, split_model
+from fedsplit.server.virtual.clock import VirtualClock
+from fedsplit.server.virtual.presence import ByChance
+from fedsplit.server.virtual.profile import Profile
+from fedsplit.server.virtual.trace import SECOND
 
 pytestmark = pytest.mark.slow  # trains whole networks
 

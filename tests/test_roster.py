@@ -14,11 +14,11 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsplit import roster as module
-from fedsplit.deployment.certs import fingerprint, make_key_pair, read_public_key
-from fedsplit.record import to_record
-from fedsplit.roster import Roster
-from fedsplit.wire import Registration
+from fedsplit.common.certs import fingerprint, make_key_pair, read_public_key
+from fedsplit.flower.record import to_record
+from fedsplit.server import roster as module
+from fedsplit.server.roster import Roster
+from fedsplit.wire.exchange import Registration
 
 DEVICES = 10
 NOT_LET_IN = "its key has no devices here: fedsplit server register lets it in"

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.schedule import Schedule, scheduled, seed_of
-from fedsplit.state import NodeState, Pending, replacing
+from fedsplit.device.pending import NodeState, Pending, replacing
+from fedsplit.plan.schedule import Schedule, scheduled, seed_of
 
 COUNTS = {4: 7, 0: 10, 9: 1, 2: 0}
 

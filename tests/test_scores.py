@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fedsplit.privacy.scores import identification, nmse, pooled_psnr, psnr, ssim, summarise
+from fedsplit.audit.scores import identification, nmse, pooled_psnr, psnr, ssim, summarise
 
 
 def images(side: int, seed: int = 0, count: int = 2) -> tuple[np.ndarray, np.ndarray]:

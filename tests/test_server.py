@@ -14,8 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from processes import free_port
 
-from fedsplit.deployment import server as module
-from fedsplit.deployment.certs import (
+from fedsplit.common.certs import (
     CA,
     CERTIFICATE,
     KEY,
@@ -24,11 +23,12 @@ from fedsplit.deployment.certs import (
     make_key_pair,
     read_public_key,
 )
-from fedsplit.deployment.flower import connect_flower, flower_config, run_flower, tell_keys
-from fedsplit.deployment.runs import submit
-from fedsplit.deployment.server import ServerFolder, check_port_free, register_node, server_of, superlink_command
-from fedsplit.errors import ConfigError
-from fedsplit.home import Home
+from fedsplit.common.errors import ConfigError
+from fedsplit.device.home import Home
+from fedsplit.flower.programs import connect_flower, flower_config, run_flower, tell_keys
+from fedsplit.server.link import folder as module
+from fedsplit.server.link.folder import ServerFolder, check_port_free, register_node, server_of, superlink_command
+from fedsplit.server.link.runs import submit
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ import pytest
 from fastapi import FastAPI
 from predictions import RECORDS, asking, listening, problem, released
 
-from fedsplit.errors import ConfigError, WireError
-from fedsplit.home import Home
-from fedsplit.prediction.bundle import run_bundle
-from fedsplit.prediction.served import Served
-from fedsplit.prediction.service import service
-from fedsplit.prediction.tokens import Tokens, add_token
-from fedsplit.wire import Query
+from fedsplit.common.errors import ConfigError, WireError
+from fedsplit.device.bundle import run_bundle
+from fedsplit.device.home import Home
+from fedsplit.service.app import service
+from fedsplit.service.served import Served
+from fedsplit.service.tokens import Tokens, add_token
+from fedsplit.wire.exchange import Query
 
 
 @pytest.fixture

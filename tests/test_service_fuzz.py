@@ -26,17 +26,17 @@ from schemathesis.specs.openapi.checks import (
 )
 from torch import nn
 
+from fedsplit.common.errors import WireError
 from fedsplit.data import Scaling
-from fedsplit.dropping import Dropping
-from fedsplit.errors import WireError
-from fedsplit.home import Home
-from fedsplit.model import FirstLayer
-from fedsplit.packing import pack_arrays
-from fedsplit.prediction.bundle import Bundle
-from fedsplit.prediction.served import Served
-from fedsplit.prediction.service import service
-from fedsplit.prediction.tokens import Tokens, add_token
-from fedsplit.wire import MOST_RECORDS, Query
+from fedsplit.device.bundle import Bundle
+from fedsplit.device.home import Home
+from fedsplit.model.layer import FirstLayer
+from fedsplit.release.policies import Dropping
+from fedsplit.service.app import service
+from fedsplit.service.served import Served
+from fedsplit.service.tokens import Tokens, add_token
+from fedsplit.wire.container import pack_arrays
+from fedsplit.wire.exchange import MOST_RECORDS, Query
 
 BODIES = 10_000
 CONFORMS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]

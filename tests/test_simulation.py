@@ -17,13 +17,14 @@ import torch
 from conftest import CONFIGS, small_settings
 from references import largest_difference, moved, trained
 
-from fedsplit import simulate, simulation
-from fedsplit.checkpoint import load_checkpoint
-from fedsplit.client_app import client_app
-from fedsplit.config import Settings, load_settings
-from fedsplit.errors import ConfigError, RunError
-from fedsplit.grid import InProcessGrid
-from fedsplit.training import TrainingRun, open_run_folder
+from fedsplit import simulate
+from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.plan.settings import Settings, load_settings
+from fedsplit.runs import simulation
+from fedsplit.runs.client_app import client_app
+from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.server.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow  # whole runs
 

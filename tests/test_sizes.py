@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from test_device import ones_for
 from test_wire import ints, nothing_but, some_kept
 
-from fedsplit.assemble import simulated_node
 from fedsplit.data import DeviceData
-from fedsplit.virtual.sizes import Sizes
-from fedsplit.wire import CutGradients, Download, Gradients, Release, Upload
+from fedsplit.plan.experiment import simulated_node
+from fedsplit.wire.exchange import CutGradients, Download, Gradients, Release, Upload
+from fedsplit.wire.sizes import Sizes
 
 
 def one(number: int) -> np.ndarray:

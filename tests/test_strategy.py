@@ -16,15 +16,16 @@ from flwr.app import Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from references import largest_difference, moved, trained
 
-from fedsplit import strategy, wire
-from fedsplit.checkpoint import load_checkpoint
-from fedsplit.client_app import client_app
-from fedsplit.dropping import Kept
-from fedsplit.errors import RunError
-from fedsplit.following import read_nodes
-from fedsplit.grid import InProcessGrid
-from fedsplit.record import from_record, to_record
-from fedsplit.training import TrainingRun, open_run_folder
+from fedsplit.common.errors import RunError
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.flower.record import from_record, to_record
+from fedsplit.release.policies import Kept
+from fedsplit.runs.client_app import client_app
+from fedsplit.runs.following import read_nodes
+from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.server import rounds as strategy
+from fedsplit.server.checkpoint import load_checkpoint
+from fedsplit.wire import exchange as wire
 
 pytestmark = pytest.mark.slow  # whole runs
 

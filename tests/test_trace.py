@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.errors import ConfigError, DataError, FedsplitError
-from fedsplit.virtual.presence import AGAIN, ByChance, ByTrace, ByTurns, Presence
-from fedsplit.virtual.trace import NEVER, SECOND, Trace
+from fedsplit.common.errors import ConfigError, DataError, FedsplitError
+from fedsplit.server.virtual.presence import AGAIN, ByChance, ByTrace, ByTurns, Presence
+from fedsplit.server.virtual.trace import NEVER, SECOND, Trace
 
 HEAD = "device,seconds,available\n"
 GOOD = HEAD + "0,0,1\n1,0,0\n"

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedsplit.dropping import Dropping, Kept
-from fedsplit.loss import summed_loss
-from fedsplit.metrics import correct, score
-from fedsplit.schedule import seed_of
-from fedsplit.trunk import Batches, Trunk, TrunkOptions, minibatches
-from fedsplit.wire import Release
+from fedsplit.model.loss import summed_loss
+from fedsplit.model.metrics import correct, score
+from fedsplit.plan.schedule import seed_of
+from fedsplit.release.policies import Dropping, Kept
+from fedsplit.server.trunk import Batches, Trunk, TrunkOptions, minibatches
+from fedsplit.wire.exchange import Release
 
 WIDTH = 11
 

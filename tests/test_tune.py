@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
-from fedsplit.auditing import audit_run
-from fedsplit.config import load_settings
-from fedsplit.dropping import Dropping
-from fedsplit.errors import ConfigError, RunError
-from fedsplit.simulation import simulate
+from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.plan.settings import load_settings
+from fedsplit.release.policies import Dropping
+from fedsplit.runs.auditing import audit_run
+from fedsplit.runs.simulation import simulate
 from fedsplit.tuning.space import Space, usual_space
 from fedsplit.tuning.study import Study
 from fedsplit.tuning.trial import Outcome, Plan, run_trial

@@ -15,15 +15,15 @@ from own import conv1d_model, linear_model
 from test_wire import ints
 
 from fedsplit import SplitModel
-from fedsplit.checkpoint import _from_tensors, _to_tensors
-from fedsplit.config import LogNormal, OnOff, ProfileSettings, check_settings, presets
-from fedsplit.dropping import Dropping
-from fedsplit.errors import ConfigError, RunError
-from fedsplit.virtual import clock as clock_module
-from fedsplit.virtual.calibration import record_seconds
-from fedsplit.virtual.clock import Outcome, VirtualClock, Work
-from fedsplit.virtual.profile import Profile
-from fedsplit.virtual.trace import NEVER, SECOND
+from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.plan.settings import LogNormal, OnOff, ProfileSettings, check_settings, presets
+from fedsplit.release.policies import Dropping
+from fedsplit.server.checkpoint import _from_tensors, _to_tensors
+from fedsplit.server.virtual import clock as clock_module
+from fedsplit.server.virtual.calibration import record_seconds
+from fedsplit.server.virtual.clock import Outcome, VirtualClock, Work
+from fedsplit.server.virtual.profile import Profile
+from fedsplit.server.virtual.trace import NEVER, SECOND
 
 FATES = ("heard", "late", "lost", "spare")
 ALL = np.arange(5)

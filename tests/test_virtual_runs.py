@@ -14,15 +14,15 @@ from conftest import small_settings
 from references import largest_difference, trained
 
 from fedsplit import simulate
-from fedsplit.assemble import num_nodes
-from fedsplit.client_app import client_app
-from fedsplit.config import Settings
-from fedsplit.device import Node
-from fedsplit.errors import FedsplitError
-from fedsplit.grid import InProcessGrid
-from fedsplit.privacy.accountant import load_sealed
-from fedsplit.training import TrainingRun, open_run_folder
-from fedsplit.wire import Download, Upload
+from fedsplit.common.errors import FedsplitError
+from fedsplit.device.node import Node
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.guard.accountant import load_sealed
+from fedsplit.plan.experiment import num_nodes
+from fedsplit.plan.settings import Settings
+from fedsplit.runs.client_app import client_app
+from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.wire.exchange import Download, Upload
 
 pytestmark = pytest.mark.slow  # whole runs
 

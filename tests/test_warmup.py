@@ -21,20 +21,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import largest_difference, moved, trained
 
-from fedsplit import simulate, training, wire
-from fedsplit.assemble import data_source, dropping, num_nodes, public_records, split_model
-from fedsplit.client_app import client_app
-from fedsplit.config import Settings
+from fedsplit import simulate
+from fedsplit.common.errors import ConfigError, DataError, RunError
 from fedsplit.data import Records
 from fedsplit.data.pooled import load_pool
-from fedsplit.dropping import KEYED_ROUND, Dropping, simulation_secret
-from fedsplit.errors import ConfigError, DataError, RunError
-from fedsplit.grid import InProcessGrid
-from fedsplit.model import SplitModel, build_model
-from fedsplit.record import from_record
-from fedsplit.training import TrainingRun, open_run_folder
-from fedsplit.trunk import Batches, Trunk, TrunkOptions
-from fedsplit.warmup import PUBLIC, PublicOnly, WarmUp, covariance_penalty, principal_factors, public_release, warm_up
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.flower.record import from_record
+from fedsplit.model.layer import SplitModel, build_model
+from fedsplit.plan.experiment import data_source, dropping, num_nodes, public_records, split_model
+from fedsplit.plan.settings import Settings
+from fedsplit.release.policies import KEYED_ROUND, Dropping, simulation_secret
+from fedsplit.runs import training
+from fedsplit.runs.client_app import client_app
+from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.server.trunk import Batches, Trunk, TrunkOptions
+from fedsplit.server.warmup import (
+    PUBLIC,
+    PublicOnly,
+    WarmUp,
+    covariance_penalty,
+    principal_factors,
+    public_release,
+    warm_up,
+)
+from fedsplit.wire import exchange as wire
 
 
 @pytest.fixture(autouse=True)

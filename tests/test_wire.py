@@ -12,13 +12,12 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.at_home.head import Head
-from fedsplit.at_home.messages import HeadDownload, HeadUpload, Rows
-from fedsplit.dropping import Dropping, Kept, simulation_secret, unpack_bitmap
-from fedsplit.errors import WireError
-from fedsplit.packing import pack_arrays
-from fedsplit.record import from_record, to_record
-from fedsplit.wire import (
+from fedsplit.common.errors import WireError
+from fedsplit.flower.record import from_record, to_record
+from fedsplit.model.head import Head
+from fedsplit.release.policies import Dropping, Kept, simulation_secret, unpack_bitmap
+from fedsplit.wire.container import pack_arrays
+from fedsplit.wire.exchange import (
     CutGradients,
     Download,
     Gradients,
@@ -30,6 +29,7 @@ from fedsplit.wire import (
     Upload,
     weights_digest,
 )
+from fedsplit.wire.head import HeadDownload, HeadUpload, Rows
 
 PARAMETERS = 5
 KINDS = {"upload": 1, "download": 2, "registration": 3, "head download": 5, "head upload": 6}

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data.loading import resolve_function
 from fedsplit.data.records import TASKS, DeviceData, Records, check_records
 from fedsplit.data.source import Source, choose_test
-from fedsplit.errors import ConfigError, DataError
 
 _KEYS = ("x", "y", "segments", "x_test", "y_test", "segments_test")
 

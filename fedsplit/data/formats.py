@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data.resampling import UNLABELLED, FloatArray, Labels, labels_on_grid
-from fedsplit.errors import ConfigError, DataError
 
 _MISSING = ("", "na", "n/a", "nan", "null", "none")
 _ROWS = 100_000  # of a CSV file at a time: text takes many times the memory of numbers

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedsplit.errors import ConfigError, DataError
+from fedsplit.common.errors import ConfigError, DataError
 
 
 def resolve_function(reference: str, setting: str, kind: str = "function") -> Callable[..., Any]:

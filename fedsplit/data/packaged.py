@@ -5,9 +5,9 @@ import io
 
 import numpy as np
 
+from fedsplit.common.errors import DataError
 from fedsplit.data import loading
 from fedsplit.data.records import Pool, Raw, Scaling, check_records
-from fedsplit.errors import DataError
 
 MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 

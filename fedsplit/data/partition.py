@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.errors import ConfigError
 from fedsplit.data.records import IndexArray
-from fedsplit.errors import ConfigError
 
 PARTITIONS = ("natural", "iid", "dirichlet")
 REDRAWS = 10

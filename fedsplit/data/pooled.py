@@ -6,10 +6,10 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from fedsplit.common.errors import ConfigError
 from fedsplit.data import packaged, partition, pigs, wearables
 from fedsplit.data.records import DeviceData, IndexArray, Pool, Records
 from fedsplit.data.source import Source, choose_test
-from fedsplit.errors import ConfigError
 
 POOLS: dict[str, Callable[..., Pool]] = {
     "wearables": wearables.load,

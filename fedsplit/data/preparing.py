@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data.formats import Layout
 from fedsplit.data.recipe import RECIPE, Recipe
 from fedsplit.data.recordings import READERS, Recording
 from fedsplit.data.windows import Windows
-from fedsplit.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import tomli_w
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
+from fedsplit.common.errors import ConfigError, DataError
+from fedsplit.common.tables import Section, one_line
 from fedsplit.data.formats import Layout
 from fedsplit.data.recordings import Channel, Recording, read_recording
 from fedsplit.data.records import Scaling
 from fedsplit.data.resampling import UNLABELLED
 from fedsplit.data.windows import Windows, cut, whole_samples
-from fedsplit.errors import ConfigError, DataError
-from fedsplit.validation import Section, one_line
 
 RECIPE = "windows.toml"
 

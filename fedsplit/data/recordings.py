@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.errors import DataError
 from fedsplit.data.formats import Layout, Reader, Signal, read_csv, read_edf, read_parquet
 from fedsplit.data.resampling import UNLABELLED, Labels, native_rate, on_grid
-from fedsplit.errors import DataError
 
 READERS: dict[str, Reader] = {
     ".csv": read_csv,

@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.errors import DataError
+from fedsplit.common.errors import DataError
 
 TASKS = ("classification", "binary", "regression", "novelty")
 

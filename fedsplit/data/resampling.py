@@ -10,7 +10,7 @@ of a recording's or gap's end it has to assume how the signal goes on, and is le
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.errors import DataError
+from fedsplit.common.errors import DataError
 
 FloatArray = NDArray[np.float64]
 Labels = NDArray[np.int16]

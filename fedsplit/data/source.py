@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data.records import DeviceData, Scaling
-from fedsplit.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)

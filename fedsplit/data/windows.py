@@ -6,10 +6,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data.recordings import Recording
 from fedsplit.data.records import IndexArray
 from fedsplit.data.resampling import UNLABELLED, Labels
-from fedsplit.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
-from fedsplit.config import MAXIMISED, Settings
-from fedsplit.state import replacing
+from fedsplit.device.pending import replacing
+from fedsplit.plan.settings import MAXIMISED, Settings
 from fedsplit.tuning.study import Point, Study
 from fedsplit.tuning.trial import AUDITED, Outcome
 

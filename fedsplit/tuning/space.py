@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedsplit.config import Settings, check_settings
-from fedsplit.errors import ConfigError
+from fedsplit.common.errors import ConfigError
+from fedsplit.plan.settings import Settings, check_settings
 
 Plain = bool | int | float | str
 Table = dict[str, Any]

@@ -21,12 +21,12 @@ import tomli_w
 from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.exceptions import RayError
 
-from fedsplit.assemble import data_source, public_records, split_model, split_strategy
-from fedsplit.config import MAXIMISED, Settings, TuneSettings, check_settings, flattened
-from fedsplit.engine import start_ray
-from fedsplit.errors import ConfigError, RunError
-from fedsplit.following import check_fresh, locked
-from fedsplit.state import replacing
+from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.device.pending import replacing
+from fedsplit.plan.experiment import data_source, public_records, split_model, split_strategy
+from fedsplit.plan.settings import MAXIMISED, Settings, TuneSettings, check_settings, flattened
+from fedsplit.runs.engine import start_ray
+from fedsplit.runs.following import check_fresh, locked
 from fedsplit.tuning.space import Space, usual_space
 from fedsplit.tuning.trial import AUDITED, Outcome, Plan, audited, run_trial, with_seed
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedsplit.config import MAXIMISED, Settings
-from fedsplit.errors import FedsplitError, RunError
-from fedsplit.state import replacing
+from fedsplit.common.errors import FedsplitError, RunError
+from fedsplit.device.pending import replacing
+from fedsplit.plan.settings import MAXIMISED, Settings
 
 AUDITED = ("strongest_psnr", "identification")
 """Objectives that an audit tells."""
@@ -30,7 +30,7 @@ class Plan:
     ----------
     objectives : tuple of str
     constraints : dict
-        By objective, the most it may be (of those in :data:`fedsplit.config.MAXIMISED` the least).
+        By objective, the most it may be (of those in :data:`fedsplit.plan.settings.MAXIMISED` the least).
     seeds : int
     """
 
@@ -108,7 +108,7 @@ def run_trial(settings_json: str, folder: Path, plan: Plan, others: Sequence[Val
     Parameters
     ----------
     settings_json : str
-        See :meth:`fedsplit.config.Settings.to_json`.
+        See :meth:`fedsplit.plan.settings.Settings.to_json`.
     folder : Path
         Of the trial; each seed's run folder is made in it.
     plan : Plan
@@ -139,7 +139,7 @@ def with_seed(settings: Settings, i: int) -> Settings:
 
 def audited(folder: Path, settings: Settings, *, quick: bool) -> dict[str, float]:
     """Audit a seed's run and return the objectives in :data:`AUDITED`; raises FedsplitError."""
-    from fedsplit.auditing import audit_run
+    from fedsplit.runs.auditing import audit_run
 
     report = audit_run(folder, seed=settings.run.seed, quick=quick)
     if not report["control"]["holds"]:
@@ -149,7 +149,7 @@ def audited(folder: Path, settings: Settings, *, quick: bool) -> dict[str, float
 
 
 def _run_seed(settings: Settings, folder: Path, plan: Plan, before: Sequence[Values]) -> dict[str, float]:
-    from fedsplit.simulation import simulate
+    from fedsplit.runs.simulation import simulate
 
     if (folder / _DONE).exists():
         found: dict[str, float] = json.loads((folder / _DONE).read_text(encoding="utf-8"))

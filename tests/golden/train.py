@@ -36,9 +36,10 @@ import torch
 from flwr.app import Message
 from safetensors.numpy import load_file
 
-from fedsplit import engine, simulate
-from fedsplit.grid import InProcessGrid
-from fedsplit.record import from_record
+from fedsplit import simulate
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.flower.record import from_record
+from fedsplit.runs import engine
 
 HASHES = Path(__file__).with_name("hashes.json")
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -1,0 +1,1 @@
+"""Attacks on what has left, as strong as an attacker's, and their scores."""

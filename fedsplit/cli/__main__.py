@@ -1,0 +1,5 @@
+"""``python -m fedsplit.cli``."""
+
+from fedsplit.cli.main import main
+
+main()

@@ -1,0 +1,244 @@
+"""What people look at after a run: the curves and the result table, also of several runs side by side."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from fedsplit.common.errors import ConfigError
+from fedsplit.runs.comparing import PANELS, Run, curves, differing
+
+_REFUSED = {
+    "enforce": "refused by the guard",
+    "observe": "a real node would refuse",
+    "by each owner": "over the owners' limits",  # some enforce them, others only count
+}
+_COMPARED = {  # figures of a run: what a table calls them, and how it writes them
+    "test_accuracy": ("test_accuracy", ".4f"),
+    "test_auc": ("test_auc", ".4f"),
+    "test_episode_auc": ("test_episode_auc", ".4f"),
+    "test_r2": ("test_r2", ".4f"),
+    "test_rmse": ("test_rmse", ".4f"),
+    "test_loss": ("test_loss", ".4f"),
+    "exposures_max": ("exposures_max", ","),
+    "equations": ("equations", ","),
+    "strongest_psnr": ("strongest (dB)", ".1f"),
+    "identification": ("identified", ".1%"),
+    "exchanges": ("exchanges", ","),
+    "bytes_up": ("bytes_up", ","),
+    "bytes_down": ("bytes_down", ","),
+    "seconds": ("seconds", ",.1f"),
+    "simulated_seconds": ("simulated seconds", ",.1f"),
+}
+_AXES = {
+    "round": "rounds",
+    "bytes_up": "MB sent up",
+    "exposures_max": "releases of a training record, the most",
+    "simulated_seconds": "simulated seconds",
+}
+_SCORES = {"_accuracy": "accuracy", "_r2": "R²"}
+_SIDE_BY_SIDE = 4  # runs whose figures fit into 80 columns
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw ``curves.png`` from ``metrics.jsonl``: loss and, for classes, accuracy over rounds, and simulated time."""
+    # matplotlib's pyplot would pick up a display and keep figures alive: the object interface does neither
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    panels = [("loss", "round"), ("accuracy", "round")]
+    if any("simulated_seconds" in m for m in lines):
+        known = any(m.get(f"{side}_accuracy") is not None for m in lines for side in ("train", "test"))
+        panels.append(("accuracy" if known else "loss", "simulated_seconds"))
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    for axis, (name, over) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for side, style in (("train", "-"), ("test", "o-")):
+            points = [(m[over], m[f"{side}_{name}"]) for m in lines if m.get(f"{side}_{name}") is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=side, markersize=4)
+        axis.set(xlabel=over.replace("_", " "), ylabel=name)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(frameon=False)
+    figure.savefig(folder / "curves.png", dpi=120)
+
+
+def result_table(result: dict[str, Any], folder: Path) -> Table:
+    """Return the result as a table for a terminal."""
+    table = Table(
+        title=f"{result['name']}: {result['rounds']} rounds, {result['devices']} devices", title_justify="left"
+    )
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in _rows(result):
+        table.add_row(name, value)
+    table.caption = f"written to {folder}"
+    table.caption_justify = "left"
+    return table
+
+
+def audit_table(report: dict[str, Any], folder: Path) -> Table:
+    """Return an audit's figures as a table for a terminal."""
+    criterion, control = report["criterion"], report["control"]
+    table = Table(title=f"{report['name']}: {report['targets']} records attacked", title_justify="left")
+    for name in ("attack", "PSNR (dB)", "95th percentile", "nMSE", "SSIM", "identified"):
+        table.add_column(name, justify="left" if name == "attack" else "right")
+    for name, scores in {**report["baselines"], **report["attacks"]}.items():
+        keys = ("psnr", "psnr_p95", "nmse", "ssim", "identification")
+        cells = ["-" if scores[key] is None else f"{scores[key]:.3f}" for key in keys]
+        style = "dim" if name in report["baselines"] else "bold" if name == report["strongest"]["attack"] else None
+        table.add_row(name, *cells, style=style)
+    table.caption = (
+        f"criterion: {criterion['equations_max']} equations of {criterion['numbers']} numbers at most, "
+        f"largest leverage {criterion['leverage_max']:.3f}, {criterion['determined']:.1%} of numbers determined\n"
+        f"negative control {control['psnr']:.1f} dB; {report['cpu_seconds']:.0f} s CPU; written to {folder}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _privacy(result: dict[str, Any]) -> list[tuple[str, str]]:
+    ledger, guard = result["ledger"], result["guard"]
+    rows = [("exposures_max (training records)", str(result["exposures_max"]))]
+    if ledger["releases"] > result["exposures_max"]:
+        rows.append(("releases of a shared segment, at most", str(ledger["releases"])))
+    rows.append(("equations about a record, at most", f"{ledger['equations']:,}"))
+    rows.append(("bits about a record, at most", f"{ledger['bits']:,}"))
+    if ledger["leverage"] is not None:
+        rows.append(("largest leverage of a number", f"{ledger['leverage']:.3f}"))
+    if isinstance(ledger["epsilon"], float):
+        rows.append((f"epsilon (delta {ledger['delta']:g})", f"{ledger['epsilon']:.2f}"))
+    for refused, of in (("refused", ""), ("test_refused", " of test records")):
+        if guard[refused]:
+            said = ", ".join(f"{reason} {count:,}" for reason, count in guard[refused].items())
+            rows.append((f"{_REFUSED[guard['mode']]}, of releases{of}", said))
+    if result.get("public_only_accuracy") is not None:
+        gain, interval = 100 * result["gain_over_public"], 100 * result["gain_interval"]
+        rows.append(("public records alone", f"{result['public_only_accuracy']:.4f}"))
+        rows.append(("gain over them (points)", f"{gain:+.2f} ± {interval:.2f}"))
+    if result.get("public_only_auc") is not None:
+        rows.append(("public records alone (test_auc)", f"{result['public_only_auc']:.4f}"))
+    return rows
+
+
+def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for key in ("test_accuracy", "test_auc", "test_episode_auc", "test_r2", "test_rmse", "test_loss"):
+        if result.get(key) is not None:
+            rows.append((key, f"{result[key]:.4f}"))
+    if result.get("test_f1"):
+        rows.append(("test_f1 (lowest class)", f"{min(result['test_f1']):.4f}"))
+    dense = result["dense_bytes_up"]
+    share = f" ({result['bytes_up'] / dense:.2f} of dense activations)" if dense else ""
+    seconds = result["seconds"]
+    rows += [
+        *_privacy(result),
+        ("test_exposures_max", str(result["test_exposures_max"])),
+        ("samples released for training", f"{result['samples']:,}"),
+        ("exchanges", f"{result['exchanges']:,}"),
+        ("bytes_up", f"{result['bytes_up']:,}{share}"),
+        ("bytes_down", f"{result['bytes_down']:,}"),
+        ("seconds (startup + training)", f"{seconds['startup']:.1f} + {seconds['training']:.1f}"),
+    ]
+    return [*rows, *_simulated(result["simulated"])] if "simulated" in result else rows
+
+
+def _simulated(found: dict[str, Any]) -> list[tuple[str, str]]:
+    up, down, heard = found["bytes_up"], found["bytes_down"], found["participation"]
+    unheard = ", ".join(f"{name} {found[name]:,}" for name in ("away", "late", "lost", "spare"))
+    return [
+        ("simulated seconds", f"{found['seconds']:,.1f}"),
+        ("bytes up + down of a device, mean", f"{up['mean']:,.0f} + {down['mean']:,.0f}"),
+        ("heard of a device: least, mean, most", f"{heard['least']}, {heard['mean']:.1f}, {heard['most']}"),
+        ("not heard", unheard),
+        ("releases that were never heard", f"{found['wasted']:,} of {found['released']:,}"),
+    ]
+
+
+def comparison_tables(runs: Sequence[Run]) -> Iterator[Table]:
+    """Yield tables for a terminal of 80 columns, each of at most four runs: figures, then the settings that differ."""
+    figures = [name for name in _COMPARED if any(name in run.figures for run in runs)]
+    settings = differing(runs)
+    for start in range(0, len(runs), _SIDE_BY_SIDE):
+        some = slice(start, start + _SIDE_BY_SIDE)
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
+        for run in runs[some]:
+            header = Text(run.label if run.finished else f"{run.label}\n(unfinished)")
+            table.add_column(header, justify="right", overflow="fold")
+        table.add_row("rounds", *(_progress(run) for run in runs[some]))
+        for name in figures:
+            label, form = _COMPARED[name]
+            cells = (run.figures.get(name) for run in runs[some])
+            table.add_row(label, *("-" if cell is None else format(cell, form) for cell in cells))
+        table.add_row()
+        table.add_row(Text("settings that differ" if settings else "no setting differs", style="bold"))
+        for key, values in settings.items():
+            table.add_row(Text(key), *(Text(_written(value)) for value in values[some]))
+        yield table
+
+
+def _progress(run: Run) -> str:
+    return str(run.done) if run.finished else f"{run.done} of {run.planned}"
+
+
+def _written(value: Any) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def draw_comparison(runs: Sequence[Run], path: Path) -> bool:
+    """Draw accuracy over rounds, over bytes sent up and over exposures; return whether there was anything to draw.
+
+    A part that no run has figures for is left out; see :func:`fedsplit.runs.comparing.notes`.
+
+    Raises
+    ------
+    ConfigError
+        If the path is not that of a PNG file, or cannot be written.
+    """
+    # the object interface, as for a run's own curves
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--out must name a .png file, got {str(path)!r}")
+    panels = [over for over in PANELS if any(any(curves(run, over)) for run in runs)]
+    if not panels:
+        return False
+    figure = Figure(figsize=(1 + 4 * len(panels), 4 + 0.2 * len(runs)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for over, axis in zip(panels, axes, strict=True):
+        _draw_panel(axis, runs, over)
+    axes[0].set_ylabel(" or ".join(said for name, said in _SCORES.items() if any(_tells(run, name) for run in runs)))
+    handles = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
+    labels = [run.label if run.finished else f"{run.label} (unfinished)" for run in runs]
+    title = "markers: test records; thin lines: training records"
+    legend = figure.legend(handles, labels, loc="outside lower center", frameon=False, title=title)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a folder's name may hold dollars
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise ConfigError(f"plot {path} cannot be written: {error.strerror}") from None
+    return True
+
+
+def _draw_panel(axis: Any, runs: Sequence[Run], over: str) -> None:
+    unit = 1e6 if over == "bytes_up" else 1
+    for number, run in enumerate(runs):
+        for points, style, width in zip(curves(run, over), ("-", "o-"), (0.8, 1.5), strict=True):
+            x, y = [p[0] / unit for p in points], [p[1] for p in points]
+            axis.plot(x, y, style, color=f"C{number}", linewidth=width, markersize=4)
+    axis.set_xlabel(_AXES[over])
+    axis.grid(alpha=0.3)
+    if over in ("round", "exposures_max"):
+        axis.locator_params("x", integer=True)
+
+
+def _tells(run: Run, score: str) -> bool:
+    return any(name.endswith(score) for figures in run.rounds for name in figures)

@@ -1,0 +1,1 @@
+"""The device's side: records stay here, and so do the secrets."""

@@ -1,0 +1,221 @@
+"""What a device needs to ask for predictions, and nothing more: the first layer, the policy, the scaling of its input.
+
+A folder with ``device.json`` and ``first_layer.safetensors``, whose SHA-256 the former holds. The trunk is not in it.
+Other files in it, such as ``first_layer.onnx``, are not read.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import nn
+
+from fedsplit.common.errors import ConfigError, DataError
+from fedsplit.data import Scaling, Source
+from fedsplit.device.pending import replacing
+from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.plan.settings import Settings, load_settings
+from fedsplit.release.policies import Dropping
+from fedsplit.wire.container import FloatArray
+from fedsplit.wire.exchange import weights_digest
+
+DESCRIPTION, WEIGHTS = "device.json", "first_layer.safetensors"
+_LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
+_OF_LINEAR = ("in_features", "out_features")
+_OF_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Layer(_Strict):
+    """What a first layer is, besides its weights."""
+
+    kind: Literal["Linear", "Conv1d", "Conv2d"]
+    arguments: dict[str, int | tuple[int, ...]]
+    bias: bool
+    activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"]
+    input_shape: tuple[int, ...]
+
+
+class _Description(_Strict):
+    format: Literal[1]
+    model: str
+    task: Literal["classification", "binary", "regression", "novelty"]
+    outputs: int
+    layer: Layer
+    dropping: Dropping
+    dtype: Literal["float16", "float32"]
+    scaling: Scaling
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A device's half of a trained model.
+
+    Attributes
+    ----------
+    layer : FirstLayer
+        With the trained weights.
+    dropping : Dropping
+    dtype : str
+        Of activations on the wire.
+    scaling : Scaling
+        From raw numbers to records.
+    task : str
+    outputs : int
+    """
+
+    layer: FirstLayer
+    dropping: Dropping
+    dtype: str
+    scaling: Scaling
+    task: str
+    outputs: int
+
+    @property
+    def weights(self) -> FloatArray:
+        """The first layer's parameters, flat."""
+        return self.layer.flatten(self.layer.initial_weights())
+
+    @property
+    def model(self) -> str:
+        """The name of the model: 16 hexadecimal digits of its first layer's parameters."""
+        return model_name(self.weights)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the contents of the folder's files by their names; raises ConfigError if they cannot hold it."""
+        weights = save(self.layer.initial_weights())
+        description = _Description(
+            format=1,
+            model=self.model,
+            task=self.task,  # type: ignore[arg-type]
+            outputs=self.outputs,
+            layer=described(self.layer),
+            dropping=self.dropping,
+            dtype=self.dtype,  # type: ignore[arg-type]
+            scaling=self.scaling,
+            sha256=sha256(weights).hexdigest(),
+        )
+        return {WEIGHTS: weights, DESCRIPTION: (description.model_dump_json(indent=2) + "\n").encode()}
+
+    def save(self, folder: Path, others: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        """Write the folder, with other files by name; raises ConfigError if it is not empty, or cannot be written."""
+        files = {**others, **self.files()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise ConfigError(f"folder {folder} is not empty: choose another")
+            for name, content in files.items():
+                with replacing(folder / name) as new:
+                    new.write_bytes(content)
+        except OSError as error:
+            raise ConfigError(f"folder {folder} cannot be written: {error.strerror}") from None
+
+    @classmethod
+    def load(cls, folder: Path) -> "Bundle":
+        """Read a folder.
+
+        Raises
+        ------
+        DataError
+            If it is missing or damaged, or its two files do not belong together.
+        """
+        try:
+            found = _Description(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+            content = (folder / WEIGHTS).read_bytes()
+        except OSError as error:
+            raise DataError(f"{folder} holds no model for devices: {error.strerror}; see fedsplit export") from None
+        except (ValueError, TypeError, ConfigError):
+            raise DataError(f"{folder / DESCRIPTION} is damaged, or of another version of fedsplit") from None
+        if sha256(content).hexdigest() != found.sha256:
+            raise DataError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
+        try:
+            layer = _built(found.layer)
+            layer.load_weights(load(content))
+            scaling, dropping = found.scaling, found.dropping
+            dropping.check_layer(layer.width, layer.positive_only)
+            if 0.0 in scaling.divide or scaling.apply(np.zeros((1, *layer.input_shape))).shape[1:] != layer.input_shape:
+                raise ValueError
+        except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
+            raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
+        bundle = cls(layer, dropping, found.dtype, scaling, found.task, found.outputs)
+        if not np.isfinite(bundle.weights).all():
+            raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
+        if bundle.model != found.model:
+            raise DataError(f"{folder / WEIGHTS} is not of the model {found.model}")
+        return bundle
+
+
+def model_name(weights: FloatArray) -> str:
+    """Return the name of a model, from its first layer's flat parameters."""
+    return f"{weights_digest(weights):016x}"
+
+
+def run_settings(folder: Path) -> Settings:
+    """Return the settings of a run that has a checkpoint; raises DataError."""
+    if not (folder / "config.toml").exists():
+        raise DataError(f"{folder} is not a run folder: it has no config.toml")
+    if not (folder / "checkpoint" / WEIGHTS).exists():
+        raise DataError(f"{folder} has no checkpoint: the run has not finished a round")
+    return load_settings(folder / "config.toml")
+
+
+def run_bundle(folder: Path) -> Bundle:
+    """Return the device's half of a run's last checkpoint.
+
+    Raises
+    ------
+    FedsplitError
+        If the run has none, or its data set, which says what a record is, cannot be opened.
+    """
+    from fedsplit.plan.experiment import data_source, split_model
+
+    settings = run_settings(folder)
+    source = data_source(settings)
+    return bundle_of(settings, source, split_model(settings, source).first_layer, folder)
+
+
+def bundle_of(settings: Settings, source: Source, layer: FirstLayer, folder: Path) -> Bundle:
+    """Return the device's half of a run, whose checkpoint's weights ``layer`` gets."""
+    from fedsplit.plan.experiment import dropping
+
+    path = folder / "checkpoint" / WEIGHTS
+    try:
+        layer.load_weights(load(path.read_bytes()))
+    except (OSError, SafetensorError, RuntimeError):
+        raise DataError(f"{path} is damaged, or of another model") from None
+    chosen = dropping(settings)
+    return Bundle(layer, chosen, settings.protocol.dtype, source.scaling, source.task, source.outputs)
+
+
+def described(layer: FirstLayer) -> Layer:
+    """Return what a layer is, besides its weights; raises ConfigError if its activation has unusual numbers."""
+    module: Any = layer.layer
+    names = _OF_LINEAR if isinstance(module, nn.Linear) else _OF_CONVOLUTION
+    (activation,) = (name for name, kind in ACTIVATIONS.items() if type(layer.activation) is kind)
+    if repr(layer.activation) != repr(ACTIVATIONS[activation]()):
+        raise ConfigError(f"{layer.activation} cannot be exported: only activations with their usual numbers can")
+    return Layer(
+        kind=type(module).__name__,  # type: ignore[arg-type]
+        arguments={name: getattr(module, name) for name in names},
+        bias=module.bias is not None,
+        activation=activation,  # type: ignore[arg-type]
+        input_shape=layer.input_shape,
+    )
+
+
+def _built(found: Layer) -> FirstLayer:
+    arguments: dict[str, Any] = {**found.arguments}
+    module = _LAYERS[found.kind](**arguments, bias=found.bias)
+    return FirstLayer(module, ACTIVATIONS[found.activation](), found.input_shape)

@@ -1,0 +1,1 @@
+"""Flower's objects: records, grids, programs."""

@@ -1,0 +1,146 @@
+"""What sums of first-layer gradients tell of records, alone and together with released activations.
+
+The server knows the deltas D (each record's gradient at the pre-activations), so that ``dW = D' X`` is a linear system
+in the records X: a record is handed back exactly iff its leverage in D is 1.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import unfold
+
+from fedsplit.guard.criterion import Array, LayerMap, Mask, bases_of, double, gather, rank_of, stacked
+from fedsplit.model.layer import FirstLayer
+
+_SMALL = 1e-12  # squared sine of the angle below which a gradient's equation adds nothing to the activations'
+
+
+def record_leverage(delta: NDArray[np.floating], ridge: float = 0.0) -> Array:
+    """Return how much a sum of a dense layer's gradients tells of each record: float64 ``(N,)`` in 0..1.
+
+    The sum is ``delta' X``, and record i is handed back exactly iff ``d_i (delta' delta)^+ d_i'`` is 1. Deltas are
+    taken as exact: directions that only their rounding made count too, which errs on the safe side.
+
+    Parameters
+    ----------
+    delta : array (N, m)
+        Each record's gradient at the pre-activations; several releases over the same records side by side.
+    ridge : float
+        Added to ``delta' delta``: variance of the noise on the sum over that of a coordinate.
+    """
+    u, s = _column_space(double(delta), scale=ridge == 0)
+    return np.asarray((u.square() @ (s.square() / (s.square() + ridge))).clamp(0, 1).numpy())
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What activations and sums of first-layer gradients over the same N records tell of them together.
+
+    Attributes
+    ----------
+    share : float
+        Equations of both over unknowns; k/n + r/N for a dense layer. From 1 on everything is determined, generically.
+    largest : float
+        Convolution: largest leverage of any coordinate in all equations together. Linear: largest of ``leverage``.
+    leverage : float64 array (N,)
+        :func:`record_leverage` in the gradients alone; of a record with several positions, the largest of these.
+    rank : int
+        Row rank r of the gradients: of the deltas side by side, for a convolution unfolded over positions.
+    """
+
+    share: float
+    largest: float
+    leverage: Array
+    rank: int
+
+
+def joint(
+    layer: LayerMap, deltas: Sequence[NDArray[np.floating]], kept: Sequence[Mask], maps: Sequence[LayerMap] = ()
+) -> Joint:
+    """Return what releases of N records' activations and of sums of their gradients tell together.
+
+    Parameters
+    ----------
+    deltas : Sequence of arrays (N, width)
+        Gradients at the pre-activations, for each sum that is released.
+    kept : Sequence of bool arrays (N, width)
+        Outputs kept, for each release of activations.
+    maps : Sequence[LayerMap]
+        The map of each release of activations; without it all are of ``layer``.
+    """
+    layers, outputs, alive = stacked(list(zip(maps or [layer] * len(kept), kept, strict=True)))
+    spread = torch.cat([_spread(layer.layer, double(delta)) for delta in deltas], dim=-1)
+    groups, records, positions, _ = spread.shape
+    spaces = [_column_space(rows.flatten(0, 1))[0].reshape(records, positions, -1) for rows in spread]
+    alone = torch.stack([u.square().sum(-1).amax(1) for u in spaces]).amax(0).clamp(max=1).numpy()
+    rank = sum(u.shape[-1] for u in spaces)
+    share = (int(outputs.sum()) + rank * layer.n // (positions * groups)) / (records * layer.n)
+    dense = isinstance(layer.layer.layer, nn.Linear)
+    largest = alone.max(initial=0.0) if dense else _largest_joint(layers, alive, spaces)
+    return Joint(share, float(largest), alone, rank)
+
+
+def _largest_joint(maps: list[LayerMap], alive: Mask, spaces: list[Tensor]) -> float:
+    """Return the largest leverage of any coordinate of any record in all equations of a convolution together.
+
+    The gradients' equations, made orthonormal, are the same ``spaces[g]`` ``(records, positions, r)`` for every input
+    channel of group g. What they add to a record's leverages is their part outside the span of its activations' rows.
+    """
+    records, positions, _ = spaces[0].shape
+    channels = maps[0].n // (positions * len(spaces))
+    sizes = [channels * u.shape[-1] for u in spaces]
+
+    def activations() -> Iterator[tuple[Tensor, Tensor]]:  # a basis (k, n), and the equations' parts along it
+        for i in range(records):
+            basis = bases_of(gather(maps, alive[i : i + 1]))[1][0]
+            parts = basis.reshape(len(basis), len(spaces), channels, positions)
+            yield basis, torch.cat([(parts[:, g] @ u[i]).flatten(1) for g, u in enumerate(spaces)], dim=1)
+
+    gram = torch.eye(sum(sizes), dtype=torch.float64)
+    for _, along in activations():
+        gram -= along.T @ along
+    # singular as a rule: a gradient of kept outputs, times their weights, is a combination of these outputs
+    values, vectors = torch.linalg.eigh(gram)
+    root = vectors[:, values > _SMALL] / values[values > _SMALL].sqrt()  # root root' = gram^+
+    largest = 0.0
+    for i, (basis, along) in enumerate(activations()):
+        pieces = zip(spaces, torch.split(root, sizes), strict=True)
+        parts = [u[i] @ piece.reshape(channels, u.shape[-1], root.shape[1]) for u, piece in pieces]
+        added = torch.cat(parts).flatten(0, 1) - basis.T @ (along @ root)
+        largest = max(largest, float((basis.square().sum(0) + added.square().sum(1)).max()))
+    return min(largest, 1.0)
+
+
+def _spread(layer: FirstLayer, delta: Tensor) -> Tensor:
+    """Return ``(groups, N, positions, q)``: what a position's coordinates are multiplied by in the q gradients.
+
+    Those of one position, one for each input channel of the group, have the same factors, each in its own part of the
+    gradient. For a linear layer, positions are the record's leading axes, and the factors the delta.
+    """
+    if isinstance(layer.layer, nn.Linear):
+        return delta.reshape(1, len(delta), -1, layer.layer.out_features)
+    c, shape = cast(nn.Conv2d, layer.layer), layer.input_shape[1:]
+    flat = (1,) * (2 - len(shape))  # a Conv1d is a Conv2d of height 1
+    numbers = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(1, 1, *flat, *shape)
+    padding = (0,) * len(flat) + cast(tuple[int, ...], c.padding)
+    places = unfold(numbers, flat + c.kernel_size, flat + c.dilation, padding, flat + c.stride)[0].long()  # 0: padding
+    steps = delta.reshape(len(delta), c.groups, -1, places.shape[1]).permute(1, 0, 3, 2)  # (groups, N, steps, outputs)
+    size = (c.groups, len(delta), math.prod(shape) + 1, steps.shape[-1], len(places))
+    spread = torch.zeros(size, dtype=torch.float64)
+    for k, place in enumerate(places):
+        spread[:, :, place, :, k] = steps
+    return spread[:, :, 1:].flatten(3)
+
+
+def _column_space(rows: Tensor, *, scale: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the left singular vectors ``(N, r)`` and singular values ``(r,)`` of ``(N, m)``, columns of norm 1."""
+    norms = torch.linalg.vector_norm(rows, dim=0)
+    u, s, _ = torch.linalg.svd(rows / norms.where(norms > 0, 1) if scale else rows, full_matrices=False)
+    rank = rank_of(s, *rows.shape)
+    return u[:, :rank], s[:rank]

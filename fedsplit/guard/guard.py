@@ -1,0 +1,349 @@
+"""The guard: what may leave a device, by its owner's limits; it asks the exposure accountant before every release.
+
+On real nodes it enforces. In simulation it observes by default: everything leaves, and what would have been refused
+is counted, but for what takes long to compute (leverages) and for what only refusals lead to (the cap on them).
+
+A refusal is a coarse reason and a count, never a number of a record. That it is refused may still tell of a record:
+the rules that do not look at records come first, and how often the others may refuse is bounded, over all runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.guard.accountant import Cost, ExposureAccountant, gaussian_precision, largest_precision
+from fedsplit.guard.criterion import LayerMap, coordinates
+from fedsplit.guard.gradient import Joint, joint
+from fedsplit.guard.history import History, Sum
+from fedsplit.guard.limits import Limits
+from fedsplit.model.layer import FirstLayer
+from fedsplit.release.policies import Dropping, Kept, unpack_bitmap
+from fedsplit.wire.container import FloatArray, IntArray
+from fedsplit.wire.exchange import Reason
+
+Float64 = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+_TELLING = (Reason.WEIGHTS, Reason.EQUATIONS, Reason.LEVERAGE)  # as far as they look at the records
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Releases that are about to leave, all of one exchange.
+
+    Attributes
+    ----------
+    run, round_number : int
+    weights : float32 array (parameters,)
+    name : bytes
+        Digest of all that decides the bytes besides the record; see :func:`release_name`.
+    owners, records : int64 arrays (records,)
+        Each record's device, and its number in the ledgers.
+    segments : int64 array (records, segments of each)
+        The numbers that it is counted under.
+    bitmap : uint8 array (records, ceil(width / 8))
+        The outputs that would be sent, as in :class:`fedsplit.release.policies.Kept`.
+    active : float64 array (records,)
+        Share of the outputs that are above zero.
+    cost : Cost
+        Without leverage.
+    exact : bool
+        Whether a value sent is an equation in the record's numbers, as opposed to one bit.
+    """
+
+    run: int
+    round_number: int
+    weights: FloatArray
+    name: bytes
+    owners: IntArray
+    records: IntArray
+    segments: IntArray
+    bitmap: NDArray[np.uint8]
+    active: Float64
+    cost: Cost
+    exact: bool
+
+    def take(self, rows: IntArray) -> "Proposal":
+        """Return some of the releases."""
+        chosen = {n: getattr(self, n)[rows] for n in ("owners", "records", "segments", "bitmap", "active")}
+        return replace(self, **chosen, cost=Cost(**{name: values[rows] for name, values in vars(self.cost).items()}))
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A sum of first-layer gradients over some records, about to leave.
+
+    Attributes
+    ----------
+    weights : float32 array (parameters,)
+        Those that released the records.
+    records : int64 array (records,)
+    segments : int64 array (records, segments of each)
+        As in :class:`Proposal`.
+    bitmap : uint8 array (records, ceil(width / 8))
+        The outputs that were sent of the records.
+    values : float32 array (outputs sent,)
+        Gradients at their pre-activations.
+    """
+
+    weights: FloatArray
+    records: IntArray
+    segments: IntArray
+    bitmap: NDArray[np.uint8]
+    values: FloatArray
+
+    @property
+    def name(self) -> bytes:
+        """A 32-byte digest of all that decides the sum besides the records' content."""
+        parts = (self.records, self.bitmap, self.values)
+        return sha256(b"".join(sha256(part.tobytes()).digest() for part in parts)).digest()
+
+    def pattern(self, width: int) -> Mask:
+        """Return which outputs were sent, ``(records, width)``."""
+        return unpack_bitmap(self.bitmap, width)
+
+    def delta(self, width: int) -> FloatArray:
+        """Return the gradients at all pre-activations, ``(records, width)``."""
+        pattern = self.pattern(width)
+        dense = np.zeros(pattern.shape, dtype=np.float32)
+        dense[pattern] = self.values
+        return dense
+
+
+def release_name(layer: FirstLayer, weights: FloatArray, policy: str, mask_round: int) -> bytes:
+    """Return a 32-byte name under which equal records give equal bytes."""
+    text = f"{layer.description}|{policy}|{mask_round}".encode()
+    return sha256(sha256(weights.tobytes()).digest() + text).digest()
+
+
+def release_cost(kept: Kept, layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray) -> Cost:
+    """Return what releases tell of their records, without leverage."""
+    each = {0: 8 * np.dtype(dtype).itemsize, 1: 0}.get(dropping.bits, dropping.bits)
+    exponent = 16 if dtype == "float16" and not dropping.bits else 0
+    fisher: Float64 | float = np.inf
+    if dropping.noise:
+        variance = (dropping.noise * dropping.clip) ** 2 * np.prod(layer.input_shape)
+        rows = np.square(LayerMap(layer, layer.unflatten(weights)).rows(np.arange(layer.width))).sum(axis=1)
+        fisher = unpack_bitmap(kept.bitmap, layer.width) @ rows / variance
+    return Cost.of(
+        len(kept.counts),
+        equations=kept.counts if dropping.bits != 1 else 0,
+        bits=layer.width + each * kept.counts + exponent,
+        precision=gaussian_precision(dropping.noise),
+        fisher=fisher,
+        leverage=np.nan,
+    )
+
+
+class Guard:
+    """Decides what leaves, and has it written down first.
+
+    Parameters
+    ----------
+    limits : Limits
+    accountant : ExposureAccountant
+        Opened for this exchange: other processes may have written to it before.
+    layer : FirstLayer
+    enforce : bool
+        Whether refusals hold, or are only counted.
+    """
+
+    def __init__(self, limits: Limits, accountant: ExposureAccountant, layer: FirstLayer, *, enforce: bool) -> None:
+        self.limits = limits
+        self.accountant = accountant
+        self.layer = layer
+        self.enforce = enforce
+        self._history = History(accountant, layer)
+        self._most_precision = largest_precision(limits.epsilon, limits.delta)
+
+    def admit(self, proposal: Proposal) -> IntArray:
+        """Judge the records of a proposal and write down those that leave.
+
+        Returns
+        -------
+        int64 array (records,)
+            0 for what the limits allow, else a :class:`Reason`. When enforcing, only the former may leave. What was
+            sent under this name before is always allowed: it is nothing new.
+        """
+        accountant = self.accountant
+        codes = np.zeros(len(proposal.records), dtype=np.int64)
+        new = np.flatnonzero(accountant.is_new(proposal.records, proposal.name))
+        codes[new] = self._by_terms(proposal.take(new))
+        looked_at = new[(codes[new] == 0) | (codes[new] == Reason.EQUATIONS)]
+        rows = new[codes[new] == 0]
+        codes[rows] = self._by_activity(proposal.take(rows))
+        rows = rows[codes[rows] == 0]
+        if self.enforce:
+            leverage = np.full(len(codes), np.nan)
+            codes[rows], leverage[rows] = self._by_leverage(proposal.take(rows))
+            proposal = replace(proposal, cost=replace(proposal.cost, leverage=leverage))
+            rows = rows[codes[rows] == 0]
+        codes[rows] = self._in_turn(proposal.take(rows))
+        leaving = rows[codes[rows] == 0] if self.enforce else new
+        telling = looked_at[np.isin(codes[looked_at], _TELLING)] if self.enforce else new[:0]
+        # which records are judged together decides activity: there the same question has other answers
+        again = accountant.was_refused(proposal.records[telling], proposal.name) & (codes[telling] != Reason.WEIGHTS)
+        telling = telling[~again]
+        if accountant.refused + len(telling) > self.limits.refusals and len(telling):
+            codes[new], leaving = Reason.CAPPED, new[:0]  # one answer, and the last
+            accountant.refused = self.limits.refusals
+            telling = telling[:1]
+        if len(leaving) or len(telling):
+            lasting = telling[codes[telling] != Reason.WEIGHTS]
+            accountant.refuse(proposal.records[lasting], proposal.name)
+            accountant.refused += len(telling) - len(lasting)
+            self._write(proposal.take(leaving))
+        return codes
+
+    def admit_gradient(self, summed: Summed) -> bool:
+        """Judge a sum of first-layer gradients over some records, and write it down if it leaves.
+
+        Returns
+        -------
+        bool
+            Whether the limits allow it. When enforcing, only then may it leave.
+        """
+        limits, records, segments = self.limits, summed.records, summed.segments
+        bounded = np.isfinite(self._most_precision)  # which a sum without noise never is
+        allowed = limits.gradients and len(records) >= limits.gradient_records and not bounded
+        if self.enforce and (not allowed or self._capped):
+            return False
+        if (name := summed.name) in self.accountant.sums:
+            return allowed
+        leverage = np.ones(len(records))
+        if self.enforce:
+            delta, pattern = summed.delta(self.layer.width), summed.pattern(self.layer.width)
+            found, count = joint(self._map(summed.weights), [delta], [pattern]), len(records)
+            leverage, equations = found.leverage, int(np.sum(self.accountant.spent(segments).equations))
+            if related := self._history.related_sums(records):
+                found, count, equations = self._together(summed, delta, pattern, related)
+            missing = max(0, equations - int(np.count_nonzero(pattern)))  # those of other releases
+            share = found.share + missing / (count * np.prod(self.layer.input_shape))
+            added = self.accountant.after(segments, Cost.of(len(segments), gradient=leverage)).gradient
+            largest = max(np.max(added), np.max(found.leverage))
+            determined = found.largest >= limits.leverage  # by both together, as a convolution's equations can
+            if share > limits.gradient_share or largest > limits.gradient_leverage or determined:
+                return False
+            self._history.keep_sum(name, records, segments, delta)
+        self.accountant.add_gradient(name, segments, leverage)
+        self.accountant.save()
+        return allowed
+
+    # ------------------------------------------------------------------ judging releases
+
+    @property
+    def _capped(self) -> bool:
+        return self.accountant.refused > self.limits.refusals
+
+    def _by_terms(self, proposal: Proposal) -> IntArray:
+        """Return reasons by the rules that do not look at the records, and by each record's ledgers."""
+        if self._capped:
+            return np.full(len(proposal.records), Reason.CAPPED)
+        if self._made_to_read(proposal):
+            return np.full(len(proposal.records), Reason.WEIGHTS)
+        if proposal.round_number < self.accountant.last_round(proposal.run):
+            return np.full(len(proposal.records), Reason.ORDER)
+        before, cost = self.accountant.spent(proposal.segments), proposal.cost
+        after = [before.releases + 1, before.precision + cost.precision, before.equations + cost.equations]
+        return self._within(np.array(after, dtype=np.float64))
+
+    def _within(self, after: Float64) -> IntArray:
+        """Return reasons by what will have left of records, ``(3, records)``: releases, precision and equations."""
+        limits = self.limits
+        most = limits.releases, self._most_precision, limits.equations * np.prod(self.layer.input_shape)
+        broken = after > np.array(most)[:, None]
+        reasons = np.array([Reason.RELEASES, Reason.EPSILON, Reason.EQUATIONS])
+        return np.where(broken.any(axis=0), reasons[broken.argmax(axis=0)], 0)
+
+    def _made_to_read(self, proposal: Proposal) -> bool:
+        """Whether weights look made to read records: one giant row (relu), or bits that tell of single numbers."""
+        if not self.layer.positive_only:
+            return False
+        rows = self.layer.unflatten(proposal.weights)["weight"]
+        squares = np.square(rows.reshape(len(rows), -1).astype(np.float64))
+        norms = np.sqrt(squares.sum(axis=1))
+        # rows that are next to nothing are dead, but not where nearly all were: then it is the others that are giants
+        alive = norms[norms > 1e-6 * np.quantile(norms, 0.9, method="lower")]
+        if len(alive) and norms.max() > self.limits.row_norms * np.median(alive):
+            return True
+        single = squares.max(axis=1) >= self.limits.leverage * np.square(norms)
+        return not proposal.exact and bool((single & (norms > 0)).any())
+
+    def _by_activity(self, proposal: Proposal) -> IntArray:
+        """Return reasons by the share of relu outputs that weights make active on each device's records."""
+        if not self.layer.positive_only:
+            return np.zeros(len(proposal.owners), dtype=np.int64)
+        owners, place = np.unique(proposal.owners, return_inverse=True)
+        share = np.bincount(place, proposal.active, len(owners)) / np.bincount(place, minlength=len(owners))
+        return np.where(share > self.limits.active, Reason.WEIGHTS, 0)[place]
+
+    def _by_leverage(self, proposal: Proposal) -> tuple[IntArray, Float64]:
+        """Return reasons by, and the largest leverage of each record's numbers in this release and all earlier ones.
+
+        Where it cannot be known the record has had its releases: where earlier patterns were not kept, where sums of
+        gradients have left, and where another record with the same segment has, since segments do not say which
+        numbers they share.
+        """
+        if not (proposal.exact and len(proposal.records)):
+            return np.zeros(len(proposal.records), dtype=np.int64), np.zeros(len(proposal.records))
+        earlier, count, complete = self._history.releases(proposal.records)
+        own = self._map(proposal.weights), unpack_bitmap(proposal.bitmap, self.layer.width)
+        found = coordinates([own, *earlier])
+        broken = (found.largest >= self.limits.leverage) | (found.determined > 0)
+        spent = self.accountant.spent(proposal.segments)
+        unknown = ~complete | (spent.releases > count) | (np.asarray(spent.gradient) > 0)
+        return np.where(unknown, Reason.RELEASES, np.where(broken, Reason.LEVERAGE, 0)), found.largest
+
+    def _in_turn(self, proposal: Proposal) -> IntArray:
+        """Return reasons by the ledgers of records that leave one after another, where they share segments."""
+        codes = np.zeros(len(proposal.records), dtype=np.int64)
+        names, place = np.unique(proposal.segments, return_inverse=True)
+        if len(names) == place.size:
+            return codes
+        before, cost = self.accountant.spent(names[:, None]), proposal.cost
+        spent = np.array([before.releases, before.precision, before.equations], dtype=np.float64)
+        costs = np.array([np.ones(len(codes)), cost.precision, cost.equations])
+        shared = np.zeros(len(names), dtype=bool)
+        for i, own in enumerate(map(np.unique, place.reshape(proposal.segments.shape))):
+            codes[i] = self._within((spent[:, own].max(axis=1) + costs[:, i])[:, None])[0]
+            if self.enforce and proposal.exact and shared[own].any():
+                codes[i] = codes[i] or Reason.RELEASES  # see _by_leverage
+            if not codes[i]:
+                spent[:, own] += costs[:, i : i + 1]
+                shared[own] = True
+        return codes
+
+    def _write(self, proposal: Proposal) -> None:
+        """Write down what leaves."""
+        accountant = self.accountant
+        if len(proposal.records):
+            if self.enforce and self.limits.releases > 1:  # else there is nothing that it would be judged with
+                bitmap = proposal.bitmap if proposal.exact else np.zeros_like(proposal.bitmap)
+                self._history.keep_release(proposal.name, proposal.weights, proposal.records, bitmap)
+            accountant.step(proposal.records, proposal.segments, proposal.name, proposal.cost)
+            accountant.note(proposal.run, proposal.round_number)
+        accountant.save()
+
+    def _together(
+        self, summed: Summed, delta: FloatArray, pattern: Mask, related: Sequence[Sum]
+    ) -> tuple[Joint, int, int]:
+        """Return what sums of gradients tell together, of how many records, and how many equations have left of these.
+
+        Sums that differ in little give that little away: together they tell more than what each does adds up to.
+        """
+        sums = [Sum(summed.records, summed.segments, delta), *related]
+        records = np.unique(np.concatenate([s.records for s in sums]))
+        deltas = np.zeros((len(sums), len(records), self.layer.width), dtype=np.float32)
+        equations = np.zeros(len(records), dtype=np.int64)
+        for i, each in enumerate(sums):
+            rows = np.searchsorted(records, each.records)
+            deltas[i, rows] = each.delta
+            equations[rows] = self.accountant.spent(each.segments).equations
+        kept = np.zeros(deltas.shape[1:], dtype=bool)
+        kept[np.searchsorted(records, summed.records)] = pattern
+        return joint(self._map(summed.weights), list(deltas), [kept]), len(records), int(equations.sum())
+
+    def _map(self, weights: FloatArray) -> LayerMap:
+        return LayerMap(self.layer, self.layer.unflatten(weights))

@@ -1,0 +1,1 @@
+"""The network on both sides of the cut."""

@@ -1,0 +1,279 @@
+"""The network on both sides of the cut: the devices' first layer and the whole model it is cut from."""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight
+
+from fedsplit.common.errors import ConfigError
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "identity": nn.Identity,
+}
+Number = TypeVar("Number", bound=np.floating[Any])
+Weights = dict[str, NDArray[np.float32]]
+_FEW = 64  # rows; the kernels seen differ below 4 per thread
+
+
+class FirstLayer:
+    """The part of the network that devices hold: one linear or convolutional layer and its activation.
+
+    Parameters
+    ----------
+    layer : nn.Linear | nn.Conv1d | nn.Conv2d
+        Its parameters are the *initial* weights; every call takes the weights to use as an argument, because a
+        node gets them anew with each message.
+    activation : nn.Module
+        One of ReLU, LeakyReLU, Tanh, Sigmoid, GELU, Identity.
+    input_shape : tuple[int, ...]
+        Shape of one record. A linear layer with as many inputs as a record has numbers takes it flattened.
+
+    Raises
+    ------
+    ConfigError
+        If the layer or activation is not supported, or a record does not fit the layer.
+    """
+
+    def __init__(self, layer: nn.Module, activation: nn.Module, input_shape: tuple[int, ...]) -> None:
+        if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d):
+            raise ConfigError(f"first layer must be Linear, Conv1d or Conv2d, got {type(layer).__name__}")
+        if not isinstance(activation, tuple(ACTIVATIONS.values())):
+            raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {type(activation).__name__}")
+        if not isinstance(layer, nn.Linear) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
+            raise ConfigError("first layer must pad with zeros by a number, not by 'same' or another mode")
+        # torch would take records without a channel axis for one record without a batch axis
+        axes = {"Conv1d": 2, "Conv2d": 3}.get(type(layer).__name__, max(1, len(input_shape)))
+        if len(input_shape) != axes:
+            raise ConfigError(f"records of shape {input_shape} do not fit the first layer {layer}")
+        self.layer = layer
+        self.activation = copy.deepcopy(activation)
+        if hasattr(self.activation, "inplace"):
+            self.activation.inplace = False  # type: ignore[assignment]  # pre-activations are needed after it
+        self.input_shape = input_shape
+        self._flat = isinstance(layer, nn.Linear) and layer.in_features == math.prod(input_shape)
+        self.cut_shape = self._cut_shape()
+        self.width = math.prod(self.cut_shape)
+        self.shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+
+    def _cut_shape(self) -> tuple[int, ...]:
+        try:
+            with torch.no_grad():
+                return tuple(self.outputs(torch.zeros(1, *self.input_shape)).shape[1:])
+        except RuntimeError:
+            raise ConfigError(f"records of shape {self.input_shape} do not fit the first layer {self.layer}") from None
+
+    @property
+    def description(self) -> str:
+        """All that decides the outputs besides weights and record."""
+        return f"{self.layer} {self.activation} {self.input_shape}"
+
+    def unrolled(self) -> Tensor:
+        """Return the layer's linear map as a matrix ``(width, numbers of a record)`` that gradients flow through."""
+        n = math.prod(self.input_shape)
+        ones = torch.eye(n).reshape(n, *self.input_shape)
+        bias = self.outputs(torch.zeros(1, *self.input_shape))
+        return (self.outputs(ones) - bias).reshape(n, -1).T
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Run the layer on ``(batch, *input_shape)`` with its own parameters, without the activation."""
+        return cast(Tensor, self.layer(x.flatten(1) if self._flat else x))
+
+    def initial_weights(self) -> Weights:
+        """Return a copy of the layer's parameters as float32 arrays by name."""
+        return {n: p.detach().numpy().astype(np.float32, copy=True) for n, p in self.layer.named_parameters()}
+
+    def load_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        """Make some parameters the initial ones."""
+        self.layer.load_state_dict({name: torch.from_numpy(np.array(w)) for name, w in weights.items()})
+
+    @property
+    def positive_only(self) -> bool:
+        """Whether an output of zero means a derivative of zero, as for relu: then no pattern bit is needed."""
+        return isinstance(self.activation, nn.ReLU)
+
+    @property
+    def unit_slope(self) -> bool:
+        """Whether the derivative is 1 at every output that is sent."""
+        return isinstance(self.activation, nn.ReLU | nn.Identity)
+
+    def pre_activations(self, weights: Mapping[str, NDArray[np.float32]], x: NDArray[Number]) -> Tensor:
+        """Return Wx + b ``(records, *cut_shape)`` in the dtype of the records, float32 or float64."""
+        # Matrix kernels choose by the number of rows when these are few: rows to spare keep a record's outputs the
+        # same to the last bit, whatever other records it is computed with.
+        spare = np.zeros((max(0, _FEW - len(x)), *self.input_shape), x.dtype)
+        with torch.no_grad():
+            return self.run(
+                {name: torch.from_numpy(np.ascontiguousarray(w, x.dtype)) for name, w in weights.items()},
+                torch.from_numpy(np.concatenate([x, spare])),
+            )[: len(x)]
+
+    def derivative(self, pre_activations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the activation's derivative at each value, any shape, float32."""
+        z = torch.from_numpy(pre_activations).requires_grad_()
+        with torch.enable_grad():
+            total = self.activation(z).sum()
+        return cast(NDArray[np.float32], torch.autograd.grad(total, z)[0].numpy())
+
+    def gradient(self, x: NDArray[Number], delta: NDArray[Number]) -> NDArray[Number]:
+        """Return dW of the summed loss, all parameters in one flat vector of the arguments' dtype.
+
+        Parameters
+        ----------
+        x : float32 or float64 array (records, *input_shape)
+        delta : array (records, *cut_shape)
+            Gradient of the summed loss at the pre-activations; for a linear layer dW = delta^T x.
+        """
+        d, inputs = torch.from_numpy(delta), torch.from_numpy(x)
+        if isinstance(self.layer, nn.Linear):
+            rows = inputs.flatten(1) if self._flat else inputs.flatten(0, -2)
+            parts = [d.flatten(0, -2).T @ rows]
+        else:
+            rule = conv1d_weight if isinstance(self.layer, nn.Conv1d) else conv2d_weight
+            c = self.layer
+            parts = [rule(inputs, c.weight.shape, d, c.stride, c.padding, c.dilation, c.groups)]  # type: ignore[no-untyped-call]
+        if self.layer.bias is not None:
+            axes = [axis for axis in range(d.ndim) if axis != self._channel_axis(d.ndim)]
+            parts.append(d.sum(dim=axes))
+        return cast(NDArray[Number], torch.cat([p.flatten() for p in parts]).numpy())
+
+    def flatten(self, weights: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Join the parameters into one float32 vector, in the layer's own order."""
+        return np.concatenate([np.asarray(weights[n], dtype=np.float32).ravel() for n in self.shapes])
+
+    def unflatten(self, vector: NDArray[Number]) -> dict[str, NDArray[Number]]:
+        """Undo :meth:`flatten`; the vector's length must be :attr:`size`."""
+        ends = np.cumsum([math.prod(s) for s in self.shapes.values()])
+        pieces = np.split(vector, ends[:-1])
+        return {n: p.reshape(s) for (n, s), p in zip(self.shapes.items(), pieces, strict=True)}
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def _channel_axis(self, ndim: int) -> int:
+        return ndim - 1 if isinstance(self.layer, nn.Linear) else 1
+
+    def run(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Run the layer with some parameters on ``(batch, *input_shape)``, without the activation."""
+        inputs = x.flatten(1) if self._flat else x
+        return torch.func.functional_call(self.layer, dict(parameters), (inputs,))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """A network cut after its first layer.
+
+    Attributes
+    ----------
+    first_layer : FirstLayer
+        Runs on the devices.
+    trunk : nn.Module
+        Everything after the cut, server only: takes ``(batch, *cut_shape)``, returns ``(batch, outputs)``.
+    """
+
+    first_layer: FirstLayer
+    trunk: nn.Module
+
+    @classmethod
+    def from_sequential(cls, net: nn.Sequential, input_shape: tuple[int, ...], cut: int = 1) -> "SplitModel":
+        """Cut an existing (for example pretrained) network after its first layer and that layer's activation.
+
+        Raises
+        ------
+        ConfigError
+            If ``cut`` is not 1 or the network has fewer than two parts.
+
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> SplitModel.from_sequential(net, input_shape=(4,)).trunk
+        Sequential(
+          (0): Linear(in_features=8, out_features=2, bias=True)
+        )
+        """
+        if cut != 1:
+            raise ConfigError(f"cut must be 1 (only the first layer can stay on the device), got {cut}")
+        if not isinstance(net, nn.Sequential) or not len(net):
+            raise ConfigError("from_sequential needs an nn.Sequential that is not empty")
+        modules: list[nn.Module] = list(net)
+        if isinstance(modules[0], nn.Flatten) and len(modules) > 1 and isinstance(modules[1], nn.Linear):
+            modules = modules[1:]  # a linear layer takes records flattened by itself
+        has_activation = len(modules) > 1 and isinstance(modules[1], tuple(ACTIVATIONS.values()))
+        activation = modules[1] if has_activation else nn.Identity()
+        trunk = nn.Sequential(*modules[1 + has_activation :])
+        if not len(trunk):
+            raise ConfigError("from_sequential needs at least one module after the first layer and its activation")
+        return cls(FirstLayer(modules[0], activation, tuple(input_shape)), trunk)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the whole network on ``(batch, *input_shape)``, undropped: for comparisons, not for devices."""
+        first = self.first_layer
+        return cast(Tensor, self.trunk(first.activation(first.outputs(x))))
+
+
+def _sensor_cnn(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
+    """Conv1d over time (kernel 9, stride 2), two more convolutions with batch norm, mean over time, a linear layer."""
+    first = nn.Conv1d(shape[0], width, kernel_size=9, stride=2, padding=4)
+    trunk = nn.Sequential(
+        nn.Conv1d(width, 64, kernel_size=5, stride=2, padding=2),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.Conv1d(64, 64, kernel_size=5, stride=2, padding=2),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(64, outputs),
+    )
+    return SplitModel(FirstLayer(first, activation, shape), trunk)
+
+
+def _image_cnn(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
+    """Conv2d (kernel 5, stride 2), one more convolution, one linear layer."""
+    first = FirstLayer(nn.Conv2d(shape[0], width, kernel_size=5, stride=2, padding=2), activation, shape)
+    body = nn.Sequential(nn.Conv2d(width, 32, kernel_size=3, stride=2, padding=1), nn.ReLU(), nn.Flatten())
+    features = body(torch.zeros(1, *first.cut_shape)).shape[1]
+    trunk = nn.Sequential(*body, nn.Linear(features, outputs))
+    return SplitModel(first, trunk)
+
+
+def _mlp(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
+    """Linear first layer on flattened records, then one hidden layer of 128 units."""
+    first = FirstLayer(nn.Linear(math.prod(shape), width), activation, shape)
+    trunk = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, outputs))
+    return SplitModel(first, trunk)
+
+
+BUILT_IN = {"sensor-cnn": (_sensor_cnn, 2), "image-cnn": (_image_cnn, 3), "mlp": (_mlp, 0)}
+"""Built-in models by name: for sensor windows ``(channels, time)``, images ``(channels, height, width)`` and
+tables of any shape; the number is how many axes a record must have (0: any)."""
+
+
+def build_model(name: str, input_shape: tuple[int, ...], outputs: int, width: int, activation: str) -> SplitModel:
+    """Build one of :data:`BUILT_IN`; seed torch before the call, the weights are drawn in it.
+
+    Parameters
+    ----------
+    width : int
+        Output channels (convolution) or units (linear) of the first layer.
+
+    Raises
+    ------
+    ConfigError
+        If a record of the data has another number of axes than the model takes.
+    """
+    build, axes = BUILT_IN[name]
+    if axes and len(input_shape) != axes:
+        raise ConfigError(f"model {name!r} takes records of {axes} axes, the data's have shape {input_shape}")
+    return build(input_shape, outputs, width, ACTIVATIONS[activation]())

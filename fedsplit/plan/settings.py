@@ -1,0 +1,498 @@
+"""The one place where settings are defined, checked and documented: a TOML file as frozen pydantic models.
+
+An unknown key or a bad value is refused with the key, the value and what is allowed.
+"""
+
+import time
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from fedsplit.common.errors import ConfigError
+from fedsplit.common.tables import Section, one_line
+from fedsplit.server.aggregation import STRATEGIES
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+Turn = Annotated[float, Field(ge=0.1, le=1e9)]
+
+
+class RunSettings(Section):
+    """``[run]``: the name (of the run folder), seed, rounds, engine, and rounds between evaluations (0: at the end).
+
+    ``ray_address``: HOST:PORT of a Ray cluster that is there already, for the engine ``ray``; without it a private one
+    is made.
+    """
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Positive
+    engine: Literal["ray", "inline"] = "ray"
+    ray_address: Annotated[str, Field(pattern=r"^[^\s/:]+:[0-9]{1,5}$")] | None = None
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+
+
+class DataSettings(Section):
+    """``[data]``: one of ``name`` (a packaged data set), ``folder`` (of .npz files) or ``builder`` (module:function).
+
+    Or ``shape``, of one record, where real nodes have the records: then nobody else needs any.
+    ``overlap``: whether the windows of ``wearables`` overlap by half or not at all.
+    ``novel``: the class of a data set that nobody trains with, which makes it a task ``novelty``.
+    ``task`` and ``outputs`` (classes, columns of a regression target, or the most recordings that a device has for
+    ``novelty``) describe a user's own data.
+    """
+
+    name: str | None = None
+    folder: str | None = None
+    builder: str | None = None
+    shape: Annotated[list[Positive], Field(min_length=1)] | None = None
+    overlap: bool = True
+    novel: Annotated[int, Field(ge=0)] | None = None
+    task: Literal["classification", "binary", "regression", "novelty"] | None = None
+    outputs: Positive | None = None
+
+
+class LogNormal(Section):
+    """A lognormal distribution over devices: exp(ln median + sigma z), with z normal."""
+
+    median: Rate
+    sigma: Annotated[float, Field(ge=0, le=10)]
+
+
+class OnOff(Section):
+    """Times, in mean seconds and exponentially distributed, for which a device is there and away by turns."""
+
+    on: Turn
+    off: Turn
+
+
+class ProfileSettings(Section):
+    """``[devices.profile]``, in simulation only: what each device would need, on a virtual clock.
+
+    ``compute``: speed relative to one core of this machine; ``uplink`` and ``downlink`` in Mbit/s; ``latency``: seconds
+    of a round trip, once an exchange. Each is a number or a lognormal over the devices. ``availability``: the
+    probability that a device is there in a round, or a Markov chain. ``dropout``: the probability that it is lost in an
+    exchange. ``trace``: a CSV file, see :class:`fedsplit.server.virtual.trace.Trace`, that begins again every ``trace_period``
+    seconds. ``preset`` stands for typical figures, of which those that are given take the place; see :meth:`filled`.
+    ``release_seconds`` and ``gradient_seconds``: what one core of this machine needs to release a record, and for its
+    gradient; measured where they are absent, so give them where runs must be equal.
+    """
+
+    preset: Literal["phones-4g", "wearables-ble", "hospital-lan"] | None = None
+    compute: Rate | LogNormal | None = None
+    uplink: Rate | LogNormal | None = None
+    downlink: Rate | LogNormal | None = None
+    latency: Annotated[float, Field(ge=0, allow_inf_nan=False)] | LogNormal | None = None
+    availability: Annotated[float, Field(gt=0, le=1)] | OnOff | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    trace: str | None = None
+    trace_period: Seconds | None = None
+    release_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    gradient_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    def filled(self) -> "ProfileSettings":
+        """Return the profile with the preset's figures in place of those that are not given, or an ideal device's."""
+        ideal = {"compute": 1.0, "latency": 0.0, "availability": 1.0, "dropout": 0.0}
+        given = self.model_dump(by_alias=True, exclude_none=True)
+        return ProfileSettings.model_validate({**ideal, **presets().get(self.preset or "", {}), **given})
+
+    @model_validator(mode="after")
+    def _period(self) -> "ProfileSettings":
+        if self.trace_period is not None and self.trace is None:
+            raise ValueError("trace-period is for a trace")
+        return self
+
+
+@cache
+def presets() -> dict[str, dict[str, Any]]:
+    """Return the typical figures of some kinds of devices; the file says where they come from."""
+    return tomllib.loads((Path(__file__).parent / "virtual" / "presets.toml").read_text(encoding="utf-8"))
+
+
+class DeviceSettings(Section):
+    """``[devices]``: how many there are (test devices included), how many a node hosts, who holds what.
+
+    ``test``: a list of device ids, a number (the last ones) or ``"all"`` (every device that has test records).
+    ``fraction`` of the training devices is sampled in each round, ``sampling`` by chance, by size or fairly; see
+    :class:`fedsplit.plan.schedule.Schedule`. ``over_sampling`` times as many are asked, and the round ends with the answers
+    of those who come first.
+    """
+
+    count: Positive | None = None
+    per_node: Positive = 1
+    partition: Literal["natural", "iid", "dirichlet"] = "natural"
+    alpha: Rate = 0.5
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    sampling: Literal["uniform", "size", "fair"] = "uniform"
+    over_sampling: Annotated[float, Field(ge=1, le=10)] = 1.0
+    test: Literal["all"] | Positive | list[Annotated[int, Field(ge=0)]]
+    profile: ProfileSettings | None = None
+
+    @model_validator(mode="after")
+    def _others(self) -> "DeviceSettings":
+        if self.over_sampling > 1 and self.fraction == 1:
+            raise ValueError(f"over-sampling {self.over_sampling:g} needs a fraction below 1: all are asked already")
+        return self
+
+
+class ModelSettings(Section):
+    """``[model]``: a built-in ``name`` with the first layer's ``width`` and ``activation``, or a ``builder``.
+
+    ``width`` is the first layer's output channels or units. ``builder`` is a module:function that takes nothing and
+    returns a SplitModel.
+    """
+
+    name: Literal["sensor-cnn", "image-cnn", "mlp"] | None = None
+    builder: str | None = None
+    width: Positive = 32
+    activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"] = "relu"
+
+
+class DroppingSettings(Section):
+    """``[dropping]``: the policy and its budget; see :class:`fedsplit.release.policies.Dropping`.
+
+    ``mask = "keyed"`` keeps the same outputs of a record in all rounds; prediction is always keyed.
+    """
+
+    policy: Literal["none", "random", "at-most", "top-k", "units", "bits"]
+    keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    k: Positive | None = None
+    bits: Annotated[int, Field(ge=1, le=8)] | None = None
+    clip: Rate | None = None
+    noise: Rate | None = None
+    mask: Literal["fresh", "keyed"] = "fresh"
+
+    @model_validator(mode="after")
+    def _budget(self) -> "DroppingSettings":
+        needs = {"none": None, "random": "keep", "bits": "bits"}.get(self.policy, "k")
+        given = [key for key in ("keep", "k", "bits") if getattr(self, key) is not None]
+        if given != ([needs] if needs else []):
+            takes = needs or "none of keep, k and bits"
+            raise ValueError(f"policy {self.policy!r} takes {takes}, got {' and '.join(given) or 'none'}")
+        if (self.clip is None) != (self.noise is None):
+            raise ValueError("clip and noise go together: noise needs a bound, and a bound is there for noise")
+        if self.noise and self.policy in ("top-k", "bits"):
+            raise ValueError(f"noise is not for policy {self.policy!r}: what it sends would tell of the record")
+        return self
+
+
+class ProtocolSettings(Section):
+    """``[protocol]``: the mode (no default), records per device and round, the trunk's mini-batches, the wire.
+
+    ``chunk``: a number of records, ``"epoch"`` (all of a device's records), or in single-pass ``"spread"`` (an even
+    share in each round). First-layer gradients that come s rounds later than the mode's way count (1 + s)^-a, where a
+    is ``staleness_weight``. ``timeout`` is the seconds a message may take, ``deadline`` those after which a round goes
+    on without the answer: on the virtual clock of a profile, or of real nodes. With a profile ``min_nodes`` counts
+    devices. A node is left out for good after ``max_offences`` replies that no honest node would send. ``labels``:
+    whether they go to the server with the releases or stay at home, where the trunk's last layer is then computed; see
+    :mod:`fedsplit.server.at_home`.
+    """
+
+    mode: Literal["synchronous", "pipelined", "single-pass", "release-once"]
+    chunk: Positive | Literal["epoch", "spread"] = "epoch"
+    batch_size: Positive = 64
+    trunk_epochs: Positive = 1
+    labels: Literal["shared", "at-home"] = "shared"
+    dtype: Literal["float16", "float32"] = "float16"
+    max_staleness: Annotated[int, Field(ge=0)] = 1
+    staleness_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    min_nodes: Positive = 1
+    timeout: Seconds = 600.0
+    deadline: Seconds | None = None
+    max_offences: Positive = 3
+
+    @model_validator(mode="after")
+    def _spread(self) -> "ProtocolSettings":
+        if self.chunk == "spread" and self.mode != "single-pass":
+            raise ValueError(f"chunk 'spread' is for mode 'single-pass', not {self.mode!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _at_home(self) -> "ProtocolSettings":
+        if self.labels == "at-home" and (self.mode, self.trunk_epochs) != ("synchronous", 1):
+            raise ValueError(
+                "labels 'at-home' is for mode 'synchronous' with trunk-epochs 1 (the trunk takes one step for each "
+                f"exchange with the labels), got mode {self.mode!r} and trunk-epochs {self.trunk_epochs}"
+            )
+        return self
+
+    @property
+    def once(self) -> bool:
+        """Whether every record is released at most once."""
+        return self.mode in ("single-pass", "release-once")
+
+
+class FirstLayerSettings(Section):
+    """``[first-layer]``: the Flower strategy that aggregates it (or ``frozen``), its learning rate, its arguments.
+
+    ``strategy``: ``frozen``, or as in :func:`fedsplit.server.aggregation.build_strategy`.
+    ``schedule`` as in :func:`fedsplit.plan.schedule.scheduled`.
+    """
+
+    strategy: str = "FedAdam"
+    lr: Rate = 0.003
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, strategy: str) -> str:
+        if strategy not in (known := ("frozen", *STRATEGIES)) and not all(strategy.partition(":")):
+            allowed = ", ".join(map(repr, known))
+            raise ValueError(f"should be one of {allowed} or 'module:Class', got {strategy!r}")
+        return strategy
+
+
+class TrunkSettings(Section):
+    """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.plan.schedule.scheduled`.
+
+    ``thinning``: in learning, up to this share of a record's outputs counts as dropped, too, drawn anew in each step.
+    ``replay_mb``: the most megabytes that releases kept for replay take between rounds; without it all are kept.
+    While the trunk learns it has a second copy of them, and the round's own.
+    """
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
+    lr: Rate = 0.001
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    thinning: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    replay_mb: Rate | None = None
+
+    @model_validator(mode="after")
+    def _momentum(self) -> "TrunkSettings":
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum is for optimizer 'sgd', not {self.optimizer!r}")
+        return self
+
+
+class PublicSettings(Section):
+    """``[public]``: labelled records that nobody has to protect, from devices that give them or from an .npz ``file``.
+
+    Both halves of the network learn from them for ``epochs`` (with Adam and ``lr``) before any device is asked.
+    ``penalty`` weighs :func:`fedsplit.server.warmup.covariance_penalty`. An attacker is taken to know them.
+    """
+
+    devices: list[Annotated[int, Field(ge=0)]] | None = None
+    file: str | None = None
+    epochs: Annotated[int, Field(ge=0)] = 20
+    lr: Rate = 0.002
+    penalty: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PublicSettings":
+        if (self.devices is None) == (self.file is None) or self.devices == []:
+            raise ValueError("public needs either devices or a file")
+        return self
+
+
+class GuardSettings(Section):
+    """``[guard]``, in simulation only: ``observe`` counts what the ``limits`` (a file) would refuse, or ``enforce``."""
+
+    mode: Literal["observe", "enforce"] = "observe"
+    limits: str | None = None
+
+
+class AuditSettings(Section):
+    """``[audit]``, in simulation only: record what ``targets`` records release, and their originals."""
+
+    targets: Annotated[int, Field(ge=0)] = 0
+
+
+Objective = Literal[
+    "test_accuracy",
+    "test_auc",
+    "test_loss",
+    "strongest_psnr",
+    "identification",
+    "bytes_up",
+    "exchanges",
+    "seconds",
+    "simulated_seconds",
+    "exposures_max",
+]
+MAXIMISED = ("test_accuracy", "test_auc")
+"""Objectives of which more is better; of all others less is."""
+
+
+class TuneSettings(Section):
+    """``[tune]``, for ``fedsplit tune``: what to look for, in which ``space`` of settings, in how many ``trials``.
+
+    Each trial is run with so many ``seeds``, from ``run.seed`` on, and objectives are averaged over them.
+    ``constraints``: by objective, how much it may be at most (``test_accuracy`` and ``test_auc``: at least).
+    ``space``: see :class:`fedsplit.tuning.space.Space`; without it, budgets of dropping and learning rates around those
+    that are set.
+    """
+
+    trials: Positive = 40
+    seeds: Positive = 1
+    objectives: Annotated[list[Objective], Field(min_length=1, max_length=3)] = Field(
+        default=["test_accuracy", "strongest_psnr"]
+    )
+    constraints: dict[Objective, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    space: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _feasible(self) -> "TuneSettings":
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError("objectives: none may come twice")
+        for name, bound in self.constraints.items():
+            low, high = _POSSIBLE.get(name, (0.0, float("inf")))
+            if not low <= bound <= high:
+                side = "least" if name in MAXIMISED else "most"
+                raise ValueError(f"constraints.{name}: no run can have at {side} {bound:g}, it is in {low:g}..{high:g}")
+        return self
+
+
+_POSSIBLE = {
+    "test_accuracy": (0.0, 1.0),
+    "test_auc": (0.0, 1.0),
+    "identification": (0.0, 1.0),
+    "bytes_up": (1.0, float("inf")),
+    "exchanges": (1.0, float("inf")),
+    "exposures_max": (1.0, float("inf")),
+    "strongest_psnr": (-float("inf"), float("inf")),
+}
+
+
+class Settings(Section):
+    """All settings of one run."""
+
+    run: RunSettings
+    data: DataSettings
+    devices: DeviceSettings
+    model: ModelSettings
+    dropping: DroppingSettings
+    protocol: ProtocolSettings
+    first_layer: FirstLayerSettings = FirstLayerSettings()
+    trunk: TrunkSettings = TrunkSettings()
+    public: PublicSettings | None = None
+    guard: GuardSettings = GuardSettings()
+    audit: AuditSettings = AuditSettings()
+    tune: TuneSettings | None = None
+
+    @property
+    def donors(self) -> tuple[int, ...]:
+        """The devices that give their records to everybody; they take no part as devices."""
+        return tuple(sorted(set(self.public.devices or ()))) if self.public else ()
+
+    @model_validator(mode="after")
+    def _together(self) -> "Settings":
+        if self.protocol.once and self.run.evaluate_every:
+            mode = self.protocol.mode
+            raise ValueError(f"run.evaluate-every must be 0 in mode {mode!r}: test records are exposed once too")
+        if self.protocol.mode == "release-once" and not (self.public and self.public.epochs):
+            raise ValueError("protocol.mode 'release-once' needs a [public] section with epochs of at least 1")
+        if self.trunk.replay_mb is not None and not self.protocol.once:
+            raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
+        if self.devices.profile and self.protocol.labels == "at-home":
+            raise ValueError("devices.profile: there is no virtual clock for protocol.labels 'at-home'")
+        releases_alone = self.first_layer.strategy == "frozen" or self.protocol.mode in ("release-once", "synchronous")
+        if self.devices.profile and self.guard.mode == "enforce" and not releases_alone:
+            # on a virtual clock releases come before the gradients that they come after elsewhere, and to a guard the
+            # order matters
+            raise ValueError(
+                "guard.mode 'enforce' with a devices.profile is for frozen first layers and synchronous mode"
+            )
+        sought = (*self.tune.objectives, *self.tune.constraints) if self.tune else ()
+        profile = self.devices.profile
+        if "simulated_seconds" in sought and (
+            not profile or None in (profile.release_seconds, profile.gradient_seconds)
+        ):
+            raise ValueError(
+                "tune: simulated_seconds needs a [devices.profile] with release-seconds and gradient-seconds (as in "
+                "the config.toml of a run): trials would measure beside each other"
+            )
+        if (self.model.name is None) == (self.model.builder is None):
+            raise ValueError(f"model needs a name or a builder, not {'both' if self.model.name else 'neither'}")
+        return self
+
+    def to_toml(self) -> str:
+        """Return a run's settings, defaults included, as a TOML file's text."""
+        return tomli_w.dumps(self.tables())
+
+    def tables(self) -> dict[str, Any]:
+        """Return a run's settings, defaults included, as nested tables: undone by :func:`check_settings`."""
+        return self.model_dump(by_alias=True, exclude_none=True, exclude={"tune"})
+
+    def flat(self) -> dict[str, Any]:
+        """Return the settings that have a value, defaults included, by dotted key."""
+        return flattened(self.tables())
+
+    def to_json(self) -> str:
+        """Return the settings as one line, for :meth:`from_json`."""
+        return self.model_dump_json(by_alias=True, exclude={"tune"})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Settings":
+        """Undo :meth:`to_json`."""
+        return cls.model_validate_json(text)
+
+
+def default_folder(settings: Settings) -> Path:
+    """Return ``runs/NAME-TIMESTAMP``."""
+    return Path("runs") / f"{settings.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def load_settings(path: Path | str, overrides: Sequence[str] = ()) -> Settings:
+    """Read a settings file.
+
+    Parameters
+    ----------
+    path : Path or str
+    overrides : sequence of str
+        ``section.key=value`` with a TOML value (a bare word is a string); they win over the file.
+
+    Raises
+    ------
+    ConfigError
+        In one line: the key, the value and what is allowed.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"settings file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"settings file {path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _override(raw, override)
+    return check_settings(raw)
+
+
+def check_settings(raw: dict[str, Any]) -> Settings:
+    """Build settings from nested tables; raises ConfigError."""
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(one_line(error, Settings)) from None
+
+
+def flattened(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one, by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat.update(flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(f"--set must look like section.key=value, got {override!r}")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = raw
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} is not a table")
+    table[parts[-1]] = value

@@ -1,0 +1,1 @@
+"""Runs: what composes both sides, and keeps a folder of what came of it."""

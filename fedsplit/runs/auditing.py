@@ -1,0 +1,157 @@
+"""Audits of runs and of policies: from a folder or a settings file to a report."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from fedsplit.audit.audit import Audit, audit
+from fedsplit.audit.evidence import Evidence, recorded, rehearsed, released_bytes
+from fedsplit.audit.page import page
+from fedsplit.audit.transcript import Subjects
+from fedsplit.common.errors import ConfigError, DataError
+from fedsplit.device.home import Home
+from fedsplit.device.pending import replacing
+from fedsplit.plan.experiment import data_source, dropping, public_records, split_model
+from fedsplit.plan.settings import Settings, load_settings
+from fedsplit.release.making import Chunk
+from fedsplit.release.policies import simulation_secret
+from fedsplit.server.warmup import WarmUp, warm_up
+
+_TARGETS = 200  # of an audit before any training, unless the settings say
+
+
+def audit_run(folder: Path, *, seed: int, quick: bool = False) -> dict[str, Any]:
+    """Audit a finished run that recorded targets; write ``audit.json`` and ``audit.html`` into its folder.
+
+    Raises
+    ------
+    DataError
+        If the folder lacks what an audit needs.
+    """
+    if not (folder / "config.toml").exists():
+        raise DataError(f"{folder} is not a run folder: it has no config.toml")
+    settings = load_settings(folder / "config.toml")
+    if not (folder / "checkpoint" / "first_layer.safetensors").exists():
+        raise DataError(f"{folder} has no checkpoint: the run has not finished a round")
+    weights = load_file(folder / "checkpoint" / "first_layer.safetensors")
+    layer = split_model(settings, data_source(settings)).first_layer
+    layer.load_weights(weights)
+    evidence = recorded(folder / "audit", layer, dropping(settings), settings.protocol.dtype)
+    return _write(folder, audit(evidence, seed=seed, quick=quick), evidence, settings)
+
+
+def audit_policy(settings: Settings, out: Path, *, seed: int, quick: bool = False) -> dict[str, Any]:
+    """Audit one release of private records as the settings would make it, before any training.
+
+    Public records, if the settings name some, warm the first layer up as a run would.
+
+    Raises
+    ------
+    FedsplitError
+        If the settings do not fit together or the data.
+    """
+    source = data_source(settings)
+    model = split_model(settings, source)
+    public, policy, chosen = public_records(settings, source), dropping(settings), settings.public
+    if chosen is not None and public is not None and chosen.epochs:
+        options = WarmUp(chosen.epochs, chosen.lr, settings.protocol.batch_size, chosen.penalty)
+        warm_up(model, public, source.task, policy, options, settings.run.seed)
+    private = sum(len(source.device(d).train) for d in range(source.count) if d not in settings.donors)
+    targets = settings.audit.targets or min(_TARGETS, private)
+    subjects = Subjects.choose(source, public, settings.donors, targets, settings.run.seed)
+    evidence = rehearsed(model.first_layer, policy, settings.protocol.dtype, subjects, seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out folder {out} cannot be written: {error.strerror}") from None
+    return _write(out, audit(evidence, seed=seed, quick=quick), evidence, settings)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What one record would release, and what attacks make of it."""
+
+    payload: bytes
+    sent: int
+    width: int
+    bits: int
+    report: dict[str, Any]
+
+    @property
+    def how(self) -> str:
+        """What is sent of the outputs."""
+        return f"leave above zero, {self.width} codes of {self.bits} bits in all" if self.bits else "leave"
+
+
+def preview_record(
+    settings: Settings, device: int, record: int, weights: Path | None, home: Path | None, page_path: Path
+) -> Preview:
+    """Release one record as the settings would have it, attack it, and write a page.
+
+    Masks and noise are drawn from the secret of the node in ``home``, or the simulation's. The attacker's public
+    records are those that the settings name, or else the device's other records.
+
+    Raises
+    ------
+    FedsplitError
+        If there is no such record, or the settings do not fit together.
+    """
+    node = Home(home) if home is not None else None
+    if node and device not in node.devices:
+        raise ConfigError(f"device {device} is not on node {home}: it has {', '.join(map(str, node.devices))}")
+    source = data_source(settings)
+    layer = split_model(settings, source).first_layer
+    if weights is not None:
+        try:
+            layer.load_weights(load_file(weights))
+        except (OSError, RuntimeError, KeyError, SafetensorError):
+            raise DataError(f"weights {weights} are missing, damaged or of another first layer") from None
+    records = source.device(device).train
+    if not 0 <= record < len(records):
+        raise ConfigError(f"device {device} has {len(records)} training records, there is no record {record}")
+    public = public_records(settings, source)
+    others = np.delete(np.arange(len(records)), record)
+    at = np.array([record])
+    one = Subjects(
+        x=records.x[at],
+        y=records.y[at],
+        device=np.array([device]),
+        index=at,
+        candidates=records.x[[record, *others]],
+        place=np.zeros(1, dtype=np.int64),
+        public=records.take(others) if public is None else public,
+        stand_in=public is None,
+    )
+    policy, dtype, seed = dropping(settings), settings.protocol.dtype, settings.run.seed
+    evidence = rehearsed(layer, policy, dtype, one, seed)
+    found = audit(evidence, seed=seed)
+    shape = layer.input_shape
+    with replacing(page_path) as new:
+        title = f"Device {device}, record {record}"
+        new.write_text(page(found, one.x, shape if len(shape) == 3 else None, title), encoding="utf-8")
+    secret = simulation_secret(seed, device) if node is None else node.device_secret(device)
+    chunk = Chunk(np.array([device]), np.ones(1, np.int64), at, at[:, None], one.x, one.y)
+    payload, sent = released_bytes(layer, policy, dtype, chunk, secret)
+    return Preview(payload, sent, layer.width, policy.bits, found.report)
+
+
+def _write(folder: Path, found: Audit, evidence: Evidence, settings: Settings) -> dict[str, Any]:
+    report = {
+        "name": settings.run.name,
+        "policy": settings.dropping.policy,
+        "mode": settings.protocol.mode,
+        **found.report,
+    }
+    with replacing(folder / "audit.json") as new:
+        new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    shape = evidence.layer.input_shape
+    count = report["targets"]
+    text = page(found, evidence.subjects.x[:count], shape if len(shape) == 3 else None, f"Audit of {settings.run.name}")
+    with replacing(folder / "audit.html") as new:
+        new.write_text(text, encoding="utf-8")
+    return report

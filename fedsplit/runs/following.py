@@ -1,0 +1,209 @@
+"""How a run that another process works on is seen from outside: by its run folder.
+
+The process that trains holds ``state.json`` locked and writes into it how the run ended; when the lock is free and
+nothing is written there, it was killed.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from fedsplit.common.errors import ConfigError, FedsplitError, RunError
+
+STATE, LOG, NODES, METRICS, RESULT = "state.json", "run.log", "nodes.json", "metrics.jsonl", "result.json"
+DEVICES = "devices.csv"
+_ROOM = 8192  # bytes of the state file
+_WORKING = "working"
+_LOOK = 0.2  # seconds between two looks at a run folder
+_SILENCE = 20.0  # seconds after which it is asked elsewhere how a run is that has not begun
+
+
+@contextmanager
+def working(folder: Path, run: str = "") -> Iterator[None]:
+    """Hold a run folder while a run is worked on, with a log of what happens, and leave word of how it ended.
+
+    Parameters
+    ----------
+    folder : Path
+    run : str
+        What Flower calls the run, for those who follow it.
+
+    Raises
+    ------
+    ConfigError
+        If the folder cannot be written, or another process works there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(folder / STATE, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+        handler = logging.FileHandler(folder / LOG)
+    except OSError as error:
+        raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
+    with file:
+        if not locked(file):
+            raise ConfigError(f"another process works in {folder}")
+
+        def say(state: str, error: str = "") -> None:
+            file.seek(0)
+            file.write(json.dumps({"state": state, "run": run, "error": error[:1000]}).ljust(_ROOM))
+            file.flush()
+
+        say(_WORKING)  # which takes the room: the end can be written even when the disk is full
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("fedsplit")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        except FedsplitError as error:
+            say("failed", str(error))
+            raise
+        except (SystemExit, KeyboardInterrupt):  # how Flower ends a process
+            say("failed", "the SuperLink is gone, or has stopped the run")
+            raise
+        except BaseException as error:
+            say("failed", f"{type(error).__name__}; see the server's log")
+            raise
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+        say("finished")
+
+
+def locked(file: IO[str]) -> bool:
+    """Lock a file, if need be after somebody who only reads it; whether nobody else has."""
+    for _ in range(20):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+    return False
+
+
+def check_fresh(folder: Path) -> None:
+    """Refuse a folder with anything of another run in it; raises ConfigError."""
+    if folder.exists() and any(path.name not in (STATE, LOG) for path in folder.iterdir()):
+        raise ConfigError(f"out folder {folder} is not empty: choose another, or continue it with --resume")
+
+
+def forget_state(folder: Path) -> None:
+    """Remove the word of an earlier end; raises ConfigError if a process works there."""
+    if _is_working(_state(folder)):
+        raise ConfigError(f"another process works in {folder}")
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def _state(folder: Path) -> dict[str, str] | None:
+    """Return how a run is, or how it ended; None if nobody has begun."""
+    try:
+        with (folder / STATE).open() as file:
+            locked = not _shared(file)
+            found = dict(json.loads(file.read()))
+    except (OSError, ValueError):
+        return None  # not there, or somebody is just about to lock it, or to write it
+    if _is_working(found) and not locked:
+        return {**found, "state": "failed", "error": "the process that trained was killed"}
+    return found
+
+
+def _is_working(state: dict[str, str] | None) -> bool:
+    return state is not None and state.get("state") == _WORKING
+
+
+def _shared(file: IO[str]) -> bool:
+    """Lock a state file to read it; whether nobody works there."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def follow(
+    folder: Path,
+    report: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+    ended: Callable[[], str | None],
+    run: str = "",
+) -> dict[str, Any]:
+    """Report the metrics of every round of a run until it ends, and return its result.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    report : callable
+        Called with each round's metrics.
+    say : callable
+        Called with each new line of the run's log that is a warning.
+    ended : callable
+        Asks elsewhere whether a run that has not begun ever will: returns why not, or None.
+    run : str
+        What Flower calls the run.
+
+    Raises
+    ------
+    RunError
+        With what the process that trained said, if it stopped before the end; or if another run has the folder.
+    """
+    seen, said, began = 0, len(_lines(folder / LOG)), time.monotonic()
+    while True:
+        state = _state(folder)
+        if state and state.get("run") != run:
+            raise RunError(f"run {state.get('run')} has {folder}, and run {run} must not write there")
+        lines = _lines(folder / METRICS)
+        for line in lines[seen:]:
+            report(json.loads(line))
+        seen, logged = len(lines), _lines(folder / LOG)
+        for line in logged[said:]:
+            if " WARNING " in line:
+                say(line)
+        said = len(logged)
+        if state is None and time.monotonic() - began > _SILENCE:
+            if (why := ended()) is not None and _state(folder) is None:
+                raise RunError(why)
+            began = time.monotonic()
+        if state and state["state"] == "finished":
+            return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+        if state and not _is_working(state):
+            done = json.loads(lines[-1])["round"] if lines else 0
+            way = f"; {done} rounds are done: go on with --out {folder} --resume" if done else ""
+            raise RunError(f"{state.get('error')}{way}")
+        time.sleep(_LOOK)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return a file's whole lines."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except OSError:
+        return []
+
+
+def read_nodes(folder: Path) -> list[dict[str, Any]]:
+    """Return what the server has seen of each node in a run, as of its last round.
+
+    Raises
+    ------
+    ConfigError
+        If there is nothing of the kind.
+    """
+    try:
+        return list(json.loads((folder / NODES).read_text(encoding="utf-8")))
+    except OSError:
+        raise ConfigError(f"{folder} holds no {NODES}: it is written as nodes come") from None
+    except ValueError:
+        raise ConfigError(f"{folder / NODES} is damaged") from None
+
+
+def ago(seconds: float) -> str:
+    """Write a time since 1970 for people, ``-`` for never."""
+    return datetime.fromtimestamp(seconds).strftime("%H:%M:%S") if seconds else "-"

@@ -1,0 +1,1 @@
+"""The server's side: rounds, trunk, roster; no record ever gets here."""

@@ -1,0 +1,74 @@
+"""Runs on a SuperLink: what goes there, and what became of it."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from shutil import copy
+
+import tomli_w
+
+from fedsplit.common.errors import ConfigError
+from fedsplit.flower.programs import run_flower
+from fedsplit.server.link.folder import server_of
+
+
+def submit(settings_json: str, name: str, folder: Path, *, resume: bool, modules: Sequence[Path] = ()) -> str:
+    """Start a run on a SuperLink and return its id.
+
+    The app that goes there holds no code of fedsplit's, which nodes and server have installed, but the settings, and
+    the ``modules`` that these name.
+
+    Raises
+    ------
+    ConfigError
+        If the SuperLink is not known, has no nodes, or refuses it.
+    """
+    server = server_of(name)
+    if server is not None and not server.owners():
+        raise ConfigError(f"SuperLink {name!r} has no nodes yet: let them in with fedsplit server register")
+    config: dict[str, str | bool] = {"settings": settings_json, "out": str(folder.resolve()), "resume": resume}
+    config["nodes"] = str(server.folder) if server else ""
+    with tempfile.TemporaryDirectory() as app:
+        write_app(Path(app), config, modules)
+        return start_run(Path(app), name)
+
+
+def write_app(folder: Path, config: dict[str, str | bool], modules: Sequence[Path] = ()) -> None:
+    """Write the Flower app of a run: its run config, and files of the user's own."""
+    for side in ("server", "client"):
+        text = f"from fedsplit.{side}_app import app\n__all__ = ['app']\n"
+        (folder / f"run_{side}.py").write_text(text, encoding="utf-8")
+    for module in modules:
+        copy(module, folder)
+    components = {"serverapp": "run_server:app", "clientapp": "run_client:app"}
+    project = {
+        "project": {"name": "fedsplit-run", "version": "1.0.0", "description": "", "license": "Apache-2.0"},
+        "tool": {"flwr": {"app": {"publisher": "fedsplit", "components": components, "config": config}}},
+    }
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(project), encoding="utf-8")
+
+
+def start_run(app: Path, name: str) -> str:
+    """Start a Flower app on a SuperLink and return the run's id; raises ConfigError."""
+    said = run_flower(["run", str(app), name, "--format", "json"])
+    try:
+        return str(json.loads(said)["run-id"])
+    except (ValueError, KeyError):
+        raise ConfigError(f"SuperLink {name!r} did not start the run: {said.strip()[:300]}") from None
+
+
+def own_modules(folder: Path, functions: Sequence[str | None]) -> list[Path]:
+    """Return the files beside a settings file that hold a user's own ``module:function``, to go with the run."""
+    files = (folder / f"{name.partition(':')[0]}.py" for name in functions if name)
+    return sorted({file for file in files if file.exists()})
+
+
+def run_status(run: str, name: str) -> str:
+    """Return Flower's word for how a run is: running, or finished and how."""
+    try:
+        said = json.loads(run_flower(["ls", "--run-id", run, name, "--format", "json"]))
+    except ValueError:
+        return "unknown"
+    found = [str(r.get("status")) for r in said.get("runs", [])]
+    return found[0] if found else "unknown"

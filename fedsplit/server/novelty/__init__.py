@@ -1,0 +1,1 @@
+"""Novelty: a trunk that tells normal recordings apart, and the detector made of it."""

@@ -1,0 +1,328 @@
+"""The server's half: released records as mini-batches, trunk steps, cut gradients, evaluation.
+
+The trunk never sees a device, only what devices released.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fedsplit.common.errors import RunError
+from fedsplit.model.loss import summed_loss
+from fedsplit.model.metrics import score
+from fedsplit.plan.schedule import scheduled, seed_of
+from fedsplit.release.policies import unpack_bitmap
+from fedsplit.wire.container import FloatArray, IntArray
+from fedsplit.wire.exchange import Release
+
+TRUNK = "trunk.safetensors"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Released records in canonical order (device, record), dense only one mini-batch at a time.
+
+    Attributes
+    ----------
+    devices : int64 array (records,)
+        Which device each record came from.
+    targets : float32 or int64 array (records,) or (records, outputs)
+    starts : int64 array (records + 1,)
+        Where each record's values begin.
+    bitmap : uint8 array (records, ceil(width / 8))
+    values : float32 array (number of sent outputs,)
+    width : int
+    """
+
+    devices: IntArray
+    targets: NDArray[Any]
+    starts: IntArray
+    bitmap: NDArray[np.uint8]
+    values: FloatArray
+    width: int
+
+    @classmethod
+    def join(cls, releases: Sequence[Release]) -> "Batches":
+        """Join the releases of one round, whatever nodes they came from, into canonical order."""
+        devices = np.concatenate([np.repeat(r.devices, r.records) for r in releases])
+        order = np.argsort(devices, kind="stable")  # a device's own records are in order already
+        counts = np.concatenate([r.counts for r in releases])
+        values = np.concatenate([r.values() for r in releases])
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        return cls(
+            devices=devices[order],
+            targets=np.concatenate([r.targets for r in releases])[order],
+            starts=np.concatenate([[0], np.cumsum(counts[order])]),
+            bitmap=np.concatenate([r.bitmap for r in releases])[order],
+            values=values[_ranges(starts, order)],
+            width=releases[0].width,
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence["Batches"]) -> "Batches":
+        """Put rounds behind one another, for replay."""
+        counts = np.concatenate([np.diff(p.starts) for p in parts])
+        return cls(
+            devices=np.concatenate([p.devices for p in parts]),
+            targets=np.concatenate([p.targets for p in parts]),
+            starts=np.concatenate([[0], np.cumsum(counts)]),
+            bitmap=np.concatenate([p.bitmap for p in parts]),
+            values=np.concatenate([p.values for p in parts]),
+            width=parts[0].width,
+        )
+
+    def without(self, device: int) -> "Batches":
+        """Return the records of all other devices."""
+        return self.take(np.flatnonzero(self.devices != device))
+
+    def part(self, size: int, rng: np.random.Generator) -> "Batches":
+        """Return as many of the records as fit into ``size`` bytes, drawn at random."""
+        if self.nbytes <= size:
+            return self
+        lengths = np.diff(self.starts)
+        alike = self.nbytes - self.starts.itemsize - self.values.nbytes  # all but values is as large for any record
+        order = rng.permutation(len(self))
+        used = np.cumsum(alike // max(1, len(self)) + self.values.itemsize * lengths[order])
+        return self.take(np.sort(order[: np.searchsorted(used, size - self.starts.itemsize, side="right")]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(a.nbytes for a in (self.devices, self.targets, self.starts, self.bitmap, self.values))
+
+    def take(self, rows: IntArray) -> "Batches":
+        """Return some of the records, in the order asked for."""
+        return Batches(
+            devices=self.devices[rows],
+            targets=self.targets[rows],
+            starts=np.concatenate([[0], np.cumsum(np.diff(self.starts)[rows])]),
+            bitmap=self.bitmap[rows],
+            values=self.values[_ranges(self.starts, rows)],
+            width=self.width,
+        )
+
+    def __len__(self) -> int:
+        return len(self.devices)
+
+    def dense(self, rows: IntArray) -> tuple[FloatArray, IntArray, IntArray]:
+        """Return the outputs ``(rows, width)`` of some records, the cells that were sent, and where their values stand.
+
+        Cells are counted through all rows: numpy reads and writes by places quicker than by a pattern.
+        """
+        cells = np.flatnonzero(unpack_bitmap(self.bitmap[rows], self.width))
+        positions = _ranges(self.starts, rows)
+        outputs = np.zeros(len(rows) * self.width, dtype=np.float32)
+        outputs[cells] = self.values[positions]
+        return outputs.reshape(len(rows), self.width), cells, positions
+
+
+def _ranges(starts: IntArray, rows: IntArray) -> IntArray:
+    """Return ``starts[r]..starts[r+1]`` of all rows behind one another."""
+    lengths = starts[rows + 1] - starts[rows]
+    ends = np.cumsum(lengths)
+    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+    return np.asarray(np.repeat(starts[rows], lengths) + within, dtype=np.int64)
+
+
+def minibatches(order: IntArray, size: int) -> Iterator[IntArray]:
+    """Cut an order into mini-batches; a last batch of one record joins the one before (batch norm needs two)."""
+    starts = list(range(0, len(order), size))
+    if len(starts) > 1 and len(order) - starts[-1] == 1:
+        starts.pop()
+    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+        yield order[start:stop]
+
+
+@dataclass(frozen=True)
+class TrunkOptions:
+    """How the trunk learns; see the settings of the same names.
+
+    Attributes
+    ----------
+    optimizer : str
+        ``sgd``, ``adam`` or ``adamw``.
+    lr, momentum, weight_decay : float
+    schedule : str
+        Of the learning rate over rounds; see :func:`fedsplit.plan.schedule.scheduled`.
+    batch_size, epochs : int
+        Records per step, and passes over the records in each round.
+    thinning : float
+        Of each record a share of the outputs, drawn from 0..thinning in every step, counts as dropped, too.
+    """
+
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    schedule: str
+    batch_size: int
+    epochs: int
+    thinning: float = 0.0
+
+
+class Trunk:
+    """The layers after the cut with their optimizer.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Takes ``(batch, *cut_shape)``, returns ``(batch, outputs)``.
+    cut_shape : tuple[int, ...]
+    task : str
+        One of :data:`fedsplit.data.TASKS`.
+    outputs : int
+        Columns of the module's output, but for ``novelty``; see :class:`fedsplit.server.novelty.trunk.NoveltyTrunk`.
+    options : TrunkOptions
+    rounds, seed : int
+        Of the run.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        cut_shape: tuple[int, ...],
+        task: str,
+        outputs: int,
+        options: TrunkOptions,
+        rounds: int,
+        seed: int,
+    ) -> None:
+        self.module = module
+        self.cut_shape = cut_shape
+        self.task = task
+        self.outputs = outputs
+        self.options = options
+        self.rounds = rounds
+        self.seed = seed
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Made when it is first needed: torch's first one takes a second, in which devices can be at work."""
+        return _optimizer(self.module, self.options)
+
+    def train(self, batches: Batches, fresh: int, round_number: int) -> tuple[FloatArray, dict[str, float]]:
+        """Train on some records and return cut gradients of the newest.
+
+        Parameters
+        ----------
+        batches : Batches
+            Records to learn from; those before ``fresh`` are replayed.
+        fresh : int
+            First record that cut gradients are wanted of.
+
+        Returns
+        -------
+        gradients : float32 array (sent outputs of the fresh records,)
+            Gradients of the summed loss at the outputs sent, each as of the step in which the last pass used it.
+        metrics : dict
+            ``train_loss`` and, for classes, ``train_accuracy`` over the last pass, before each step.
+
+        Raises
+        ------
+        RunError
+            If loss, gradients or parameters are no longer finite.
+        """
+        self._begin(round_number)
+        gradients = np.zeros(len(batches.values), dtype=np.float32)
+        loss = correct = 0.0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, "trunk", round_number))
+            for epoch in range(self.options.epochs):
+                rng = np.random.default_rng(seed_of(self.seed, "order", round_number, epoch))
+                loss = correct = 0.0
+                for rows in minibatches(rng.permutation(len(batches)), self.options.batch_size):
+                    step_loss, step_correct = self._step(batches, rows, gradients)
+                    loss, correct = loss + step_loss, correct + step_correct
+        self._check_finite(round_number, loss, gradients)
+        metrics = {"train_loss": loss / len(batches)}
+        if self.task != "regression":
+            metrics["train_accuracy"] = correct / len(batches)
+        return gradients[batches.starts[fresh] :], metrics
+
+    def _begin(self, round_number: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = scheduled(self.options.lr, self.options.schedule, round_number, self.rounds)
+        self.module.train()
+
+    def _check_finite(self, round_number: int, loss: float, gradients: FloatArray) -> None:
+        tensors = self.module.state_dict().values()
+        if not (np.isfinite(loss) and np.isfinite(gradients).all() and all(t.isfinite().all() for t in tensors)):
+            # raised before a checkpoint could replace the last good one
+            raise RunError(f"round {round_number}: the trunk is not finite: lower trunk.lr, or a device sent too much")
+
+    def _step(self, batches: Batches, rows: IntArray, gradients: FloatArray) -> tuple[float, int]:
+        outputs, cells, positions = batches.dense(rows)
+        cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
+        targets = torch.from_numpy(batches.targets[rows])
+        predictions = self.module(thinned(cut, self.options.thinning))
+        loss = summed_loss(self.task, predictions, targets)
+        self.optimizer.zero_grad()
+        (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        assert cut.grad is not None
+        gradients[positions] = cut.grad.flatten().numpy()[cells] * len(rows)
+        return loss.item(), _correct(self.task, predictions.detach(), targets)
+
+    def predict(self, batches: Batches) -> FloatArray:
+        """Return the outputs ``(records, outputs)`` for released records."""
+        return trunk_outputs(self.module.eval(), self.cut_shape, batches)
+
+    def evaluate(self, batches: Batches) -> dict[str, Any]:
+        """Return ``test_loss`` and the task's scores over released test records; see :func:`score`."""
+        outputs = self.predict(batches)
+        loss = summed_loss(self.task, torch.from_numpy(outputs), torch.from_numpy(batches.targets))
+        return {"test_loss": loss.item() / len(batches), **score(self.task, outputs, batches.targets)}
+
+    def files(self) -> dict[str, bytes]:
+        """Return the contents of a checkpoint's files by name, for use elsewhere: the weights."""
+        return {TRUNK: save({k: v.contiguous() for k, v in self.module.state_dict().items()})}
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that training changes, besides the module's own tensors."""
+        return self.optimizer.state_dict()
+
+    def load_state(self, module: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Restore the module's tensors and :meth:`state`."""
+        self.module.load_state_dict(module)
+        self.optimizer.load_state_dict(state)
+
+
+def trunk_outputs(module: nn.Module, cut_shape: tuple[int, ...], batches: Batches) -> FloatArray:
+    """Return what a trunk in evaluation mode makes of released records, ``(records, outputs)``."""
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(batches), 512):
+            outputs, _, _ = batches.dense(np.arange(start, min(start + 512, len(batches))))
+            parts.append(module(torch.from_numpy(outputs).reshape(-1, *cut_shape)).numpy())
+    return np.concatenate(parts)
+
+
+def _optimizer(module: nn.Module, options: TrunkOptions) -> torch.optim.Optimizer:
+    decay = options.weight_decay
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(module.parameters(), options.lr, momentum=options.momentum, weight_decay=decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
+    built: torch.optim.Optimizer = kind(module.parameters(), options.lr, weight_decay=decay)
+    return built
+
+
+def thinned(cut: Tensor, most: float) -> Tensor:
+    """Drop of each record a share of its outputs that is drawn from 0..``most``; without any, nothing is drawn."""
+    if not most:
+        return cut
+    share = most * torch.rand((len(cut), *[1] * (cut.ndim - 1)))
+    return cut * (torch.rand(cut.shape) >= share)
+
+
+def _correct(task: str, outputs: Tensor, targets: Tensor) -> int:
+    if task == "regression":
+        return 0
+    classes = (outputs.squeeze(1) > 0).long() if task == "binary" else outputs.argmax(1)
+    return int((classes == targets).sum())

@@ -1,0 +1,1 @@
+"""The prediction service: routes, pages, tokens and the fleet of watched devices."""

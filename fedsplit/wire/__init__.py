@@ -1,0 +1,1 @@
+"""What crosses the network, and how it is read from a hostile peer."""

@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from fedsplit.data import DeviceData as DeviceData
     from fedsplit.device.predictor import Predictor as Predictor
     from fedsplit.model.layer import FirstLayer as FirstLayer
-    from fedsplit.model.layer import SplitModel as SplitModel
+    from fedsplit.model.split import SplitModel as SplitModel
     from fedsplit.runs.simulation import simulate as simulate
     from fedsplit.server.rounds import SplitStrategy as SplitStrategy
 
@@ -16,7 +16,7 @@ _HOMES = {
     "DeviceData": "fedsplit.data",
     "FirstLayer": "fedsplit.model.layer",
     "Predictor": "fedsplit.device.predictor",
-    "SplitModel": "fedsplit.model.layer",
+    "SplitModel": "fedsplit.model.split",
     "SplitStrategy": "fedsplit.server.rounds",
     "simulate": "fedsplit.runs.simulation",
 }

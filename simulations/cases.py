@@ -9,10 +9,10 @@ import torch
 from detectors import Releases, neighbours, released
 
 from fedsplit.common.errors import DataError
+from fedsplit.common.seeds import seed_of
 from fedsplit.data import packaged
 from fedsplit.data.loading import installed_file, verified_bytes
-from fedsplit.model.layer import build_model
-from fedsplit.plan.schedule import seed_of
+from fedsplit.model.zoo import build_model
 from fedsplit.release.policies import Dropping
 from fedsplit.server.novelty.space import Space
 from fedsplit.server.novelty.trunk import auc

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 from fedsplit.device.home import Home
 from fedsplit.plan.settings import Settings, load_settings
-from fedsplit.runs.following import read_nodes
+from fedsplit.runs.folder import read_nodes
 from fedsplit.runs.simulation import simulate
 
 CONFIG = Path(__file__).parent.parent / "configs" / "wearables.toml"

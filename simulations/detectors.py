@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.making import Chunk, forward
-from fedsplit.release.policies import KEYED_ROUND, Dropping, simulation_secret
+from fedsplit.release.policies import Dropping
+from fedsplit.release.streams import KEYED_ROUND, simulation_secret
+from fedsplit.server.batches import Batches, minibatches
 from fedsplit.server.novelty.space import Features, Normal, Space, features
 from fedsplit.server.novelty.trunk import NoveltyTrunk
-from fedsplit.server.trunk import Batches, Trunk, TrunkOptions, minibatches
-from fedsplit.wire.exchange import Release
+from fedsplit.server.trunk import Trunk, TrunkOptions
+from fedsplit.wire.release import Release
 
 Rows = NDArray[np.int64]
 OPTIONS = TrunkOptions("adam", 0.002, 0.0, 0.0, "cosine", 64, 1, thinning=0.5)  # as in wearables-novelty.toml

@@ -46,8 +46,8 @@ from safetensors.torch import load_file
 
 from fedsplit import simulate
 from fedsplit.data import Records, Source
-from fedsplit.model.layer import SplitModel
-from fedsplit.model.metrics import score
+from fedsplit.model.split import SplitModel
+from fedsplit.model.tasks import score
 from fedsplit.plan.experiment import data_source, dropping, split_model
 from fedsplit.plan.settings import Settings, load_settings, presets
 from fedsplit.server.trunk import trunk_outputs

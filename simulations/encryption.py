@@ -35,15 +35,18 @@ from fedsplit.audit.audit import audit
 from fedsplit.audit.evidence import rehearsed
 from fedsplit.audit.transcript import Subjects
 from fedsplit.data import Scaling
-from fedsplit.device.bundle import Bundle, run_settings
+from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.experiment import data_source, public_records
 from fedsplit.release.making import Chunk, forward
-from fedsplit.release.policies import KEYED_ROUND
+from fedsplit.release.streams import KEYED_ROUND
+from fedsplit.runs.folder import run_settings
 from fedsplit.service.served import Served
-from fedsplit.wire.exchange import Query, Release, weights_digest
+from fedsplit.wire.exchange import weights_digest
+from fedsplit.wire.query import Query
+from fedsplit.wire.release import Release
 
 RESULTS = Path(__file__).parent / "results" / "encryption.json"
 RATES = (0.1, 1.0, 10.0, 100.0)  # Mbit/s

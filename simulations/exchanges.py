@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsplit.data import Source
-from fedsplit.model.layer import SplitModel
-from fedsplit.model.loss import summed_loss
+from fedsplit.model.split import SplitModel
+from fedsplit.model.tasks import summed_loss
 from fedsplit.plan.experiment import data_source, dropping, split_model
 from fedsplit.plan.settings import Settings
 from fedsplit.server.virtual.calibration import record_seconds

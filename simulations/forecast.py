@@ -45,7 +45,7 @@ from fedsplit.audit.evidence import rehearsed, released
 from fedsplit.audit.transcript import Subjects
 from fedsplit.data import Records
 from fedsplit.data import pigs as pigs_data
-from fedsplit.model.layer import SplitModel
+from fedsplit.model.split import SplitModel
 from fedsplit.plan.experiment import data_source, dropping, split_model
 from fedsplit.plan.settings import Settings, check_settings, load_settings
 from fedsplit.release.policies import Dropping

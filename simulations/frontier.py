@@ -30,11 +30,11 @@ from fedsplit.audit.evidence import rehearsed, released
 from fedsplit.audit.prior import Prior
 from fedsplit.audit.scores import summarise
 from fedsplit.audit.transcript import Subjects
+from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records, Source
-from fedsplit.model.layer import SplitModel
-from fedsplit.model.loss import summed_loss
+from fedsplit.model.split import SplitModel
+from fedsplit.model.tasks import summed_loss
 from fedsplit.plan.experiment import data_source, dropping, public_records, split_model
-from fedsplit.plan.schedule import seed_of
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.server.trunk import Trunk, TrunkOptions
 from fedsplit.server.warmup import WarmUp, public_release, warm_up

@@ -53,15 +53,16 @@ from scipy.stats import t
 from fedsplit.audit.audit import audit
 from fedsplit.audit.evidence import rehearsed
 from fedsplit.audit.transcript import Subjects
+from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records, wearables
-from fedsplit.model.layer import SplitModel, build_model
-from fedsplit.plan.schedule import seed_of
+from fedsplit.model.split import SplitModel
+from fedsplit.model.zoo import build_model
 from fedsplit.release.policies import Dropping
 from fedsplit.server.novelty.detector import Detector
 from fedsplit.server.novelty.space import Features, Space
 from fedsplit.server.novelty.trunk import Judged, auc, judge
 from fedsplit.server.warmup import WarmUp, warm_up
-from fedsplit.wire.exchange import EPISODE
+from fedsplit.wire.query import EPISODE
 
 RESULTS = Path(__file__).parent / "results" / "health"
 KNOWN = len(wearables.CLASSES) - 1  # exercises, and so recordings of a device

@@ -19,11 +19,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
+from fedsplit.common.seeds import scheduled
 from fedsplit.data import Records, Source
-from fedsplit.model.layer import SplitModel
-from fedsplit.model.loss import summed_loss
+from fedsplit.model.split import SplitModel
+from fedsplit.model.tasks import summed_loss
 from fedsplit.plan.experiment import data_source, dropping, split_model
-from fedsplit.plan.schedule import scheduled
 from fedsplit.plan.settings import Settings
 
 BATCH = 16  # records of each device in a step

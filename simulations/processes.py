@@ -21,7 +21,7 @@ import numpy as np
 from fedsplit.device.home import Home
 from fedsplit.plan.experiment import data_source
 from fedsplit.plan.settings import Settings
-from fedsplit.release.policies import simulation_secret
+from fedsplit.release.streams import simulation_secret
 
 NAME = "trial"
 _BRIDGE = "10.77.0"  # the first three numbers of the nodes' addresses

@@ -35,13 +35,12 @@ from rich.progress import track
 from rich.table import Table
 
 from fedsplit import simulate
-from fedsplit.model.loss import summed_loss
-from fedsplit.model.metrics import score
+from fedsplit.common.seeds import scheduled
+from fedsplit.model.tasks import score, summed_loss
 from fedsplit.plan.experiment import data_source, dropping, split_model
-from fedsplit.plan.schedule import scheduled
 from fedsplit.plan.settings import Settings, check_settings, load_settings
-from fedsplit.release.policies import KEYED_ROUND, simulation_secret
-from fedsplit.server.trunk import minibatches
+from fedsplit.release.streams import KEYED_ROUND, simulation_secret
+from fedsplit.server.batches import minibatches
 
 EPOCHS = 20
 # 97.5 % quantiles of Student's t by degrees of freedom, for 95 % intervals of a mean

@@ -11,14 +11,14 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from fedsplit.common.seeds import scheduled
 from fedsplit.data import Source
 from fedsplit.flower.grid import InProcessGrid
-from fedsplit.model.layer import SplitModel
+from fedsplit.model.split import SplitModel
 from fedsplit.plan.experiment import data_source, public_records, split_model
-from fedsplit.plan.schedule import scheduled
 from fedsplit.plan.settings import Settings
 from fedsplit.release.policies import Dropping
-from fedsplit.server.trunk import minibatches
+from fedsplit.server.batches import minibatches
 from fedsplit.server.virtual.clock import VirtualClock, Work
 from fedsplit.server.warmup import WarmUp, warm_up
 

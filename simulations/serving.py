@@ -32,15 +32,15 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from encryption import Split, Whole, raw_records
 from processes import free_port, wait_for_port
 
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.certs import CA, CERTIFICATE, KEY, make_certificates
 from fedsplit.common.errors import WireError
-from fedsplit.device.bundle import run_settings
 from fedsplit.device.home import Home
 from fedsplit.plan.experiment import data_source
+from fedsplit.runs.folder import run_settings
 from fedsplit.service.app import service
 from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens, add_token
-from fedsplit.wire.container import FloatArray
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 TURNS = 6

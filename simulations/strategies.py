@@ -33,15 +33,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.common.errors import RunError
+from fedsplit.common.seeds import seed_of
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
-from fedsplit.plan.experiment import data_source, split_model, split_strategy
-from fedsplit.plan.schedule import seed_of
+from fedsplit.plan.experiment import data_source, split_model
 from fedsplit.plan.settings import Settings, check_settings
+from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.client_app import client_app
-from fedsplit.server.trunk import Batches, Trunk
-from fedsplit.wire.container import FloatArray, IntArray
+from fedsplit.server.batches import Batches
+from fedsplit.server.trunk import Trunk
 from fedsplit.wire.exchange import Upload
 
 RESULTS = Path(__file__).parent / "results" / "strategies"

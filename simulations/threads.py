@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 
-from fedsplit.model.layer import build_model
+from fedsplit.model.zoo import build_model
 
 RESULTS = Path(__file__).parent / "results" / "threads"
 

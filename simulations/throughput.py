@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsplit import simulate
-from fedsplit.model.loss import summed_loss
+from fedsplit.model.tasks import summed_loss
 from fedsplit.plan.experiment import data_source, dropping, split_model
 from fedsplit.plan.settings import Settings, check_settings
-from fedsplit.server.trunk import minibatches
+from fedsplit.server.batches import minibatches
 
 RESULTS = Path(__file__).parent / "results" / "throughput"
 MODELS = {"conv": {"name": "sensor-cnn", "width": 16}, "light": {"name": "mlp", "width": 256}}

@@ -22,12 +22,13 @@ from processes import free_port, wait_for_port
 
 from fedsplit.common.certs import CA, make_certificates
 from fedsplit.data import wearables
-from fedsplit.device.bundle import Bundle, run_bundle
+from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.device.monitor import Monitor, WithheldError
 from fedsplit.device.predictor import Predictor
 from fedsplit.device.remote import Remote
 from fedsplit.plan.settings import load_settings
+from fedsplit.runs.folder import run_bundle
 from fedsplit.service.tokens import add_token
 
 SECONDS = wearables.WINDOW / 50  # of a window

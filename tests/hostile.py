@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from fedsplit.device.link.warm import WarmNode
-from fedsplit.plan.experiment import real_node
 from fedsplit.runs.client_app import answer
-from fedsplit.wire.exchange import Registration, Release, Upload
+from fedsplit.runs.nodes import real_node
+from fedsplit.wire.exchange import Registration, Upload
+from fedsplit.wire.release import Release
 
 PARAMETERS = 1040  # of the first layer that the tests train
 LIES = {

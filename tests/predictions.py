@@ -17,7 +17,7 @@ from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.service.served import Served
-from fedsplit.wire.exchange import Query
+from fedsplit.wire.query import Query
 
 RECORDS = np.random.default_rng(5).normal(size=(30, 12))
 

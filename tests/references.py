@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedsplit.common.seeds import seed_of
 from fedsplit.plan.experiment import data_source, split_model
-from fedsplit.plan.schedule import seed_of
 from fedsplit.plan.settings import Settings
-from fedsplit.release.policies import record_order, simulation_secret
-from fedsplit.server.trunk import minibatches
+from fedsplit.release.streams import record_order, simulation_secret
+from fedsplit.server.batches import minibatches
 
 Chunk = tuple[Tensor, Tensor]
 

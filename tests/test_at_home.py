@@ -24,14 +24,17 @@ from fedsplit.device.home import Home
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
 from fedsplit.model.head import Head, cut_head
-from fedsplit.plan.experiment import real_node, simulated_node
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.client_app import HOME, client_app
-from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.nodes import real_node, simulated_node
+from fedsplit.runs.training import TrainingRun
 from fedsplit.service.served import Served
-from fedsplit.wire.container import Reader, quantise
-from fedsplit.wire.exchange import Download, Release, Upload, weights_digest
+from fedsplit.wire.coding import quantise
+from fedsplit.wire.container import Reader
+from fedsplit.wire.exchange import Download, Upload, weights_digest
 from fedsplit.wire.head import HeadDownload, HeadUpload, Rows
+from fedsplit.wire.release import Release
 
 DEVICES = 5
 HEAD = Head(8, 3, bias=True, task="classification")  # of own:linear_model

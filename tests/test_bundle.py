@@ -10,9 +10,10 @@ from torch import nn
 
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data import Scaling
-from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle, run_bundle
+from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
 from fedsplit.release.policies import Dropping
+from fedsplit.runs.folder import run_bundle
 
 SCALED = Scaling((1.0,), (2.0,), -50.0, 50.0)
 LAYERS = {

@@ -23,7 +23,8 @@ from fedsplit.device.node import Node
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.plan.settings import load_settings
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.training import TrainingRun
 
 SECRET = 7654.25  # a record's value: no error text may hold it
 RESULT_KEYS = {

@@ -12,9 +12,9 @@ import pytest
 from conftest import small_settings
 
 from fedsplit import simulate
-from fedsplit.cli.report import draw_comparison
 from fedsplit.runs import training
 from fedsplit.runs.comparing import curves, differing, read_runs
+from fedsplit.runs.pictures import draw_comparison
 
 SO_FAR = ("exchanges", "bytes_up", "bytes_down", "exposures_max")
 Show = Callable[..., str]

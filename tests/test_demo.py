@@ -13,11 +13,12 @@ from conftest import CONFIGS, small_settings
 from starlette.testclient import TestClient
 
 from fedsplit.common.errors import ConfigError
-from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, run_bundle
+from fedsplit.device.bundle import DESCRIPTION, WEIGHTS
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.plan.settings import load_settings
 from fedsplit.release.policies import Dropping
+from fedsplit.runs.folder import run_bundle
 from fedsplit.runs.simulation import simulate
 from fedsplit.service.app import service
 from fedsplit.service.demo import Attacker, add_demo

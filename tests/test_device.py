@@ -9,9 +9,9 @@ from conftest import small_settings
 from own import linear
 
 from fedsplit import DeviceData
+from fedsplit.common.arrays import sum_groups
 from fedsplit.device.node import Node
-from fedsplit.plan.experiment import simulated_node
-from fedsplit.wire.container import sum_groups
+from fedsplit.runs.nodes import simulated_node
 from fedsplit.wire.exchange import CutGradients, Download, Upload, weights_digest
 
 DEVICES = 5

@@ -13,16 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from fedsplit.common.arrays import unpack_bitmap
 from fedsplit.common.errors import ConfigError
-from fedsplit.release.policies import (
-    POLICIES,
-    Dropping,
-    Kept,
-    keystream,
-    record_order,
-    simulation_secret,
-    unpack_bitmap,
-)
+from fedsplit.release.kept import Kept
+from fedsplit.release.policies import POLICIES, Dropping
+from fedsplit.release.streams import keystream, record_order, simulation_secret
 
 SECRET, OTHER = simulation_secret(1, 2), simulation_secret(1, 3)
 BY_HAND = np.array([[3.0, -4.0, 1.0]], dtype=np.float32)

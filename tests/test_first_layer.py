@@ -14,7 +14,8 @@ from references import largest_difference, moved, trained
 
 from fedsplit import simulate
 from fedsplit.common.errors import ConfigError, RunError
-from fedsplit.server.aggregation import NOISY, STRATEGIES, FirstLayerServer, build_strategy
+from fedsplit.plan.strategies import NOISY, STRATEGIES
+from fedsplit.server.aggregation import FirstLayerServer, build_strategy
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ import pytest
 
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.runs import following
-from fedsplit.runs.following import LOG, METRICS, NODES, RESULT, STATE, ago, follow, forget_state, read_nodes, working
+from fedsplit.runs.folder import LOG, METRICS, NODES, RESULT, STATE, read_nodes
+from fedsplit.runs.following import ago, follow, forget_state, working
 
 SECRET = 7654.25  # a record's value: no text for another process may hold it
 log = logging.getLogger("fedsplit.test_following")
@@ -139,7 +140,8 @@ def working_elsewhere(folder: Path, first: str = "") -> Iterator[None]:
     code = f"""
 import sys, time
 from pathlib import Path
-from fedsplit.runs.following import METRICS, working
+from fedsplit.runs.folder import METRICS
+from fedsplit.runs.following import working
 folder = Path(sys.argv[1])
 with working(folder):
     {first or "pass"}

@@ -25,12 +25,14 @@ from fedsplit.guard.accountant import Cost, ExposureAccountant, gaussian_precisi
 from fedsplit.guard.guard import Guard, Proposal, Summed, release_name
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
-from fedsplit.plan.experiment import data_source, limits, real_node, split_model
+from fedsplit.plan.experiment import data_source, limits, split_model
 from fedsplit.plan.preflight import check_limits
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.runs.client_app import HOME, client_app
+from fedsplit.runs.nodes import real_node
 from fedsplit.server.answers import PendingBlock, check_upload
-from fedsplit.wire.exchange import CutGradients, Download, Reason, Upload, weights_digest
+from fedsplit.wire.exchange import CutGradients, Download, Upload, weights_digest
+from fedsplit.wire.ledger import Reason
 
 N, WIDTH = 16, 10
 OWNER = b"o" * 32

@@ -12,7 +12,7 @@ import torch
 from homomorphic import LeftOut, Product, ckks, measured, paillier, stages
 from torch import nn
 
-from fedsplit.model.layer import SplitModel
+from fedsplit.model.split import SplitModel
 
 
 def network(*shape: int) -> nn.Sequential:

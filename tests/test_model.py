@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from fedsplit.common.errors import ConfigError
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer, SplitModel, build_model
+from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.split import SplitModel
+from fedsplit.model.zoo import build_model
 
 LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(6, 4), (6,)),

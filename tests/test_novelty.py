@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedsplit.common.errors import ConfigError, DataError
-from fedsplit.release.policies import Dropping, Kept
+from fedsplit.release.kept import Kept
+from fedsplit.release.policies import Dropping
+from fedsplit.server.batches import Batches
 from fedsplit.server.novelty.detector import Detector
 from fedsplit.server.novelty.space import Normal, Space, features
 from fedsplit.server.novelty.trunk import NoveltyTrunk, auc, judge, self_calibrated
-from fedsplit.server.trunk import Batches, TrunkOptions, thinned
-from fedsplit.wire.exchange import EPISODE, Release
+from fedsplit.server.trunk import TrunkOptions, thinned
+from fedsplit.wire.query import EPISODE
+from fedsplit.wire.release import Release
 
 CUT = (3, 8)
 

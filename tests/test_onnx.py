@@ -12,6 +12,7 @@ from conftest import small_settings
 from torch import nn
 
 from fedsplit.cli.predict import export
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
 from fedsplit.data import Scaling
 from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
@@ -19,7 +20,6 @@ from fedsplit.device.onnx_export import ONNX, onnx_model
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
 from fedsplit.release.policies import Dropping
 from fedsplit.runs.simulation import simulate
-from fedsplit.wire.container import FloatArray
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3)),

@@ -8,19 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsplit.common.arrays import sum_groups
 from fedsplit.common.errors import WireError
-from fedsplit.wire.container import (
-    VERSION,
-    Reader,
-    check_ids,
-    check_scaled,
-    dequantise,
-    pack_arrays,
-    pack_codes,
-    quantise,
-    sum_groups,
-    unpack_codes,
-)
+from fedsplit.wire.coding import dequantise, pack_codes, quantise, unpack_codes
+from fedsplit.wire.container import VERSION, Reader, check_ids, check_scaled, pack_arrays
 
 KIND = 9
 

@@ -12,13 +12,15 @@ from torch import nn
 from fedsplit.common.errors import DataError, RunError
 from fedsplit.data import Scaling
 from fedsplit.device import predictor
-from fedsplit.device.bundle import Bundle, run_bundle
+from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.policies import Dropping
+from fedsplit.runs.folder import run_bundle
 from fedsplit.service.served import Served
-from fedsplit.wire.exchange import Query, Reason
+from fedsplit.wire.ledger import Reason
+from fedsplit.wire.query import Query
 
 SCALED = Scaling((1.0,), (2.0,), -50.0, 50.0)
 OTHERS = {"activation": nn.Identity(), "stride": nn.Conv1d(2, 3, 3, stride=2), "padding": nn.Conv1d(2, 3, 3, padding=1)}

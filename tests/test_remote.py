@@ -18,15 +18,15 @@ from processes import free_port, wait_for_port
 from fedsplit.common.certs import CA
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.device import remote
-from fedsplit.device.bundle import run_bundle
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.device.remote import Remote
+from fedsplit.runs.folder import run_bundle
 from fedsplit.service.app import service
 from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens, add_token
 from fedsplit.wire.container import VERSION
-from fedsplit.wire.exchange import Query
+from fedsplit.wire.query import Query
 
 Serving = Callable[..., AbstractContextManager[str]]
 

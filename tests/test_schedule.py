@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.device.pending import NodeState, Pending, replacing
-from fedsplit.plan.schedule import Schedule, scheduled, seed_of
+from fedsplit.common.files import replacing
+from fedsplit.common.seeds import scheduled, seed_of
+from fedsplit.device.pending import NodeState, Pending
+from fedsplit.plan.schedule import Schedule
 
 COUNTS = {4: 7, 0: 10, 9: 1, 2: 0}
 

@@ -15,12 +15,12 @@ from fastapi import FastAPI
 from predictions import RECORDS, asking, listening, problem, released
 
 from fedsplit.common.errors import ConfigError, WireError
-from fedsplit.device.bundle import run_bundle
 from fedsplit.device.home import Home
+from fedsplit.runs.folder import run_bundle
 from fedsplit.service.app import service
 from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens, add_token
-from fedsplit.wire.exchange import Query
+from fedsplit.wire.query import Query
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from fedsplit.service.app import service
 from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens, add_token
 from fedsplit.wire.container import pack_arrays
-from fedsplit.wire.exchange import MOST_RECORDS, Query
+from fedsplit.wire.query import MOST_RECORDS, Query
 
 BODIES = 10_000
 CONFORMS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]

@@ -23,7 +23,8 @@ from fedsplit.flower.grid import InProcessGrid
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.runs import simulation
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.training import TrainingRun
 from fedsplit.server.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow  # whole runs

@@ -11,8 +11,9 @@ from test_device import ones_for
 from test_wire import ints, nothing_but, some_kept
 
 from fedsplit.data import DeviceData
-from fedsplit.plan.experiment import simulated_node
-from fedsplit.wire.exchange import CutGradients, Download, Gradients, Release, Upload
+from fedsplit.runs.nodes import simulated_node
+from fedsplit.wire.exchange import CutGradients, Download, Gradients, Upload
+from fedsplit.wire.release import Release
 from fedsplit.wire.sizes import Sizes
 
 

@@ -19,10 +19,10 @@ from references import largest_difference, moved, trained
 from fedsplit.common.errors import RunError
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
-from fedsplit.release.policies import Kept
+from fedsplit.release.kept import Kept
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.following import read_nodes
-from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.runs.folder import open_run_folder, read_nodes
+from fedsplit.runs.training import TrainingRun
 from fedsplit.server import rounds as strategy
 from fedsplit.server.checkpoint import load_checkpoint
 from fedsplit.wire import exchange as wire

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedsplit.model.loss import summed_loss
-from fedsplit.model.metrics import correct, score
-from fedsplit.plan.schedule import seed_of
-from fedsplit.release.policies import Dropping, Kept
-from fedsplit.server.trunk import Batches, Trunk, TrunkOptions, minibatches
-from fedsplit.wire.exchange import Release
+from fedsplit.common.seeds import seed_of
+from fedsplit.model.tasks import correct, score, summed_loss
+from fedsplit.release.kept import Kept
+from fedsplit.release.policies import Dropping
+from fedsplit.server.batches import Batches, minibatches
+from fedsplit.server.trunk import Trunk, TrunkOptions
+from fedsplit.wire.release import Release
 
 WIDTH = 11
 

@@ -21,7 +21,8 @@ from fedsplit.guard.accountant import load_sealed
 from fedsplit.plan.experiment import num_nodes
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.training import TrainingRun
 from fedsplit.wire.exchange import Download, Upload
 
 pytestmark = pytest.mark.slow  # whole runs

@@ -27,14 +27,18 @@ from fedsplit.data import Records
 from fedsplit.data.pooled import load_pool
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record
-from fedsplit.model.layer import SplitModel, build_model
+from fedsplit.model.split import SplitModel
+from fedsplit.model.zoo import build_model
 from fedsplit.plan.experiment import data_source, dropping, num_nodes, public_records, split_model
 from fedsplit.plan.settings import Settings
-from fedsplit.release.policies import KEYED_ROUND, Dropping, simulation_secret
+from fedsplit.release.policies import Dropping
+from fedsplit.release.streams import KEYED_ROUND, simulation_secret
 from fedsplit.runs import training
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.training import TrainingRun, open_run_folder
-from fedsplit.server.trunk import Batches, Trunk, TrunkOptions
+from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.training import TrainingRun
+from fedsplit.server.batches import Batches
+from fedsplit.server.trunk import Trunk, TrunkOptions
 from fedsplit.server.warmup import (
     PUBLIC,
     PublicOnly,

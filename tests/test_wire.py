@@ -12,24 +12,19 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsplit.common.arrays import unpack_bitmap
 from fedsplit.common.errors import WireError
 from fedsplit.flower.record import from_record, to_record
 from fedsplit.model.head import Head
-from fedsplit.release.policies import Dropping, Kept, simulation_secret, unpack_bitmap
+from fedsplit.release.kept import Kept
+from fedsplit.release.policies import Dropping
+from fedsplit.release.streams import simulation_secret
 from fedsplit.wire.container import pack_arrays
-from fedsplit.wire.exchange import (
-    CutGradients,
-    Download,
-    Gradients,
-    Ledger,
-    Query,
-    Reason,
-    Registration,
-    Release,
-    Upload,
-    weights_digest,
-)
+from fedsplit.wire.exchange import CutGradients, Download, Gradients, Registration, Upload, weights_digest
 from fedsplit.wire.head import HeadDownload, HeadUpload, Rows
+from fedsplit.wire.ledger import Ledger, Reason
+from fedsplit.wire.query import Query
+from fedsplit.wire.release import Release
 
 PARAMETERS = 5
 KINDS = {"upload": 1, "download": 2, "registration": 3, "head download": 5, "head upload": 6}

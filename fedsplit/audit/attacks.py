@@ -23,8 +23,8 @@ from fedsplit.audit.prior import (
     posterior,
     whiten,
 )
+from fedsplit.common.arrays import IntArray
 from fedsplit.guard.criterion import double
-from fedsplit.wire.container import IntArray
 
 Public = tuple[Floats, Floats, Labels]  # of public records: releases (P, f), the records (P, n), labels (P,)
 

@@ -20,10 +20,10 @@ from fedsplit.audit.evidence import Evidence, GradientGroup, equations, released
 from fedsplit.audit.gradient_attacks import conv_operator, gradient_conv, gradient_dense, negative_control
 from fedsplit.audit.prior import Labels, Prior
 from fedsplit.audit.scores import summarise
+from fedsplit.common.arrays import IntArray
 from fedsplit.data import Records
 from fedsplit.guard.criterion import coordinates
 from fedsplit.model.layer import FirstLayer
-from fedsplit.wire.container import IntArray
 
 Array = NDArray[np.float64]
 CONTROL = 60.0  # dB that the negative control must reach

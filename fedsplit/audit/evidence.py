@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedsplit.audit.transcript import Exchange, Subjects, exchanges
+from fedsplit.common.arrays import FloatArray, IntArray, unpack_bitmap
 from fedsplit.data import Records
 from fedsplit.guard.criterion import LayerMap
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.making import Chunk, forward
-from fedsplit.release.policies import KEYED_ROUND, Dropping, simulation_secret, unpack_bitmap
-from fedsplit.wire.container import FloatArray, IntArray
-from fedsplit.wire.exchange import Release
+from fedsplit.release.policies import Dropping
+from fedsplit.release.streams import KEYED_ROUND, simulation_secret
+from fedsplit.wire.release import Release
 
 Array = NDArray[np.float64]
 _INVERSES: dict[type[nn.Module], Any] = {

@@ -20,9 +20,9 @@ from fedsplit.audit.prior import (
     whiten,
 )
 from fedsplit.audit.scores import psnr
+from fedsplit.common.arrays import FloatArray
 from fedsplit.guard.criterion import double
 from fedsplit.model.layer import FirstLayer
-from fedsplit.wire.container import FloatArray
 
 FLOAT32 = 2.0**-24  # relative rounding error of a float32 gradient
 

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsplit.common.arrays import IntArray
 from fedsplit.guard.criterion import double
-from fedsplit.wire.container import IntArray
 
 Array = NDArray[np.float64]
 Floats = NDArray[np.floating]

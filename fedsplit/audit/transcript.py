@@ -13,11 +13,11 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.common.errors import DataError
+from fedsplit.common.files import replacing
+from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records, Source
-from fedsplit.device.pending import replacing
-from fedsplit.plan.schedule import seed_of
-from fedsplit.wire.container import FloatArray, IntArray
 from fedsplit.wire.exchange import Download, Upload
 
 MOST_CANDIDATES = 5000

@@ -116,8 +116,9 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show runs side by side, finished or not: figures, settings that differ, accuracy over what it cost."""
-    from fedsplit.cli.report import comparison_tables, draw_comparison
+    from fedsplit.cli.report import comparison_tables
     from fedsplit.runs import comparing
+    from fedsplit.runs.pictures import draw_comparison
 
     found = comparing.read_runs(runs or [])
     drawn = draw_comparison(found, out)

@@ -54,7 +54,7 @@ def monitor(
     from fedsplit.device.home import Home
     from fedsplit.device.monitor import Monitor, WithheldError
     from fedsplit.device.predictor import Predictor
-    from fedsplit.wire.exchange import EPISODE, LONGEST, SHORTEST
+    from fedsplit.wire.query import EPISODE, LONGEST, SHORTEST
 
     bundle = Bundle.load(device)
     if bundle.task != "novelty":

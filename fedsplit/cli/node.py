@@ -104,8 +104,8 @@ def start(
 
 def _real_answer(home: str, data: str | None) -> Answer:
     """Return what answers for a real node, with all that it needs loaded already."""
-    from fedsplit.plan.experiment import real_node
     from fedsplit.runs.client_app import answer
+    from fedsplit.runs.nodes import real_node
 
     return lambda kind, settings, payload: answer(lambda: real_node(settings, home, data), kind, payload)
 

@@ -27,7 +27,7 @@ def export(
 ) -> None:
     """Write what a device needs to ask for predictions: the first layer, the policy, the scaling of its input."""
     from fedsplit.cli.node import find_functions
-    from fedsplit.device.bundle import run_bundle
+    from fedsplit.runs.folder import run_bundle
 
     find_functions(run)
     bundle = run_bundle(run)

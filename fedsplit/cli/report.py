@@ -8,14 +8,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fedsplit.common.errors import ConfigError
-from fedsplit.runs.comparing import PANELS, Run, curves, differing
+from fedsplit.runs.comparing import Run, differing
 
 _REFUSED = {
     "enforce": "refused by the guard",
     "observe": "a real node would refuse",
     "by each owner": "over the owners' limits",  # some enforce them, others only count
 }
+
+
 _COMPARED = {  # figures of a run: what a table calls them, and how it writes them
     "test_accuracy": ("test_accuracy", ".4f"),
     "test_auc": ("test_auc", ".4f"),
@@ -33,37 +34,9 @@ _COMPARED = {  # figures of a run: what a table calls them, and how it writes th
     "seconds": ("seconds", ",.1f"),
     "simulated_seconds": ("simulated seconds", ",.1f"),
 }
-_AXES = {
-    "round": "rounds",
-    "bytes_up": "MB sent up",
-    "exposures_max": "releases of a training record, the most",
-    "simulated_seconds": "simulated seconds",
-}
-_SCORES = {"_accuracy": "accuracy", "_r2": "R²"}
+
+
 _SIDE_BY_SIDE = 4  # runs whose figures fit into 80 columns
-
-
-def draw_curves(folder: Path) -> None:
-    """Draw ``curves.png`` from ``metrics.jsonl``: loss and, for classes, accuracy over rounds, and simulated time."""
-    # matplotlib's pyplot would pick up a display and keep figures alive: the object interface does neither
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    panels = [("loss", "round"), ("accuracy", "round")]
-    if any("simulated_seconds" in m for m in lines):
-        known = any(m.get(f"{side}_accuracy") is not None for m in lines for side in ("train", "test"))
-        panels.append(("accuracy" if known else "loss", "simulated_seconds"))
-    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
-    for axis, (name, over) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for side, style in (("train", "-"), ("test", "o-")):
-            points = [(m[over], m[f"{side}_{name}"]) for m in lines if m.get(f"{side}_{name}") is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=side, markersize=4)
-        axis.set(xlabel=over.replace("_", " "), ylabel=name)
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(frameon=False)
-    figure.savefig(folder / "curves.png", dpi=120)
 
 
 def result_table(result: dict[str, Any], folder: Path) -> Table:
@@ -189,56 +162,3 @@ def _written(value: Any) -> str:
     if value is None:
         return "-"
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def draw_comparison(runs: Sequence[Run], path: Path) -> bool:
-    """Draw accuracy over rounds, over bytes sent up and over exposures; return whether there was anything to draw.
-
-    A part that no run has figures for is left out; see :func:`fedsplit.runs.comparing.notes`.
-
-    Raises
-    ------
-    ConfigError
-        If the path is not that of a PNG file, or cannot be written.
-    """
-    # the object interface, as for a run's own curves
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"--out must name a .png file, got {str(path)!r}")
-    panels = [over for over in PANELS if any(any(curves(run, over)) for run in runs)]
-    if not panels:
-        return False
-    figure = Figure(figsize=(1 + 4 * len(panels), 4 + 0.2 * len(runs)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for over, axis in zip(panels, axes, strict=True):
-        _draw_panel(axis, runs, over)
-    axes[0].set_ylabel(" or ".join(said for name, said in _SCORES.items() if any(_tells(run, name) for run in runs)))
-    handles = [Line2D([], [], color=f"C{number}") for number in range(len(runs))]
-    labels = [run.label if run.finished else f"{run.label} (unfinished)" for run in runs]
-    title = "markers: test records; thin lines: training records"
-    legend = figure.legend(handles, labels, loc="outside lower center", frameon=False, title=title)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a folder's name may hold dollars
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise ConfigError(f"plot {path} cannot be written: {error.strerror}") from None
-    return True
-
-
-def _draw_panel(axis: Any, runs: Sequence[Run], over: str) -> None:
-    unit = 1e6 if over == "bytes_up" else 1
-    for number, run in enumerate(runs):
-        for points, style, width in zip(curves(run, over), ("-", "o-"), (0.8, 1.5), strict=True):
-            x, y = [p[0] / unit for p in points], [p[1] for p in points]
-            axis.plot(x, y, style, color=f"C{number}", linewidth=width, markersize=4)
-    axis.set_xlabel(_AXES[over])
-    axis.grid(alpha=0.3)
-    if over in ("round", "exposures_max"):
-        axis.locator_params("x", integer=True)
-
-
-def _tells(run: Run, score: str) -> bool:
-    return any(name.endswith(score) for figures in run.rounds for name in figures)

@@ -107,7 +107,8 @@ def run(
     """Train over the nodes of a SuperLink, on its machine, with the settings of CONFIG."""
     from fedsplit.cli.report import result_table
     from fedsplit.plan.settings import AuditSettings, GuardSettings, default_folder, load_settings
-    from fedsplit.runs.following import check_fresh, follow, forget_state
+    from fedsplit.runs.folder import check_fresh
+    from fedsplit.runs.following import follow, forget_state
     from fedsplit.server.link import runs
 
     if resume and out is None:
@@ -153,7 +154,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show what the server has seen of each node: when, how much, and what it was refused."""
-    from fedsplit.runs.following import ago, read_nodes
+    from fedsplit.runs.folder import read_nodes
+    from fedsplit.runs.following import ago
 
     rows = read_nodes(folder)
     if as_json:

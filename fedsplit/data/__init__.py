@@ -1,8 +1,8 @@
 """Records of devices: data sets with a name, a user's own files or function, and how records are dealt to devices."""
 
 from fedsplit.common.errors import ConfigError
+from fedsplit.common.plugins import resolve_function
 from fedsplit.data.devices import describe, open_builder, open_folder, open_own, read_records
-from fedsplit.data.loading import resolve_function
 from fedsplit.data.partition import PARTITIONS
 from fedsplit.data.pooled import POOLS, open_pool
 from fedsplit.data.records import TASKS, DeviceData, Records, Scaling, check_records

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedsplit.common.errors import ConfigError, DataError
-from fedsplit.data.loading import resolve_function
+from fedsplit.common.plugins import resolve_function
 from fedsplit.data.records import TASKS, DeviceData, Records, check_records
 from fedsplit.data.source import Source, choose_test
 

@@ -18,13 +18,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
 
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError, DataError
-from fedsplit.data import Scaling, Source
-from fedsplit.device.pending import replacing
+from fedsplit.common.files import replacing
+from fedsplit.data import Scaling
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
-from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.release.policies import Dropping
-from fedsplit.wire.container import FloatArray
 from fedsplit.wire.exchange import weights_digest
 
 DESCRIPTION, WEIGHTS = "device.json", "first_layer.safetensors"
@@ -160,43 +159,6 @@ class Bundle:
 def model_name(weights: FloatArray) -> str:
     """Return the name of a model, from its first layer's flat parameters."""
     return f"{weights_digest(weights):016x}"
-
-
-def run_settings(folder: Path) -> Settings:
-    """Return the settings of a run that has a checkpoint; raises DataError."""
-    if not (folder / "config.toml").exists():
-        raise DataError(f"{folder} is not a run folder: it has no config.toml")
-    if not (folder / "checkpoint" / WEIGHTS).exists():
-        raise DataError(f"{folder} has no checkpoint: the run has not finished a round")
-    return load_settings(folder / "config.toml")
-
-
-def run_bundle(folder: Path) -> Bundle:
-    """Return the device's half of a run's last checkpoint.
-
-    Raises
-    ------
-    FedsplitError
-        If the run has none, or its data set, which says what a record is, cannot be opened.
-    """
-    from fedsplit.plan.experiment import data_source, split_model
-
-    settings = run_settings(folder)
-    source = data_source(settings)
-    return bundle_of(settings, source, split_model(settings, source).first_layer, folder)
-
-
-def bundle_of(settings: Settings, source: Source, layer: FirstLayer, folder: Path) -> Bundle:
-    """Return the device's half of a run, whose checkpoint's weights ``layer`` gets."""
-    from fedsplit.plan.experiment import dropping
-
-    path = folder / "checkpoint" / WEIGHTS
-    try:
-        layer.load_weights(load(path.read_bytes()))
-    except (OSError, SafetensorError, RuntimeError):
-        raise DataError(f"{path} is damaged, or of another model") from None
-    chosen = dropping(settings)
-    return Bundle(layer, chosen, settings.protocol.dtype, source.scaling, source.task, source.outputs)
 
 
 def described(layer: FirstLayer) -> Layer:

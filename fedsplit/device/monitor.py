@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import ConfigError, DataError, RunError
 from fedsplit.device.predictor import Predictor
 from fedsplit.device.remote import Remote
-from fedsplit.wire.container import IntArray
-from fedsplit.wire.exchange import EPISODE, LONGEST, MOST_RECORDS, SHORTEST, WATCHED_NAME, Reason
+from fedsplit.wire.ledger import Reason
+from fedsplit.wire.query import EPISODE, LONGEST, MOST_RECORDS, SHORTEST, WATCHED_NAME
 
 log = logging.getLogger(__name__)
 

@@ -13,25 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import FloatArray, IntArray, sum_groups, unpack_bitmap
 from fedsplit.common.errors import StateError
 from fedsplit.data import DeviceData, Records
 from fedsplit.device.pending import NodeState, Pending
 from fedsplit.guard.guard import Guard, Proposal, Summed, release_cost, release_name
 from fedsplit.model.layer import FirstLayer
+from fedsplit.release.kept import Kept
 from fedsplit.release.making import BLOCK, Chunk, Outputs, forward
-from fedsplit.release.policies import KEYED_ROUND, Dropping, Kept, record_order, unpack_bitmap
-from fedsplit.wire.container import FloatArray, IntArray, sum_groups
-from fedsplit.wire.exchange import (
-    CutGradients,
-    Download,
-    Gradients,
-    Ledger,
-    Reason,
-    Registration,
-    Release,
-    Upload,
-    weights_digest,
-)
+from fedsplit.release.policies import Dropping
+from fedsplit.release.streams import KEYED_ROUND, record_order
+from fedsplit.wire.exchange import CutGradients, Download, Gradients, Registration, Upload, weights_digest
+from fedsplit.wire.ledger import Ledger, Reason
+from fedsplit.wire.release import Release
 
 log = logging.getLogger(__name__)
 _WHOLE_NODE = -1

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
 from fedsplit.data import Scaling
 from fedsplit.device.bundle import Bundle, described
 from fedsplit.model.layer import FirstLayer
-from fedsplit.wire.container import FloatArray
 
 ONNX = "first_layer.onnx"
 RECORDS, ACTIVATED = "records", "activations"

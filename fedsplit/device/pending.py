@@ -1,8 +1,5 @@
 """A node's folder of what must outlive a process: the patterns of pending chunks."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -10,7 +7,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.wire.container import FloatArray, IntArray
+from fedsplit.common.arrays import FloatArray, IntArray
+from fedsplit.common.files import replacing
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Pending:
     index : int64 array (records,)
         The records' indices on their devices.
     counts, bitmap
-        Which outputs were sent, as in :class:`fedsplit.release.policies.Kept`.
+        Which outputs were sent, as in :class:`fedsplit.release.kept.Kept`.
     slopes : float32 array (sum of counts,) or (0,)
         The activation's derivative at the sent outputs; empty where it is 1 (relu and identity).
     """
@@ -91,11 +89,3 @@ class NodeState:
 
     def _pending(self, round_number: int) -> Path:
         return self.folder / f"pending-{round_number}.npz"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file under another name and put it in place in one step, so that a killed process leaves the old."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    yield new
-    os.replace(new, path)

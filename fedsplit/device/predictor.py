@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.common.errors import DataError, RunError
 from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import ASKED, Home
 from fedsplit.guard.guard import Proposal, release_cost, release_name
 from fedsplit.release.making import Chunk, Outputs, forward
-from fedsplit.release.policies import KEYED_ROUND
-from fedsplit.wire.container import FloatArray, IntArray
-from fedsplit.wire.exchange import MOST_RECORDS, Query, Reason, Release, weights_digest
+from fedsplit.release.streams import KEYED_ROUND
+from fedsplit.wire.exchange import weights_digest
+from fedsplit.wire.ledger import Reason
+from fedsplit.wire.query import MOST_RECORDS, Query
+from fedsplit.wire.release import Release
 
 Ask = Callable[[bytes], FloatArray]
 _LARGEST = 1e30
@@ -36,7 +39,7 @@ class Predictions:
     outputs : float32 array (records, outputs)
         The trunk's; NaN for records that did not leave.
     refused : int64 array (records,)
-        0, or why the guard let a record not leave (:class:`fedsplit.wire.exchange.Reason`).
+        0, or why the guard let a record not leave (:class:`fedsplit.wire.ledger.Reason`).
     task : str
     """
 
@@ -70,7 +73,7 @@ class Predictor:
     home : Home
         The device's own folder: its secret, its limits, its ledgers.
     ask : callable
-        Sends a packed :class:`fedsplit.wire.exchange.Query` and returns the trunk's outputs ``(records, outputs)``.
+        Sends a packed :class:`fedsplit.wire.query.Query` and returns the trunk's outputs ``(records, outputs)``.
     """
 
     def __init__(self, bundle: Bundle, home: Home, ask: Ask) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import numpy as np
 
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.certs import read_authority
 from fedsplit.common.errors import ConfigError, RunError
-from fedsplit.wire.container import FloatArray
 
 _TIMEOUT = 30.0  # seconds
 _LARGEST = 2**26  # bytes of an answer

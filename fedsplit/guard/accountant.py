@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import StateError
-from fedsplit.device.pending import replacing
-from fedsplit.wire.container import IntArray
+from fedsplit.common.files import replacing
 
 Float64 = NDArray[np.float64]
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input
 
+from fedsplit.common.arrays import IntArray
 from fedsplit.model.layer import FirstLayer
-from fedsplit.wire.container import IntArray
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]

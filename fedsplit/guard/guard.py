@@ -14,15 +14,16 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import FloatArray, IntArray, unpack_bitmap
 from fedsplit.guard.accountant import Cost, ExposureAccountant, gaussian_precision, largest_precision
 from fedsplit.guard.criterion import LayerMap, coordinates
 from fedsplit.guard.gradient import Joint, joint
 from fedsplit.guard.history import History, Sum
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
-from fedsplit.release.policies import Dropping, Kept, unpack_bitmap
-from fedsplit.wire.container import FloatArray, IntArray
-from fedsplit.wire.exchange import Reason
+from fedsplit.release.kept import Kept
+from fedsplit.release.policies import Dropping
+from fedsplit.wire.ledger import Reason
 
 Float64 = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -44,7 +45,7 @@ class Proposal:
     segments : int64 array (records, segments of each)
         The numbers that it is counted under.
     bitmap : uint8 array (records, ceil(width / 8))
-        The outputs that would be sent, as in :class:`fedsplit.release.policies.Kept`.
+        The outputs that would be sent, as in :class:`fedsplit.release.kept.Kept`.
     active : float64 array (records,)
         Share of the outputs that are above zero.
     cost : Cost

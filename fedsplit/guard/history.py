@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import FloatArray, IntArray, unpack_bitmap
 from fedsplit.common.errors import StateError
 from fedsplit.guard.accountant import ExposureAccountant, load_sealed, save_sealed
 from fedsplit.guard.criterion import LayerMap
 from fedsplit.model.layer import FirstLayer
-from fedsplit.release.policies import unpack_bitmap
-from fedsplit.wire.container import FloatArray, IntArray
 
 Mask = NDArray[np.bool_]
 

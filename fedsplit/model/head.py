@@ -8,10 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
-from fedsplit.model.loss import summed_loss
-from fedsplit.model.metrics import correct
-from fedsplit.wire.container import FloatArray
+from fedsplit.model.tasks import correct, summed_loss
 
 
 def cut_head(trunk: nn.Module) -> tuple[nn.Sequential, nn.Linear]:

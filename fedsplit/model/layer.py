@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -22,6 +21,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "identity": nn.Identity,
 }
+
+
 Number = TypeVar("Number", bound=np.floating[Any])
 Weights = dict[str, NDArray[np.float32]]
 _FEW = 64  # rows; the kernels seen differ below 4 per thread
@@ -170,110 +171,3 @@ class FirstLayer:
         """Run the layer with some parameters on ``(batch, *input_shape)``, without the activation."""
         inputs = x.flatten(1) if self._flat else x
         return torch.func.functional_call(self.layer, dict(parameters), (inputs,))  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class SplitModel:
-    """A network cut after its first layer.
-
-    Attributes
-    ----------
-    first_layer : FirstLayer
-        Runs on the devices.
-    trunk : nn.Module
-        Everything after the cut, server only: takes ``(batch, *cut_shape)``, returns ``(batch, outputs)``.
-    """
-
-    first_layer: FirstLayer
-    trunk: nn.Module
-
-    @classmethod
-    def from_sequential(cls, net: nn.Sequential, input_shape: tuple[int, ...], cut: int = 1) -> "SplitModel":
-        """Cut an existing (for example pretrained) network after its first layer and that layer's activation.
-
-        Raises
-        ------
-        ConfigError
-            If ``cut`` is not 1 or the network has fewer than two parts.
-
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> SplitModel.from_sequential(net, input_shape=(4,)).trunk
-        Sequential(
-          (0): Linear(in_features=8, out_features=2, bias=True)
-        )
-        """
-        if cut != 1:
-            raise ConfigError(f"cut must be 1 (only the first layer can stay on the device), got {cut}")
-        if not isinstance(net, nn.Sequential) or not len(net):
-            raise ConfigError("from_sequential needs an nn.Sequential that is not empty")
-        modules: list[nn.Module] = list(net)
-        if isinstance(modules[0], nn.Flatten) and len(modules) > 1 and isinstance(modules[1], nn.Linear):
-            modules = modules[1:]  # a linear layer takes records flattened by itself
-        has_activation = len(modules) > 1 and isinstance(modules[1], tuple(ACTIVATIONS.values()))
-        activation = modules[1] if has_activation else nn.Identity()
-        trunk = nn.Sequential(*modules[1 + has_activation :])
-        if not len(trunk):
-            raise ConfigError("from_sequential needs at least one module after the first layer and its activation")
-        return cls(FirstLayer(modules[0], activation, tuple(input_shape)), trunk)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the whole network on ``(batch, *input_shape)``, undropped: for comparisons, not for devices."""
-        first = self.first_layer
-        return cast(Tensor, self.trunk(first.activation(first.outputs(x))))
-
-
-def _sensor_cnn(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
-    """Conv1d over time (kernel 9, stride 2), two more convolutions with batch norm, mean over time, a linear layer."""
-    first = nn.Conv1d(shape[0], width, kernel_size=9, stride=2, padding=4)
-    trunk = nn.Sequential(
-        nn.Conv1d(width, 64, kernel_size=5, stride=2, padding=2),
-        nn.BatchNorm1d(64),
-        nn.ReLU(),
-        nn.Conv1d(64, 64, kernel_size=5, stride=2, padding=2),
-        nn.BatchNorm1d(64),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool1d(1),
-        nn.Flatten(),
-        nn.Linear(64, outputs),
-    )
-    return SplitModel(FirstLayer(first, activation, shape), trunk)
-
-
-def _image_cnn(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
-    """Conv2d (kernel 5, stride 2), one more convolution, one linear layer."""
-    first = FirstLayer(nn.Conv2d(shape[0], width, kernel_size=5, stride=2, padding=2), activation, shape)
-    body = nn.Sequential(nn.Conv2d(width, 32, kernel_size=3, stride=2, padding=1), nn.ReLU(), nn.Flatten())
-    features = body(torch.zeros(1, *first.cut_shape)).shape[1]
-    trunk = nn.Sequential(*body, nn.Linear(features, outputs))
-    return SplitModel(first, trunk)
-
-
-def _mlp(shape: tuple[int, ...], outputs: int, width: int, activation: nn.Module) -> SplitModel:
-    """Linear first layer on flattened records, then one hidden layer of 128 units."""
-    first = FirstLayer(nn.Linear(math.prod(shape), width), activation, shape)
-    trunk = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, outputs))
-    return SplitModel(first, trunk)
-
-
-BUILT_IN = {"sensor-cnn": (_sensor_cnn, 2), "image-cnn": (_image_cnn, 3), "mlp": (_mlp, 0)}
-"""Built-in models by name: for sensor windows ``(channels, time)``, images ``(channels, height, width)`` and
-tables of any shape; the number is how many axes a record must have (0: any)."""
-
-
-def build_model(name: str, input_shape: tuple[int, ...], outputs: int, width: int, activation: str) -> SplitModel:
-    """Build one of :data:`BUILT_IN`; seed torch before the call, the weights are drawn in it.
-
-    Parameters
-    ----------
-    width : int
-        Output channels (convolution) or units (linear) of the first layer.
-
-    Raises
-    ------
-    ConfigError
-        If a record of the data has another number of axes than the model takes.
-    """
-    build, axes = BUILT_IN[name]
-    if axes and len(input_shape) != axes:
-        raise ConfigError(f"model {name!r} takes records of {axes} axes, the data's have shape {input_shape}")
-    return build(input_shape, outputs, width, ACTIVATIONS[activation]())

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import ConfigError
 from fedsplit.data import Records, Source
 from fedsplit.guard.accountant import epsilon, gaussian_precision, largest_precision
@@ -14,8 +15,7 @@ from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.schedule import Schedule
 from fedsplit.plan.settings import Settings
-from fedsplit.server.aggregation import PER_DEVICE
-from fedsplit.wire.container import IntArray
+from fedsplit.plan.strategies import PER_DEVICE
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.common.tables import Section, one_line
-from fedsplit.server.aggregation import STRATEGIES
+from fedsplit.plan.strategies import STRATEGIES
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -78,8 +78,9 @@ class ProfileSettings(Section):
     ``compute``: speed relative to one core of this machine; ``uplink`` and ``downlink`` in Mbit/s; ``latency``: seconds
     of a round trip, once an exchange. Each is a number or a lognormal over the devices. ``availability``: the
     probability that a device is there in a round, or a Markov chain. ``dropout``: the probability that it is lost in an
-    exchange. ``trace``: a CSV file, see :class:`fedsplit.server.virtual.trace.Trace`, that begins again every ``trace_period``
-    seconds. ``preset`` stands for typical figures, of which those that are given take the place; see :meth:`filled`.
+    exchange. ``trace``: a CSV file, see :class:`fedsplit.server.virtual.trace.Trace`, that begins again every
+    ``trace_period`` seconds. ``preset`` stands for typical figures, of which those that are given take the place; see
+    :meth:`filled`.
     ``release_seconds`` and ``gradient_seconds``: what one core of this machine needs to release a record, and for its
     gradient; measured where they are absent, so give them where runs must be equal.
     """
@@ -112,7 +113,7 @@ class ProfileSettings(Section):
 @cache
 def presets() -> dict[str, dict[str, Any]]:
     """Return the typical figures of some kinds of devices; the file says where they come from."""
-    return tomllib.loads((Path(__file__).parent / "virtual" / "presets.toml").read_text(encoding="utf-8"))
+    return tomllib.loads((Path(__file__).parent / "presets.toml").read_text(encoding="utf-8"))
 
 
 class DeviceSettings(Section):
@@ -120,8 +121,8 @@ class DeviceSettings(Section):
 
     ``test``: a list of device ids, a number (the last ones) or ``"all"`` (every device that has test records).
     ``fraction`` of the training devices is sampled in each round, ``sampling`` by chance, by size or fairly; see
-    :class:`fedsplit.plan.schedule.Schedule`. ``over_sampling`` times as many are asked, and the round ends with the answers
-    of those who come first.
+    :class:`fedsplit.plan.schedule.Schedule`. ``over_sampling`` times as many are asked, and the round ends with the
+    answers of those who come first.
     """
 
     count: Positive | None = None
@@ -232,7 +233,7 @@ class FirstLayerSettings(Section):
     """``[first-layer]``: the Flower strategy that aggregates it (or ``frozen``), its learning rate, its arguments.
 
     ``strategy``: ``frozen``, or as in :func:`fedsplit.server.aggregation.build_strategy`.
-    ``schedule`` as in :func:`fedsplit.plan.schedule.scheduled`.
+    ``schedule`` as in :func:`fedsplit.common.seeds.scheduled`.
     """
 
     strategy: str = "FedAdam"
@@ -250,7 +251,7 @@ class FirstLayerSettings(Section):
 
 
 class TrunkSettings(Section):
-    """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.plan.schedule.scheduled`.
+    """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.common.seeds.scheduled`.
 
     ``thinning``: in learning, up to this share of a record's outputs counts as dropped, too, drawn anew in each step.
     ``replay_mb``: the most megabytes that releases kept for replay take between rounds; without it all are kept.

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.data import Records
 from fedsplit.model.layer import FirstLayer
-from fedsplit.release.policies import Dropping, Kept
-from fedsplit.wire.container import FloatArray, IntArray
+from fedsplit.release.kept import Kept
+from fedsplit.release.policies import Dropping
 
 BLOCK = 1024  # records computed at once: bounds the dense activations in memory
 Secret = Callable[[int], bytes]

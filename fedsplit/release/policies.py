@@ -9,45 +9,15 @@ with AES can reproduce them.
 from dataclasses import dataclass
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
-from fedsplit.wire.container import FloatArray
+from fedsplit.release.streams import DROPPING, NOISE, keystream
 
 POLICIES = ("none", "random", "at-most", "top-k", "units", "bits")
-KEYED_ROUND = 0  # training rounds count from 1; keyed masks (all of prediction) ignore the round
-_DROPPING, _ORDER, _NOISE = 0, 1, 2  # purposes: no two uses of a secret share a counter block
-
-
-def simulation_secret(seed: int, device_id: int) -> bytes:
-    """Return a simulated device's 32-byte secret: HKDF-SHA256 of the run's seed (RFC 5869)."""
-    info = b"fedsplit simulation secret %d" % device_id
-    return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(seed.to_bytes(8, "little"))
-
-
-def keystream(
-    secret: bytes, purpose: int, round_number: int, records: NDArray[np.int64], width: int
-) -> NDArray[np.uint8]:
-    """Return ``(records, width)`` pseudo-random bytes, one independent stream per record."""
-    blocks = -(-width // 16)
-    counters = np.empty((len(records), blocks, 4), dtype="<u4")
-    counters[..., 0] = purpose
-    counters[..., 1] = round_number
-    counters[..., 2] = records[:, None]
-    counters[..., 3] = np.arange(blocks)
-    # ECB of distinct counters is counter mode's key stream; nothing else is ever encrypted with this key.
-    cipher = Cipher(algorithms.AES256(secret), modes.ECB()).encryptor()
-    stream = np.frombuffer(cipher.update(counters.tobytes()), dtype=np.uint8)
-    return stream.reshape(len(records), blocks * 16)[:, :width]
-
-
-def record_order(secret: bytes, pass_number: int, count: int) -> NDArray[np.int64]:
-    """Return the device's own random order of its records in one pass over them."""
-    words = keystream(secret, _ORDER, pass_number, np.arange(count), 8)
-    return np.argsort(np.ascontiguousarray(words).view("<u8").ravel(), kind="stable")
 
 
 @dataclass(frozen=True)
@@ -131,13 +101,13 @@ class Dropping:
         """
         n, width = outputs.shape
         if self.policy == "random":
-            words = keystream(secret, _DROPPING, round_number, records, 2 * width)
+            words = keystream(secret, DROPPING, round_number, records, 2 * width)
             threshold = max(1, round(self.keep * 65536))
             # compared as 32-bit, since 65536 (keep everything) does not fit the stream's 16 bits
             kept: NDArray[np.bool_] = np.ascontiguousarray(words).view("<u2") < np.uint32(threshold)
             return kept
         if self.policy == "at-most":
-            words = keystream(secret, _DROPPING, round_number, records, 4 * width)
+            words = keystream(secret, DROPPING, round_number, records, 4 * width)
             return _smallest(np.ascontiguousarray(words).view("<u4"), self.k)
         if self.policy == "top-k":
             return _smallest(-np.abs(outputs), self.k)
@@ -156,7 +126,7 @@ class Dropping:
         Its stream belongs to the weights, too: the same noise on the activations of two weights could be subtracted.
         """
         own = HKDF(algorithm=SHA256(), length=32, salt=None, info=b"fedsplit noise " + weights_name).derive(secret)
-        words = np.ascontiguousarray(keystream(own, _NOISE, round_number, records, 8 * width)).view("<u4")
+        words = np.ascontiguousarray(keystream(own, NOISE, round_number, records, 8 * width)).view("<u4")
         uniform = (words.astype(np.float64) + 0.5) / 2**32  # never 0 or 1
         radius, angle = np.sqrt(-2 * np.log(uniform[:, :width])), 2 * np.pi * uniform[:, width:]  # Box and Muller
         return np.asarray(self.noise * self.clip * radius * np.cos(angle), dtype=np.float32)
@@ -171,59 +141,3 @@ def _smallest(keys: NDArray[np.uint32] | FloatArray, k: int) -> NDArray[np.bool_
     tied = keys == last
     room = k - below.sum(axis=1, keepdims=True)
     return np.asarray(below | (tied & (np.cumsum(tied, axis=1) <= room)), dtype=np.bool_)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What is left of first-layer outputs after dropping: the only thing a release can be packed from.
-
-    Attributes
-    ----------
-    counts : int64 array (records,)
-        Outputs kept of each record.
-    bitmap : uint8 array (records, ceil(width / 8))
-        Which ones, one bit per output, lowest bit first.
-    values : float32 array (sum of counts,)
-        The kept outputs, record by record in the order of their index.
-    width : int
-        Outputs of the first layer.
-    """
-
-    counts: NDArray[np.int64]
-    bitmap: NDArray[np.uint8]
-    values: FloatArray
-    width: int
-
-    @classmethod
-    def of(cls, outputs: FloatArray, mask: NDArray[np.bool_], *, zeros_count: bool) -> "Kept":
-        """Drop from ``outputs`` ``(records, width)`` what ``mask`` does not keep.
-
-        ``zeros_count`` is false for relu: a kept zero has derivative zero, so it sends nothing.
-        """
-        pattern = mask if zeros_count else mask & (outputs != 0)
-        return cls(
-            counts=pattern.sum(axis=1, dtype=np.int64),
-            bitmap=np.packbits(pattern, axis=1, bitorder="little"),
-            values=outputs.ravel()[np.flatnonzero(pattern)],  # three times as quick as by the pattern itself
-            width=outputs.shape[1],
-        )
-
-    def take(self, rows: NDArray[np.bool_]) -> "Kept":
-        """Return some of the records, in their order."""
-        values = self.values[np.repeat(rows, self.counts)]
-        return Kept(self.counts[rows], self.bitmap[rows], values, self.width)
-
-    @classmethod
-    def join(cls, parts: "list[Kept]", width: int) -> "Kept":
-        """Put the records of several parts behind one another."""
-        return cls(
-            counts=np.concatenate([p.counts for p in parts] or [np.zeros(0, np.int64)]),
-            bitmap=np.concatenate([p.bitmap for p in parts] or [np.zeros((0, -(-width // 8)), np.uint8)]),
-            values=np.concatenate([p.values for p in parts] or [np.zeros(0, np.float32)]),
-            width=width,
-        )
-
-
-def unpack_bitmap(bitmap: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
-    """Return the pattern ``(records, width)`` of a bitmap."""
-    return np.unpackbits(bitmap, axis=1, count=width, bitorder="little").view(np.bool_)

@@ -14,12 +14,12 @@ from fedsplit.audit.evidence import Evidence, recorded, rehearsed, released_byte
 from fedsplit.audit.page import page
 from fedsplit.audit.transcript import Subjects
 from fedsplit.common.errors import ConfigError, DataError
+from fedsplit.common.files import replacing
 from fedsplit.device.home import Home
-from fedsplit.device.pending import replacing
 from fedsplit.plan.experiment import data_source, dropping, public_records, split_model
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.release.making import Chunk
-from fedsplit.release.policies import simulation_secret
+from fedsplit.release.streams import simulation_secret
 from fedsplit.server.warmup import WarmUp, warm_up
 
 _TARGETS = 200  # of an audit before any training, unless the settings say

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedsplit.device.node import Node
 
 log = logging.getLogger(__name__)
-APP_FOLDER = Path(__file__).parent.parent
+APP_FOLDER = Path(__file__).parents[2]
 HOME, DATA, SOCKET = "fedsplit-home", "fedsplit-data", "fedsplit-socket"  # keys of a real node's node config
 CONFIG, SETTINGS = "config", "settings"  # keys of a run config: a file in the app, or the settings themselves
 STATE_FOLDER = Path.home() / ".fedsplit" / "state"
@@ -99,7 +99,7 @@ def run_settings(run_config: UserConfig) -> str:
 
 
 def _node(context: Context, settings_json: str | None, state_folder: str | None) -> "Node":
-    from fedsplit.plan.experiment import real_node, simulated_node
+    from fedsplit.runs.nodes import real_node, simulated_node
 
     config, settings_json = context.node_config, settings_json or run_settings(context.run_config)
     if HOME in config:

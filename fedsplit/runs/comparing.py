@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.plan.settings import load_settings
-from fedsplit.runs.following import METRICS, RESULT
+from fedsplit.runs.folder import METRICS, RESULT
 
 Figures = dict[str, int | float]
 Point = tuple[float, float]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedsplit.common.errors import ConfigError, FedsplitError, RunError
+from fedsplit.common.files import locked
+from fedsplit.runs.folder import LOG, METRICS, RESULT, STATE
 
-STATE, LOG, NODES, METRICS, RESULT = "state.json", "run.log", "nodes.json", "metrics.jsonl", "result.json"
-DEVICES = "devices.csv"
 _ROOM = 8192  # bytes of the state file
 _WORKING = "working"
 _LOOK = 0.2  # seconds between two looks at a run folder
@@ -75,23 +75,6 @@ def working(folder: Path, run: str = "") -> Iterator[None]:
             logger.removeHandler(handler)
             handler.close()
         say("finished")
-
-
-def locked(file: IO[str]) -> bool:
-    """Lock a file, if need be after somebody who only reads it; whether nobody else has."""
-    for _ in range(20):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.05)
-    return False
-
-
-def check_fresh(folder: Path) -> None:
-    """Refuse a folder with anything of another run in it; raises ConfigError."""
-    if folder.exists() and any(path.name not in (STATE, LOG) for path in folder.iterdir()):
-        raise ConfigError(f"out folder {folder} is not empty: choose another, or continue it with --resume")
 
 
 def forget_state(folder: Path) -> None:
@@ -186,22 +169,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError:
         return []
-
-
-def read_nodes(folder: Path) -> list[dict[str, Any]]:
-    """Return what the server has seen of each node in a run, as of its last round.
-
-    Raises
-    ------
-    ConfigError
-        If there is nothing of the kind.
-    """
-    try:
-        return list(json.loads((folder / NODES).read_text(encoding="utf-8")))
-    except OSError:
-        raise ConfigError(f"{folder} holds no {NODES}: it is written as nodes come") from None
-    except ValueError:
-        raise ConfigError(f"{folder / NODES} is damaged") from None
 
 
 def ago(seconds: float) -> str:

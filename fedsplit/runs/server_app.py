@@ -7,12 +7,13 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedsplit.cli.report import draw_curves
-from fedsplit.plan.experiment import calibrated
 from fedsplit.plan.settings import Settings, default_folder
+from fedsplit.runs.assembly import calibrated
 from fedsplit.runs.client_app import STATE_FOLDER, run_settings
+from fedsplit.runs.folder import open_run_folder
 from fedsplit.runs.following import working
-from fedsplit.runs.training import TrainingRun, open_run_folder
+from fedsplit.runs.pictures import draw_curves
+from fedsplit.runs.training import TrainingRun
 from fedsplit.server.link.folder import ServerFolder
 from fedsplit.server.link.replies import DeploymentGrid
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.serverapp import Grid
 
-from fedsplit.cli.report import draw_curves
 from fedsplit.common.errors import ConfigError, EngineError, RunError
 from fedsplit.plan.settings import Settings, default_folder, load_settings
 from fedsplit.runs.engine import Start, engine
+from fedsplit.runs.pictures import draw_curves
 
 if TYPE_CHECKING:
     from fedsplit.runs.training import Report, TrainingRun
@@ -80,9 +80,11 @@ def _start_nodes(start: Start, settings: Settings, states: Path) -> Callable[[],
 
 def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resume: bool) -> "TrainingRun":
     """Return the run after all that can be refused before training; raises FedsplitError."""
-    from fedsplit.plan.experiment import calibrated, limits
+    from fedsplit.plan.experiment import limits
     from fedsplit.plan.preflight import check_limits
-    from fedsplit.runs.training import TrainingRun, open_run_folder
+    from fedsplit.runs.assembly import calibrated
+    from fedsplit.runs.folder import open_run_folder
+    from fedsplit.runs.training import TrainingRun
 
     settings = calibrated(settings, folder if resume else None)
     run = TrainingRun(settings, folder, report)

@@ -18,21 +18,15 @@ from flwr.serverapp import Grid
 
 from fedsplit.audit.transcript import Subjects
 from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.common.files import replacing
 from fedsplit.data import Source
-from fedsplit.device.pending import replacing
 from fedsplit.flower.grid import PollingGrid
 from fedsplit.guard.accountant import epsilon
-from fedsplit.model.layer import SplitModel
-from fedsplit.plan.experiment import (
-    data_source,
-    dropping,
-    num_nodes,
-    public_records,
-    split_model,
-    split_strategy,
-)
-from fedsplit.plan.settings import Settings, load_settings
-from fedsplit.runs.following import DEVICES, METRICS, NODES, RESULT, check_fresh
+from fedsplit.model.split import SplitModel
+from fedsplit.plan.experiment import data_source, dropping, num_nodes, public_records, split_model
+from fedsplit.plan.settings import Settings
+from fedsplit.runs.assembly import split_strategy
+from fedsplit.runs.folder import DEVICES, METRICS, NODES, RESULT
 from fedsplit.server.checkpoint import load_checkpoint, save_checkpoint
 from fedsplit.server.roster import Owners
 from fedsplit.server.rounds import SplitStrategy
@@ -42,39 +36,6 @@ from fedsplit.server.warmup import PublicOnly, WarmUp, public_release, warm_up
 DELTA = 1e-5  # of the epsilon that results tell
 _SO_FAR = ("exchanges", "bytes_up", "bytes_down", "exposures_max")  # totals that each round's metrics hold
 Report = Callable[[dict[str, Any]], None]
-
-
-def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:
-    """Make the run folder, or check that the one to resume belongs to these settings.
-
-    Raises
-    ------
-    ConfigError
-        If the folder cannot be written, holds something already, or is of a run with other settings.
-    """
-    config = folder / "config.toml"
-    if resume:
-        _check_same(config, settings)
-        return
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out folder {folder} is a file")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_fresh(folder)
-        with replacing(config) as new:
-            new.write_text(settings.to_toml(), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
-
-
-def _check_same(config: Path, settings: Settings) -> None:
-    if not config.exists():
-        raise ConfigError(f"nothing to resume: {config} does not exist")
-    old, new = load_settings(config).flat(), settings.flat()
-    differing = sorted(k for k in old | new if old.get(k) != new.get(k) and k not in ("run.engine", "run.ray-address"))
-    if differing:
-        key = differing[0]
-        raise ConfigError(f"cannot resume with other settings: {key} was {old.get(key)!r}, is {new.get(key)!r}")
 
 
 class TrainingRun:

@@ -14,20 +14,14 @@ from flwr.supercore.run import Run
 from numpy.typing import NDArray
 
 from fedsplit.common.errors import ConfigError, RunError
-from fedsplit.data.loading import resolve_function
-from fedsplit.plan.schedule import scheduled, seed_of
+from fedsplit.common.plugins import resolve_function
+from fedsplit.common.seeds import scheduled, seed_of
 
 if TYPE_CHECKING:  # it imports torch, which a simulation does while Ray starts
     from fedsplit.model.layer import Weights
+from fedsplit.plan.strategies import ADAPTIVE, NOISY, PER_DEVICE
 
 Gradient = Mapping[str, NDArray[np.float64]]
-ADAPTIVE = ("FedAdam", "FedYogi", "FedAdagrad")
-ROBUST = ("FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")
-NOISY = ("DifferentialPrivacyServerSideFixedClipping", "DifferentialPrivacyServerSideAdaptiveClipping")
-"""Clip every device's step, average them with equal weights, add noise to the mean; see :func:`build_strategy`."""
-PER_DEVICE = (*ROBUST, *NOISY)
-"""Strategies that are not a weighted mean: they need one contribution per device."""
-STRATEGIES = ("FedAvg", "FedAvgM", *ADAPTIVE, *PER_DEVICE)
 _TINY = 1e-12  # a step for a device whose own has norm zero, by which Flower's clipping would divide
 
 
@@ -114,7 +108,7 @@ class FirstLayerServer:
     lr : float
         For an adaptive strategy its ``eta``, and the pseudo-model is then made with lr 1.
     schedule : str
-        Of the learning rate over ``rounds``; see :func:`fedsplit.plan.schedule.scheduled`.
+        Of the learning rate over ``rounds``; see :func:`fedsplit.common.seeds.scheduled`.
     seed : int or None
         Of what a strategy draws from numpy's global generator, as noise: a simulation can be repeated. None, where
         noise must protect something: whoever knows the seed could subtract it.

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import WireError
-from fedsplit.wire.container import IntArray
-from fedsplit.wire.exchange import CutGradients, Download, Release, Upload
+from fedsplit.wire.container import LARGEST
+from fedsplit.wire.exchange import CutGradients, Download, Upload
+from fedsplit.wire.release import Release
 
 UNLABELLED = "unlabelled"  # in a task's place: labels stay at home
-LARGEST = 1e30  # of anything that a node sends: the trunk's and the strategies' numbers are float32
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,15 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
 from fedsplit.server.answers import UNLABELLED
+from fedsplit.server.batches import Batches
 from fedsplit.server.body import Body
 from fedsplit.server.rounds import SplitStrategy
-from fedsplit.server.trunk import Batches
-from fedsplit.wire.container import FloatArray
-from fedsplit.wire.exchange import Release, weights_digest
+from fedsplit.wire.exchange import weights_digest
 from fedsplit.wire.head import HeadDownload, HeadUpload, Rows
+from fedsplit.wire.release import Release
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsplit.common.arrays import FloatArray, IntArray
+from fedsplit.common.seeds import seed_of
 from fedsplit.model.head import Head, cut_head
-from fedsplit.plan.schedule import seed_of
-from fedsplit.server.trunk import Batches, Trunk, thinned, trunk_outputs
-from fedsplit.wire.container import FloatArray, IntArray
+from fedsplit.server.batches import Batches
+from fedsplit.server.trunk import Trunk, thinned, trunk_outputs
 
 
 @dataclass(frozen=True)

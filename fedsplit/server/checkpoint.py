@@ -23,10 +23,11 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file as load_tensors
 
 from fedsplit.common.errors import RunError
-from fedsplit.device.pending import replacing
+from fedsplit.common.files import replacing
 from fedsplit.server.answers import PendingBlock
-from fedsplit.server.rounds import Progress, SplitStrategy, Totals
-from fedsplit.server.trunk import Batches
+from fedsplit.server.batches import Batches
+from fedsplit.server.progress import Progress, Totals
+from fedsplit.server.rounds import SplitStrategy
 from fedsplit.wire.exchange import CutGradients
 
 _DAMAGE = (SafetensorError, UnpicklingError, BadZipFile)

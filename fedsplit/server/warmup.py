@@ -13,18 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import RunError
+from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records
-from fedsplit.model.layer import SplitModel
-from fedsplit.model.loss import summed_loss
-from fedsplit.model.metrics import correct
-from fedsplit.plan.schedule import seed_of
+from fedsplit.model.split import SplitModel
+from fedsplit.model.tasks import correct, summed_loss
 from fedsplit.release.making import Chunk, forward
-from fedsplit.release.policies import KEYED_ROUND, Dropping, simulation_secret
+from fedsplit.release.policies import Dropping
+from fedsplit.release.streams import KEYED_ROUND, simulation_secret
+from fedsplit.server.batches import Batches, minibatches
 from fedsplit.server.novelty.trunk import NoveltyTrunk
-from fedsplit.server.trunk import Batches, Trunk, minibatches
-from fedsplit.wire.container import FloatArray
-from fedsplit.wire.exchange import Release
+from fedsplit.server.trunk import Trunk
+from fedsplit.wire.release import Release
 
 PUBLIC = -1  # the device id that public records go by
 _RIDGE = 1e-3  # of the penalty, in units of the mean public variance

@@ -1,7 +1,7 @@
 """The server's side of a prediction: trunks behind HTTP. It sees what dropping left of records, and logs none of it.
 
-One endpoint takes a packed :class:`fedsplit.wire.exchange.Query` and returns the trunk's outputs. Requests that arrive while the
-trunk is busy are answered together. Errors are problem+json (RFC 9457).
+One endpoint takes a packed :class:`fedsplit.wire.query.Query` and returns the trunk's outputs. Requests that arrive
+while the trunk is busy are answered together. Errors are problem+json (RFC 9457).
 """
 
 import asyncio
@@ -26,10 +26,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError, WireError
 from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens
-from fedsplit.wire.container import FloatArray
 
 log = logging.getLogger(__name__)
 MOST_CONNECTIONS = 1024

@@ -21,13 +21,14 @@ from fedsplit.audit.prior import Prior
 from fedsplit.audit.transcript import Subjects, tested
 from fedsplit.common.errors import ConfigError, WireError
 from fedsplit.data import Records
-from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, run_settings
+from fedsplit.device.bundle import DESCRIPTION, WEIGHTS
 from fedsplit.plan.experiment import data_source, public_records
 from fedsplit.release.policies import Dropping
+from fedsplit.runs.folder import run_settings
 from fedsplit.service.app import body_of
 from fedsplit.service.pages import add_page
 from fedsplit.service.served import Served
-from fedsplit.wire.exchange import Release
+from fedsplit.wire.release import Release
 
 _PAGE = Path(__file__).parent / "page"
 _MOST_PUBLIC = 2000  # records that the attacker knows

@@ -21,12 +21,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedsplit.common.errors import ConfigError, DataError, WireError
-from fedsplit.device.pending import replacing
+from fedsplit.common.files import replacing
 from fedsplit.server.novelty.space import Normal
 from fedsplit.service.app import TOKEN, body_of, problems
 from fedsplit.service.pages import add_page
 from fedsplit.service.served import Served
-from fedsplit.wire.exchange import EPISODE, LONGEST, SHORTEST, WATCHED_NAME, Release
+from fedsplit.wire.query import EPISODE, LONGEST, SHORTEST, WATCHED_NAME
+from fedsplit.wire.release import Release
 
 FLEET = "fleet"
 """The folder, in that of a run, with what is normal for devices."""

@@ -9,14 +9,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
+from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import DataError, WireError
-from fedsplit.device.bundle import Bundle, bundle_of, run_settings
+from fedsplit.device.bundle import Bundle
 from fedsplit.plan.experiment import data_source, split_model
+from fedsplit.runs.folder import bundle_of, run_settings
+from fedsplit.server.batches import Batches
 from fedsplit.server.novelty.detector import DETECTOR, Detector
 from fedsplit.server.novelty.space import Features, features
-from fedsplit.server.trunk import TRUNK, Batches, trunk_outputs
-from fedsplit.wire.container import FloatArray, dequantise
-from fedsplit.wire.exchange import MOST_RECORDS, Query, Release
+from fedsplit.server.trunk import TRUNK, trunk_outputs
+from fedsplit.wire.coding import dequantise
+from fedsplit.wire.query import MOST_RECORDS, Query
+from fedsplit.wire.release import Release
 
 _HEAD = 4096  # bytes of a request besides its records
 

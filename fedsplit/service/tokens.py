@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedsplit.common.certs import write_private
 from fedsplit.common.errors import ConfigError
-from fedsplit.device.pending import replacing
+from fedsplit.common.files import replacing
 
 
 class Tokens:

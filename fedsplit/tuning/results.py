@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
-from fedsplit.device.pending import replacing
+from fedsplit.common.files import replacing
 from fedsplit.plan.settings import MAXIMISED, Settings
 from fedsplit.tuning.study import Point, Study
 from fedsplit.tuning.trial import AUDITED, Outcome

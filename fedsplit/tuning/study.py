@@ -22,11 +22,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.exceptions import RayError
 
 from fedsplit.common.errors import ConfigError, RunError
-from fedsplit.device.pending import replacing
-from fedsplit.plan.experiment import data_source, public_records, split_model, split_strategy
+from fedsplit.common.files import locked, replacing
+from fedsplit.plan.experiment import data_source, public_records, split_model
 from fedsplit.plan.settings import MAXIMISED, Settings, TuneSettings, check_settings, flattened
+from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.engine import start_ray
-from fedsplit.runs.following import check_fresh, locked
+from fedsplit.runs.folder import check_fresh
 from fedsplit.tuning.space import Space, usual_space
 from fedsplit.tuning.trial import AUDITED, Outcome, Plan, audited, run_trial, with_seed
 

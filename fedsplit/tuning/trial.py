@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from fedsplit.common.errors import FedsplitError, RunError
-from fedsplit.device.pending import replacing
+from fedsplit.common.files import replacing
 from fedsplit.plan.settings import MAXIMISED, Settings
 
 AUDITED = ("strongest_psnr", "identification")

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import WireError
 
+LARGEST = 1e30  # of anything that a node sends: the trunk's and the strategies' numbers are float32
 VERSION = 2
 MAX_DEVICES = 10_000_000
 VALUE_DTYPES = ("float16", "float32")
@@ -25,64 +27,6 @@ _DTYPES = [np.dtype(f"<{c}") for c in ("f4", "f2", "i4", "i8", "u1", "u2", "u4",
 _NAMES, _SIZES = [d.str[1:] for d in _DTYPES], [d.itemsize for d in _DTYPES]
 _HEAD, _ENTRY = struct.Struct("<2sBBH"), struct.Struct("<BB")  # of a payload, and of an array in the table
 _SHAPES = {1: struct.Struct("<I"), 2: struct.Struct("<2I")}
-_TOP = 15  # the largest value of a chunk is scaled into [2^14, 2^15): float16 ends below 2^16
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float32]
-
-
-def quantise(values: FloatArray, lengths: IntArray, dtype: str) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """Return the values as wire codes and one power-of-two exponent per group: value = code * 2^exponent.
-
-    Parameters
-    ----------
-    values : float32 array
-        The groups' values behind one another.
-    lengths : int array (groups,)
-    dtype : str
-        ``float16`` or ``float32``; float32 is sent as it is, with exponent 0.
-    """
-    exponents = np.zeros(len(lengths), dtype=np.int32)
-    if dtype == "float32":
-        return values.astype("<f4", copy=False), exponents
-    filled = np.flatnonzero(lengths)
-    if len(filled):
-        starts = (np.cumsum(lengths) - lengths)[filled]
-        largest = np.maximum.reduceat(np.abs(values), starts)
-        exponents[filled] = np.where(largest > 0, np.frexp(largest)[1] - _TOP, 0)
-    return np.ldexp(values, -np.repeat(exponents, lengths)).astype("<f2"), exponents
-
-
-def dequantise(codes: NDArray[Any], lengths: IntArray, exponents: NDArray[np.int32]) -> FloatArray:
-    """Undo :func:`quantise`, as float32."""
-    values = codes.astype(np.float32)
-    return np.ldexp(values, np.repeat(exponents, lengths)) if exponents.any() else values
-
-
-def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Pack codes 1..2^bits-1 into ``bits`` bits each; one-bit codes are all 1, and need none."""
-    if bits == 1:
-        return np.zeros(0, dtype=np.uint8)
-    planes = np.unpackbits((codes - 1)[:, None], axis=1, count=bits, bitorder="little")
-    return np.packbits(planes, bitorder="little")
-
-
-def unpack_codes(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint8]:
-    """Undo :func:`pack_codes` for ``count`` codes. Raises WireError."""
-    check("codes", len(packed) == (-(-count * bits // 8) if bits > 1 else 0), f"must be {count} of {bits} bits")
-    if bits == 1:
-        return np.ones(count, dtype=np.uint8)
-    planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
-    codes = np.packbits(planes, axis=1, bitorder="little").reshape(count)
-    check("codes", not (codes == 2**bits - 1).any(), f"must be below {2**bits - 1}")
-    return np.asarray(codes + 1, dtype=np.uint8)
-
-
-def sum_groups(counts: IntArray, lengths: IntArray) -> IntArray:
-    """Sum ``counts`` over consecutive groups of the given ``lengths``."""
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    stops = np.cumsum(lengths)
-    return np.asarray(ends[stops] - ends[stops - lengths], dtype=np.int64)
 
 
 def pack_arrays(kind: int, arrays: Sequence[NDArray[Any]]) -> bytes:

@@ -5,166 +5,21 @@ Reading a payload checks its arrays against what the kind must hold, then the nu
 names the field. Both sides treat the other's payload as hostile.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.common.errors import WireError
-from fedsplit.release.policies import Kept
-from fedsplit.wire.container import (
-    FloatArray,
-    IntArray,
-    Reader,
-    check,
-    check_ids,
-    check_scaled,
-    dequantise,
-    pack_arrays,
-    pack_codes,
-    quantise,
-    stack_rows,
-    unpack_codes,
-)
+from fedsplit.common.arrays import FloatArray, IntArray
+from fedsplit.wire.coding import dequantise, quantise
+from fedsplit.wire.container import Reader, check, check_ids, check_scaled, pack_arrays
+from fedsplit.wire.ledger import Ledger
+from fedsplit.wire.release import Release
 
-MOST_RECORDS = 4096  # of a query
-EPISODE = 8
-"""Consecutive records of a watched device that are judged together."""
-SHORTEST, LONGEST = 0.001, 86_400.0  # seconds from one of its records to the next
-WATCHED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # what it may be called
-_UPLOAD, _DOWNLOAD, _REGISTRATION, _QUERY = 1, 2, 3, 4
-
-
-@dataclass(frozen=True)
-class Release:
-    """The dropped activations of some devices' records, as sent; made by :meth:`pack` or read off the wire.
-
-    Attributes
-    ----------
-    devices, records : int64 arrays (devices,)
-        Device ids, ascending, and how many records each contributes.
-    targets : float32 or int64 array (records,) or (records, outputs)
-        The records' labels.
-    counts, bitmap, width
-        As in :class:`fedsplit.release.policies.Kept`.
-    codes : float16, float32 or uint8 array (sum of counts,)
-    exponents : int32 array (records,)
-        One power-of-two scale per record, so that its bytes do not depend on what it is sent with.
-    bits : int
-        0, or of how many bits the uint8 codes are; see :meth:`fedsplit.release.policies.Dropping.coded`.
-    """
-
-    devices: IntArray
-    records: IntArray
-    targets: NDArray[Any]
-    counts: IntArray
-    bitmap: NDArray[np.uint8]
-    codes: NDArray[Any]
-    exponents: NDArray[np.int32]
-    width: int
-    bits: int = 0
-
-    @classmethod
-    def pack(
-        cls, kept: Kept, devices: IntArray, records: IntArray, targets: NDArray[Any], dtype: str, bits: int = 0
-    ) -> "Release":
-        """Make a release of what dropping kept; nothing else can be released.
-
-        With ``bits``, the values are levels of so many bits, and ``dtype`` does not matter.
-
-        Raises
-        ------
-        TypeError
-            If ``kept`` is not a :class:`Kept`: dense activations have no way onto the wire.
-        """
-        if not isinstance(kept, Kept):
-            raise TypeError(f"a release is packed from Kept, not from {type(kept).__name__}")
-        if bits:
-            levels = np.asarray(kept.values * np.float32(2.0 ** (bits - 1)), dtype=np.uint8)
-            exponents = np.full(len(kept.counts), 1 - bits, dtype=np.int32)
-            return cls(devices, records, targets, kept.counts, kept.bitmap, levels, exponents, kept.width, bits)
-        codes, exponents = quantise(kept.values, kept.counts, dtype)
-        return cls(devices, records, targets, kept.counts, kept.bitmap, codes, exponents, kept.width)
-
-    def values(self) -> FloatArray:
-        """Return the sent outputs as float32."""
-        return dequantise(self.codes, self.counts, self.exponents)
-
-    def take(self, rows: NDArray[np.bool_]) -> "Release":
-        """Return the releases of some of the devices."""
-        of_records = np.repeat(rows, self.records)
-        return replace(
-            self,
-            devices=self.devices[rows],
-            records=self.records[rows],
-            targets=self.targets[of_records],
-            counts=self.counts[of_records],
-            bitmap=self.bitmap[of_records],
-            codes=self.codes[np.repeat(of_records, self.counts)],
-            exponents=self.exponents[of_records],
-        )
-
-    def arrays(self) -> list[NDArray[Any]]:
-        """Return the fields as arrays in wire order."""
-        small = np.uint16 if self.width <= 0xFFFF else np.uint32
-        kind = np.float32 if self.targets.dtype.kind == "f" else np.int32
-        return [
-            np.array([self.width, self.bits], dtype=np.uint32),
-            self.devices.astype(np.int32),
-            self.records.astype(np.int32),
-            self.targets.astype(kind),
-            self.counts.astype(small),
-            self.bitmap,
-            pack_codes(self.codes, self.bits) if self.bits else self.codes,
-            self.exponents[: 0 if self.bits else None].astype(np.int16),
-        ]
-
-    @classmethod
-    def read(cls, take: "Reader") -> "Release":
-        """Check and read one release; raises WireError."""
-        width, bits = (int(v) for v in take.array("width", "u4", 1, size=2))
-        check("bits", bits <= 8, "must be in 0..8")
-        devices = take.array("devices", "i4", 1).astype(np.int64)
-        check_ids("devices", devices)
-        records = take.array("records", "i4", 1, size=len(devices)).astype(np.int64)
-        check("records", bool((records >= 0).all()), "must not be negative")
-        n = int(records.sum())
-        targets = take.array("targets", ("f4", "i4"), (1, 2), size=n)
-        integer_targets = targets.dtype.kind == "i"
-        targets = targets.astype(np.int64 if integer_targets else np.float32)
-        check("targets", integer_targets or bool(np.isfinite(targets).all()), "must be finite")
-        return cls._read_outputs(take, devices, records, targets, width, bits)
-
-    @classmethod
-    def _read_outputs(
-        cls, take: "Reader", devices: IntArray, records: IntArray, targets: NDArray[Any], width: int, bits: int
-    ) -> "Release":
-        n = int(records.sum())
-        counts = take.array("counts", ("u2", "u4"), 1, size=n).astype(np.int64)
-        bitmap = take.array("bitmap", "u1", 2, size=n)
-        if bitmap.shape[1] != -(-width // 8):
-            raise WireError(f"bitmap must have {-(-width // 8)} bytes per record")
-        if width % 8 and (bitmap[:, -1] >> (width % 8)).any():
-            raise WireError(f"bitmap has bits beyond width {width}")
-        same = np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64).tobytes() == counts.tobytes()
-        check("counts", same, "must equal the bitmap's set bits")
-        total = sum(counts.tolist())
-        if bits:
-            codes: NDArray[Any] = unpack_codes(take.array("codes", "u1", 1), total, bits)
-            take.array("exponents", "i2", 1, size=0)
-            exponents = np.full(n, 1 - bits, dtype=np.int32)
-        else:
-            codes = take.array("values", ("f2", "f4"), 1, size=total)
-            exponents = take.array("exponents", "i2", 1, size=n).astype(np.int32)
-        release = cls(devices, records, targets, counts, bitmap, codes, exponents, width, bits)
-        if not bits:
-            check_scaled(codes, exponents)
-        return release
+_UPLOAD, _DOWNLOAD, _REGISTRATION = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -185,36 +40,6 @@ class Gradients:
     devices: IntArray
     records: IntArray
     sums: NDArray[np.float64]
-
-
-class Reason(IntEnum):
-    """Why something did not leave; the codes are what the wire carries."""
-
-    WEIGHTS = 1
-    ORDER = 2
-    RELEASES = 3
-    EQUATIONS = 4
-    LEVERAGE = 5
-    EPSILON = 6
-    GRADIENTS = 7
-    CAPPED = 8
-
-
-class Ledger(NamedTuple):
-    """The most that has left of any record of a node, over all its runs.
-
-    ``exposures`` counts a record's releases; the other fields are those of
-    :class:`fedsplit.guard.accountant.Spent`, and count a segment that several records share with each of them.
-    """
-
-    exposures: float
-    releases: float
-    equations: float
-    bits: float
-    gradient: float
-    precision: float
-    fisher: float
-    leverage: float
 
 
 @dataclass(frozen=True)
@@ -464,60 +289,6 @@ class Registration:
         check("records", bool(valid), "must be in 0..2^31-1")
         take.finish()
         return cls(devices, train, test)
-
-
-@dataclass(frozen=True)
-class Query:
-    """What a device sends for predictions: the dropped activations of some records, and which layer made them.
-
-    Attributes
-    ----------
-    layer : int
-        :func:`weights_digest` of the first layer.
-    release : Release
-        Of one device, at most :data:`MOST_RECORDS` records; its id and the targets, which nobody knows, do not travel.
-    """
-
-    layer: int
-    release: Release
-
-    def to_bytes(self) -> bytes:
-        """Pack for the wire."""
-        head, _, _, _, *outputs = self.release.arrays()
-        return pack_arrays(_QUERY, [np.array([self.layer], dtype=np.int64), head, *outputs])
-
-    @staticmethod
-    def join(payloads: Sequence[bytes]) -> bytes:
-        """Return one query of the records of several, which must be alike but for the numbers in them.
-
-        It is read, and refused, as a whole: in a fraction of the time that each would take.
-
-        Raises
-        ------
-        WireError
-            If they are not of the same layer and the same sizes, or have codes that do not end with a byte.
-        """
-        if len(payloads) == 1:
-            return payloads[0]
-        take = Reader(payloads[0], _QUERY)
-        take.array("layer", "i8", 1, size=1)
-        _, bits = take.array("width", "u4", 1, size=2).tolist()
-        check("bits", bits < 2, "must be 0 or 1 to be joined")
-        return stack_rows(payloads, _QUERY, same=2)
-
-    @classmethod
-    def from_bytes(cls, payload: bytes) -> "Query":
-        """Check and read a query. Raises WireError."""
-        take = Reader(payload, _QUERY)
-        (layer,) = take.array("layer", "i8", 1, size=1).tolist()
-        width, bits = take.array("width", "u4", 1, size=2).tolist()
-        check("bits", bits <= 8, "must be in 0..8")
-        n = take.rows
-        check("records", n <= take.total, "must be a count of the records sent")
-        none = np.zeros(1, dtype=np.int64)
-        release = Release._read_outputs(take, none, np.array([n]), np.zeros(n, dtype=np.int64), width, bits)
-        take.finish()
-        return cls(layer, release)
 
 
 def weights_digest(weights: FloatArray) -> int:

@@ -9,20 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.common.errors import WireError
 from fedsplit.model.head import Head
-from fedsplit.server.answers import LARGEST
-from fedsplit.wire.container import (
-    FloatArray,
-    IntArray,
-    Reader,
-    check,
-    check_ids,
-    check_scaled,
-    dequantise,
-    pack_arrays,
-    quantise,
-)
+from fedsplit.wire.coding import dequantise, quantise
+from fedsplit.wire.container import LARGEST, Reader, check, check_ids, check_scaled, pack_arrays
 
 _DOWNLOAD, _UPLOAD = 5, 6  # 1 to 4 are in fedsplit.wire.exchange
 _KIND_AT = 3  # of a payload's bytes
@@ -38,7 +29,7 @@ class Rows:
     ----------
     codes : float16 or float32 array (records, columns)
     exponents : int32 array (records,)
-        One power-of-two scale per record, as in :class:`fedsplit.wire.exchange.Release`.
+        One power-of-two scale per record, as in :class:`fedsplit.wire.release.Release`.
     """
 
     codes: NDArray[Any]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedsplit.wire.container import IntArray
-from fedsplit.wire.exchange import Ledger
+from fedsplit.common.arrays import IntArray
+from fedsplit.wire.ledger import Ledger
 
 _HEAD, _ONE, _TWO = 6, 6, 10  # bytes of a payload's head, and of the entry of an array with one axis or two
 

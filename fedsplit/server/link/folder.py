@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from fedsplit.common.certs import CA, CERTIFICATE, KEY, fingerprint, openssh_line, read_authority, read_public_key
 from fedsplit.common.errors import ConfigError
-from fedsplit.device.pending import replacing
+from fedsplit.common.files import replacing
 from fedsplit.flower.programs import connection, flower, tell_keys
 from fedsplit.wire.container import MAX_DEVICES
 

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.model.layer import ACTIVATIONS
-from fedsplit.server.trunk import Batches
-from fedsplit.wire.container import IntArray
+from fedsplit.server.batches import Batches
 
 Features = NDArray[np.float64]
 _BLOCK = 512  # records made dense at once

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.common.errors import DataError, RunError
+from fedsplit.server.batches import Batches
 from fedsplit.server.novelty.detector import DETECTOR, Detector
 from fedsplit.server.novelty.space import Features, Normal, Space, features
-from fedsplit.server.trunk import Batches, Trunk
-from fedsplit.wire.container import FloatArray, IntArray
-from fedsplit.wire.exchange import EPISODE
+from fedsplit.server.trunk import Trunk
+from fedsplit.wire.query import EPISODE
 
 log = logging.getLogger(__name__)
 _CALIBRATING = 1 / 3  # of each normal recording, where a device has no other normal records

@@ -7,10 +7,11 @@ from statistics import median
 import numpy as np
 import torch
 
+from fedsplit.common.arrays import unpack_bitmap
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.making import Chunk, forward
-from fedsplit.release.policies import Dropping, unpack_bitmap
-from fedsplit.wire.exchange import Release
+from fedsplit.release.policies import Dropping
+from fedsplit.wire.release import Release
 
 _RECORDS, _REPEATS = 256, 7
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import RunError
-from fedsplit.device.pending import replacing
-from fedsplit.plan.schedule import seed_of
+from fedsplit.common.files import replacing
+from fedsplit.common.seeds import seed_of
 from fedsplit.server.virtual.profile import Profile
 from fedsplit.server.virtual.trace import NEVER, QUANTITIES, SECOND
-from fedsplit.wire.container import IntArray
 
 _ATTEMPTS = 100_000  # looks for devices, after which a round is given up
 _FATES = ("late", "lost", "spare", "away")

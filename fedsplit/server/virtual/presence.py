@@ -9,9 +9,9 @@ from abc import ABC, abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.plan.schedule import seed_of
+from fedsplit.common.arrays import IntArray
+from fedsplit.common.seeds import seed_of
 from fedsplit.server.virtual.trace import NEVER, SECOND, Trace
-from fedsplit.wire.container import IntArray
 
 AGAIN = 60 * SECOND  # until chance is asked once more, where too few are there
 _HOPELESS = 1e-4  # the least probability, that enough devices are there, with which it is worth waiting

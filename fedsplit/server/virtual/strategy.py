@@ -14,14 +14,15 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 
+from fedsplit.common.arrays import IntArray, sum_groups
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.plan.schedule import Row
 from fedsplit.server.answers import PendingBlock
 from fedsplit.server.rounds import SplitStrategy
 from fedsplit.server.virtual.clock import VirtualClock, Work
 from fedsplit.server.virtual.trace import SECOND
-from fedsplit.wire.container import IntArray, sum_groups
-from fedsplit.wire.exchange import Release, Upload
+from fedsplit.wire.exchange import Upload
+from fedsplit.wire.release import Release
 from fedsplit.wire.sizes import Sizes
 
 Rows = dict[int, list[Row]]

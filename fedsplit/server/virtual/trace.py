@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import ConfigError, DataError
-from fedsplit.wire.container import MAX_DEVICES, IntArray
+from fedsplit.wire.container import MAX_DEVICES
 
 SECOND = 1_000_000  # microseconds
 NEVER = 2**62  # microseconds: longer than any run

@@ -1,11 +1,29 @@
-"""Scores of predictions."""
+"""What a model is trained for: loss, score, decision."""
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from fedsplit.wire.container import FloatArray
+from fedsplit.common.arrays import FloatArray
+
+LOSSES = {
+    "classification": nn.CrossEntropyLoss(reduction="sum"),
+    "binary": nn.BCEWithLogitsLoss(reduction="sum"),
+    "regression": nn.MSELoss(reduction="sum"),
+    "novelty": nn.CrossEntropyLoss(reduction="sum"),
+}
+
+
+def summed_loss(task: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss summed over records (and averaged over a regression's outputs), of ``(records, outputs)``."""
+    if task in ("binary", "regression"):
+        targets = targets.to(outputs.dtype)
+    if task == "binary":
+        outputs = outputs.squeeze(1)
+    loss: Tensor = LOSSES[task](outputs, targets)
+    return loss / targets.shape[1] if task == "regression" else loss
 
 
 def score(task: str, outputs: FloatArray, targets: NDArray[Any]) -> dict[str, Any]:

@@ -1,0 +1,24 @@
+"""Random streams and schedules, derived by name."""
+
+import math
+
+import numpy as np
+
+
+def seed_of(*parts: int | str) -> int:
+    """Derive a 63-bit seed from a run's seed and what it is for; equal arguments, equal stream."""
+    words = [p if isinstance(p, int) else int.from_bytes(p.encode(), "little") for p in parts]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def scheduled(lr: float, schedule: str, round_number: int, rounds: int) -> float:
+    """Return the learning rate of a round (counted from 1).
+
+    ``constant``; ``cosine``: to zero after the last round; ``step``: times 0.1 after each third of the rounds.
+    """
+    done = (round_number - 1) / rounds
+    if schedule == "cosine":
+        return lr * 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "step":
+        return float(lr * 0.1 ** int(3 * done))
+    return lr

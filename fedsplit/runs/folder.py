@@ -1,0 +1,110 @@
+"""The run folder: every file of it has its name here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from fedsplit.common.errors import ConfigError, DataError
+from fedsplit.common.files import replacing
+from fedsplit.data import Source
+from fedsplit.device.bundle import WEIGHTS, Bundle
+from fedsplit.model.layer import FirstLayer
+from fedsplit.plan.settings import Settings, load_settings
+
+STATE, LOG, NODES, METRICS, RESULT = "state.json", "run.log", "nodes.json", "metrics.jsonl", "result.json"
+DEVICES = "devices.csv"
+
+
+def check_fresh(folder: Path) -> None:
+    """Refuse a folder with anything of another run in it; raises ConfigError."""
+    if folder.exists() and any(path.name not in (STATE, LOG) for path in folder.iterdir()):
+        raise ConfigError(f"out folder {folder} is not empty: choose another, or continue it with --resume")
+
+
+def read_nodes(folder: Path) -> list[dict[str, Any]]:
+    """Return what the server has seen of each node in a run, as of its last round.
+
+    Raises
+    ------
+    ConfigError
+        If there is nothing of the kind.
+    """
+    try:
+        return list(json.loads((folder / NODES).read_text(encoding="utf-8")))
+    except OSError:
+        raise ConfigError(f"{folder} holds no {NODES}: it is written as nodes come") from None
+    except ValueError:
+        raise ConfigError(f"{folder / NODES} is damaged") from None
+
+
+def run_settings(folder: Path) -> Settings:
+    """Return the settings of a run that has a checkpoint; raises DataError."""
+    if not (folder / "config.toml").exists():
+        raise DataError(f"{folder} is not a run folder: it has no config.toml")
+    if not (folder / "checkpoint" / WEIGHTS).exists():
+        raise DataError(f"{folder} has no checkpoint: the run has not finished a round")
+    return load_settings(folder / "config.toml")
+
+
+def run_bundle(folder: Path) -> Bundle:
+    """Return the device's half of a run's last checkpoint.
+
+    Raises
+    ------
+    FedsplitError
+        If the run has none, or its data set, which says what a record is, cannot be opened.
+    """
+    from fedsplit.plan.experiment import data_source, split_model
+
+    settings = run_settings(folder)
+    source = data_source(settings)
+    return bundle_of(settings, source, split_model(settings, source).first_layer, folder)
+
+
+def bundle_of(settings: Settings, source: Source, layer: FirstLayer, folder: Path) -> Bundle:
+    """Return the device's half of a run, whose checkpoint's weights ``layer`` gets."""
+    from fedsplit.plan.experiment import dropping
+
+    path = folder / "checkpoint" / WEIGHTS
+    try:
+        layer.load_weights(load(path.read_bytes()))
+    except (OSError, SafetensorError, RuntimeError):
+        raise DataError(f"{path} is damaged, or of another model") from None
+    chosen = dropping(settings)
+    return Bundle(layer, chosen, settings.protocol.dtype, source.scaling, source.task, source.outputs)
+
+
+def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:
+    """Make the run folder, or check that the one to resume belongs to these settings.
+
+    Raises
+    ------
+    ConfigError
+        If the folder cannot be written, holds something already, or is of a run with other settings.
+    """
+    config = folder / "config.toml"
+    if resume:
+        _check_same(config, settings)
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out folder {folder} is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_fresh(folder)
+        with replacing(config) as new:
+            new.write_text(settings.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
+
+
+def _check_same(config: Path, settings: Settings) -> None:
+    if not config.exists():
+        raise ConfigError(f"nothing to resume: {config} does not exist")
+    old, new = load_settings(config).flat(), settings.flat()
+    differing = sorted(k for k in old | new if old.get(k) != new.get(k) and k not in ("run.engine", "run.ray-address"))
+    if differing:
+        key = differing[0]
+        raise ConfigError(f"cannot resume with other settings: {key} was {old.get(key)!r}, is {new.get(key)!r}")

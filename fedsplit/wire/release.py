@@ -1,0 +1,140 @@
+"""The dropped activations of records, as sent."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.common.arrays import FloatArray, IntArray
+from fedsplit.common.errors import WireError
+from fedsplit.release.kept import Kept
+from fedsplit.wire.coding import dequantise, pack_codes, quantise, unpack_codes
+from fedsplit.wire.container import Reader, check, check_ids, check_scaled
+
+
+@dataclass(frozen=True)
+class Release:
+    """The dropped activations of some devices' records, as sent; made by :meth:`pack` or read off the wire.
+
+    Attributes
+    ----------
+    devices, records : int64 arrays (devices,)
+        Device ids, ascending, and how many records each contributes.
+    targets : float32 or int64 array (records,) or (records, outputs)
+        The records' labels.
+    counts, bitmap, width
+        As in :class:`fedsplit.release.kept.Kept`.
+    codes : float16, float32 or uint8 array (sum of counts,)
+    exponents : int32 array (records,)
+        One power-of-two scale per record, so that its bytes do not depend on what it is sent with.
+    bits : int
+        0, or of how many bits the uint8 codes are; see :meth:`fedsplit.release.policies.Dropping.coded`.
+    """
+
+    devices: IntArray
+    records: IntArray
+    targets: NDArray[Any]
+    counts: IntArray
+    bitmap: NDArray[np.uint8]
+    codes: NDArray[Any]
+    exponents: NDArray[np.int32]
+    width: int
+    bits: int = 0
+
+    @classmethod
+    def pack(
+        cls, kept: Kept, devices: IntArray, records: IntArray, targets: NDArray[Any], dtype: str, bits: int = 0
+    ) -> "Release":
+        """Make a release of what dropping kept; nothing else can be released.
+
+        With ``bits``, the values are levels of so many bits, and ``dtype`` does not matter.
+
+        Raises
+        ------
+        TypeError
+            If ``kept`` is not a :class:`Kept`: dense activations have no way onto the wire.
+        """
+        if not isinstance(kept, Kept):
+            raise TypeError(f"a release is packed from Kept, not from {type(kept).__name__}")
+        if bits:
+            levels = np.asarray(kept.values * np.float32(2.0 ** (bits - 1)), dtype=np.uint8)
+            exponents = np.full(len(kept.counts), 1 - bits, dtype=np.int32)
+            return cls(devices, records, targets, kept.counts, kept.bitmap, levels, exponents, kept.width, bits)
+        codes, exponents = quantise(kept.values, kept.counts, dtype)
+        return cls(devices, records, targets, kept.counts, kept.bitmap, codes, exponents, kept.width)
+
+    def values(self) -> FloatArray:
+        """Return the sent outputs as float32."""
+        return dequantise(self.codes, self.counts, self.exponents)
+
+    def take(self, rows: NDArray[np.bool_]) -> "Release":
+        """Return the releases of some of the devices."""
+        of_records = np.repeat(rows, self.records)
+        return replace(
+            self,
+            devices=self.devices[rows],
+            records=self.records[rows],
+            targets=self.targets[of_records],
+            counts=self.counts[of_records],
+            bitmap=self.bitmap[of_records],
+            codes=self.codes[np.repeat(of_records, self.counts)],
+            exponents=self.exponents[of_records],
+        )
+
+    def arrays(self) -> list[NDArray[Any]]:
+        """Return the fields as arrays in wire order."""
+        small = np.uint16 if self.width <= 0xFFFF else np.uint32
+        kind = np.float32 if self.targets.dtype.kind == "f" else np.int32
+        return [
+            np.array([self.width, self.bits], dtype=np.uint32),
+            self.devices.astype(np.int32),
+            self.records.astype(np.int32),
+            self.targets.astype(kind),
+            self.counts.astype(small),
+            self.bitmap,
+            pack_codes(self.codes, self.bits) if self.bits else self.codes,
+            self.exponents[: 0 if self.bits else None].astype(np.int16),
+        ]
+
+    @classmethod
+    def read(cls, take: "Reader") -> "Release":
+        """Check and read one release; raises WireError."""
+        width, bits = (int(v) for v in take.array("width", "u4", 1, size=2))
+        check("bits", bits <= 8, "must be in 0..8")
+        devices = take.array("devices", "i4", 1).astype(np.int64)
+        check_ids("devices", devices)
+        records = take.array("records", "i4", 1, size=len(devices)).astype(np.int64)
+        check("records", bool((records >= 0).all()), "must not be negative")
+        n = int(records.sum())
+        targets = take.array("targets", ("f4", "i4"), (1, 2), size=n)
+        integer_targets = targets.dtype.kind == "i"
+        targets = targets.astype(np.int64 if integer_targets else np.float32)
+        check("targets", integer_targets or bool(np.isfinite(targets).all()), "must be finite")
+        return cls._read_outputs(take, devices, records, targets, width, bits)
+
+    @classmethod
+    def _read_outputs(
+        cls, take: "Reader", devices: IntArray, records: IntArray, targets: NDArray[Any], width: int, bits: int
+    ) -> "Release":
+        n = int(records.sum())
+        counts = take.array("counts", ("u2", "u4"), 1, size=n).astype(np.int64)
+        bitmap = take.array("bitmap", "u1", 2, size=n)
+        if bitmap.shape[1] != -(-width // 8):
+            raise WireError(f"bitmap must have {-(-width // 8)} bytes per record")
+        if width % 8 and (bitmap[:, -1] >> (width % 8)).any():
+            raise WireError(f"bitmap has bits beyond width {width}")
+        same = np.bitwise_count(bitmap).sum(axis=1, dtype=np.int64).tobytes() == counts.tobytes()
+        check("counts", same, "must equal the bitmap's set bits")
+        total = sum(counts.tolist())
+        if bits:
+            codes: NDArray[Any] = unpack_codes(take.array("codes", "u1", 1), total, bits)
+            take.array("exponents", "i2", 1, size=0)
+            exponents = np.full(n, 1 - bits, dtype=np.int32)
+        else:
+            codes = take.array("values", ("f2", "f4"), 1, size=total)
+            exponents = take.array("exponents", "i2", 1, size=n).astype(np.int32)
+        release = cls(devices, records, targets, counts, bitmap, codes, exponents, width, bits)
+        if not bits:
+            check_scaled(codes, exponents)
+        return release

@@ -87,7 +87,7 @@ def test_hostile_nodes_change_nothing(trial: Deployment) -> None:
     processes = []
     for device, what in enumerate(LIES, start=HONEST):
         home = trial.make_node(what, [device], settings)
-        command = [sys.executable, str(Path(__file__).parent / "hostile.py"), trial.address, str(trial.authority)]
+        command = [sys.executable, str(Path(__file__).parents[1] / "hostile.py"), trial.address, str(trial.authority)]
         processes.append(subprocess.Popen([*command, str(home), f"{home}-data", what]))
     try:
         trial.run(config, "run", "--set", "protocol.timeout=6")

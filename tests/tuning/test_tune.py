@@ -34,7 +34,7 @@ dropping = [
 ]
 trunk.lr = { low = 0.01, high = 0.2, log = true }
 """
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture

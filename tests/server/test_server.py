@@ -321,7 +321,7 @@ def test_server_start_refuses(tmp_path: Path, refused: Callable[..., str]) -> No
 @pytest.mark.slow
 def test_the_operators_other_commands_refuse(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "small.toml").write_text(small_settings().to_toml())
-    (tmp_path / "own.py").write_text((Path(__file__).parent / "own.py").read_text())
+    (tmp_path / "own.py").write_text((Path(__file__).parents[1] / "own.py").read_text())
     said = refused("run", "small.toml", "--superlink", "fedsplt", "--out", "run")
     assert "no SuperLink 'fedsplt' in " in said and not (tmp_path / "run").exists()
     make_key_pair(tmp_path / "key", "me@home")

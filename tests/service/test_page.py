@@ -72,7 +72,7 @@ def sent(tmp_path: Path, asked: list[Asked]) -> tuple[list[str], list[str]]:
         records = each.raw.reshape(len(each.raw), -1).tolist()
         theirs.append({"folder": str(folder), "secret": home.secret.hex(), "records": records, "dropping": dropping})
     (tmp_path / "asked.json").write_text(json.dumps(theirs))
-    command = ["node", str(Path(__file__).parent / "release.mjs"), str(tmp_path / "asked.json")]
+    command = ["node", str(Path(__file__).parents[1] / "release.mjs"), str(tmp_path / "asked.json")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     return ours, done.stdout.split()
 

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.timeout(280),
     pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx"),
 ]
-PAGE = Path(__file__).parent.parent / "docs" / "deployment.md"
+PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
 KEPT = ("/v1/control/start-run", "/v1/control/register-node", "/v1/control/list-runs", "/v1/runtime/acquire-task")
 TRICKS = (
     "/v1/fleet/../control/start-run",

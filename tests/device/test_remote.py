@@ -222,7 +222,7 @@ def test_a_body_that_is_too_large_is_told(size: int, serving: Serving, served: S
 def test_predict_and_serve_are_processes(trained: Path, certificates: Path, tmp_path: Path) -> None:
     """With TLS and a token; what the service gets is what it would offline, and its log holds nothing of it."""
 
-    inherited = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parent)}
+    inherited = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).parents[1])}
 
     def fedsplit(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "fedsplit.cli", *map(str, arguments)]

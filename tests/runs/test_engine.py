@@ -126,7 +126,7 @@ def test_an_interrupt_does_not_wait_for_what_devices_are_at(tmp_path: Path) -> N
     sleepy = settings().model_copy(update={"data": settings().data.model_copy(update={"builder": "own:sleepy"})})
     settings_file.write_text(sleepy.to_toml())
     command = [sys.executable, "-m", "fedsplit.cli", "simulate", str(settings_file), "--out", str(tmp_path / "run")]
-    environment = {"PYTHONPATH": str(Path(__file__).parent), "SLEEPY_SIGN": str(tmp_path / "asleep")}
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "SLEEPY_SIGN": str(tmp_path / "asleep")}
     environment |= {"OWN_TEST": str(os.getpid())}
     process = subprocess.Popen(
         command,

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from conftest import small_settings
 from own import linear
+from payloads import ones_for
 
 from fedsplit import DeviceData
-from fedsplit.common.arrays import sum_groups
 from fedsplit.device.node import Node
 from fedsplit.runs.nodes import simulated_node
-from fedsplit.wire.exchange import CutGradients, Download, Upload, weights_digest
+from fedsplit.wire.exchange import CutGradients, Download
 
 DEVICES = 5
 
@@ -40,15 +40,6 @@ def ask(node: Node, round_number: int = 1, pending: tuple[CutGradients, ...] = (
     rows = [(d, 0, 0, len(linear(d, DEVICES).train)) for d in node.device_ids.tolist()]
     weights = node.first_layer.flatten(node.first_layer.initial_weights())
     return Download(1, round_number, 0, False, weights, np.array(rows), list(pending))
-
-
-def ones_for(upload: Upload, download: Download) -> CutGradients:
-    """Cut gradients of 1 for all that was released."""
-    released = upload.release
-    lengths = sum_groups(released.counts, released.records)
-    values = np.ones(int(lengths.sum()), np.float32)
-    digest = weights_digest(download.weights)
-    return CutGradients.pack(download.round_number, digest, released.devices, lengths, values, "float32")
 
 
 def test_noise_of_training_is_not_that_of_testing(tmp_path: Path) -> None:

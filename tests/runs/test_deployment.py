@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tomli_w
+from deployments import HONEST, deployed, simulated, written
 from hostile import LIES
 from processes import Deployment, deployment, write_data
 from references import largest_difference, trained
@@ -18,32 +18,6 @@ from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.runs.simulation import simulate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
-HONEST = 4
-RECORDS = {
-    "run": {"rounds": 5, "seed": 3},
-    "data": {"name": "digits"},
-    "devices": {"partition": "iid"},
-    "model": {"name": "mlp", "width": 16},
-    "dropping": {"policy": "top-k", "k": 6},
-    "protocol": {"mode": "pipelined", "chunk": 40, "batch-size": 32, "timeout": 20.0, "dtype": "float32"},
-    "first-layer": {"strategy": "FedAvg", "lr": 0.1},
-    "trunk": {"optimizer": "sgd", "lr": 0.1},
-}
-"""The simulation; what is deployed knows of the data only what a record is."""
-
-
-def written(path: Path, settings: dict) -> Path:
-    path.write_text(tomli_w.dumps(settings))
-    return path
-
-
-def simulated(count: int) -> dict:
-    return {**RECORDS, "devices": {"partition": "iid", "count": count, "test": [3]}}
-
-
-def deployed(count: int) -> dict:
-    data = {"shape": [64], "task": "classification", "outputs": 10}
-    return {**RECORDS, "data": data, "devices": {"count": count, "test": [3]}}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from conftest import small_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from own import conv1d_model, linear_model
-from test_wire import ints
+from payloads import ints
 
 from fedsplit import SplitModel
 from fedsplit.common.errors import ConfigError, RunError

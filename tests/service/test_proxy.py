@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from deployments import HONEST, deployed, simulated, written
 from processes import Deployment, deployment, free_port, wait_for_port
 from references import largest_difference, trained
-from test_deployment import HONEST, deployed, simulated, written
 
 from fedsplit.plan.settings import load_settings
 from fedsplit.runs.simulation import simulate

@@ -7,8 +7,7 @@ import pytest
 from conftest import small_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_device import ones_for
-from test_wire import ints, nothing_but, some_kept
+from payloads import ints, nothing_but, ones_for, some_kept
 
 from fedsplit.data import DeviceData
 from fedsplit.runs.nodes import simulated_node

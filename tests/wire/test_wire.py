@@ -11,6 +11,7 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from payloads import PARAMETERS, ints, nothing_but, some_ids, some_kept, some_release
 
 from fedsplit.common.arrays import unpack_bitmap
 from fedsplit.common.errors import WireError
@@ -26,45 +27,9 @@ from fedsplit.wire.ledger import Ledger, Reason
 from fedsplit.wire.query import Query
 from fedsplit.wire.release import Release
 
-PARAMETERS = 5
 KINDS = {"upload": 1, "download": 2, "registration": 3, "head download": 5, "head upload": 6}
 HEAD = Head(4, 3, bias=True, task="classification")
 Arrays = list[np.ndarray]
-
-
-def ints(*values: int) -> np.ndarray:
-    return np.array(values, dtype=np.int64)
-
-
-def some_ids(rng: np.random.Generator, count: int) -> np.ndarray:
-    return np.sort(rng.choice(1000, count, replace=False)).astype(np.int64)
-
-
-def some_kept(rng: np.random.Generator, records: int, width: int, keep: float = 0.4, bits: int = 0) -> Kept:
-    """Outputs of very different sizes; with ``bits`` the levels of a relu's."""
-    x = (rng.normal(size=(records, width)) * 10.0 ** rng.integers(-9, 9, (records, 1))).astype(np.float32)
-    if bits:
-        x = Dropping("bits", bits=bits).coded(np.maximum(x, 0))
-    return Kept.of(x, rng.random((records, width)) < keep, zeros_count=not bits)
-
-
-def some_release(
-    rng: np.random.Generator,
-    records: list[int],
-    width: int,
-    dtype: str,
-    targets: str = "classes",
-    keep: float = 0.4,
-    bits: int = 0,
-) -> Release:
-    n = sum(records)
-    y = {
-        "classes": rng.integers(0, 5, n),
-        "column": rng.normal(size=n).astype(np.float32),
-        "columns": rng.normal(size=(n, 2)).astype(np.float32),
-    }[targets]
-    kept = some_kept(rng, n, width, keep, bits)
-    return Release.pack(kept, some_ids(rng, len(records)), ints(*records), y, dtype, bits)
 
 
 def some_ledger(rng: np.random.Generator) -> Ledger:
@@ -88,11 +53,6 @@ def some_upload(
     refused = np.stack([some_ids(rng, lost), reasons, numbers], axis=1)
     rounds, failed, ledger = rng.integers(1, 9, lost), some_ids(rng, lost), some_ledger(rng)
     return Upload(release, sums, rounds, failed, refused, ledger, nonce=int(rng.integers(2**62)))
-
-
-def nothing_but(release: Release, parameters: int = PARAMETERS) -> Upload:
-    nothing = Gradients(ints(), ints(), np.zeros((0, parameters)))
-    return Upload(release, nothing, ints(), ints(), np.zeros((0, 3), np.int64), Ledger(*[0.0] * 8))
 
 
 def some_download(rng: np.random.Generator, lengths: list[list[int]], rows: int, dtype: str) -> Download:

@@ -92,7 +92,7 @@ def _virtual(experiment: Experiment, profile: ProfileSettings) -> dict[str, Any]
     columns = source.outputs if source.task == "regression" else None
     return {
         "clock": VirtualClock(Profile.of(profile, source.count, seed), limit, seed),
-        "sizes": Sizes(layer.size, layer.width, 2 if protocol.dtype == "float16" else 4, policy.bits, columns),
+        "sizes": Sizes(layer.size, layer.width, 2 if protocol.dtype == "float16" else 4, policy.code.bits, columns),
         "record_seconds": _record_seconds(experiment, profile),
         "min_devices": protocol.min_nodes,
     }

@@ -141,8 +141,7 @@ class Study:
     def _checked_space(self) -> Space:
         settings, tune = self.settings, self.tune
         if tune.space is None:
-            layer = Experiment(settings).model.first_layer
-            tables = usual_space(settings, layer.width, positive_only=layer.positive_only)
+            tables = usual_space(settings, Experiment(settings).model.first_layer)
         else:
             tables = tune.space
         space = Space.of(settings, tables)

@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 
 from fedsplit.assemble import data_source, public_records, split_model, split_strategy
 from fedsplit.config import MAXIMISED, Settings, TuneSettings, check_settings, flattened
-from fedsplit.engine import start_ray
+from fedsplit.engine import running_ray
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.following import check_fresh, locked
 from fedsplit.state import replacing
@@ -129,7 +129,7 @@ class Study:
         RunError
             If no trial ran to its end within the constraints.
         """
-        with _alone(self.folder), _ray(parallel):
+        with _alone(self.folder), running_ray(cpus=parallel):
             self._run_trials(parallel, report)
             self._check_feasible()
             self._audit_front()
@@ -355,12 +355,3 @@ def _alone(folder: Path) -> Iterator[None]:
         if not locked(file):
             raise ConfigError(f"another process works in {folder}")
         yield
-
-
-@contextmanager
-def _ray(cpus: int) -> Iterator[None]:
-    start_ray(cpus=cpus)
-    try:
-        yield
-    finally:
-        ray.shutdown()

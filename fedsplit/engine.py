@@ -5,12 +5,14 @@ Nothing here imports torch, so that Ray starts while the rest of fedsplit is bei
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import Queue
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -68,6 +70,7 @@ class _Flower(threading.Thread):
         self._nodes: Queue[tuple[ClientApp, int] | None] = Queue()
         self._grids: Queue[Grid | None] = Queue()
         self._finished = threading.Event()
+        self._sigterm = signal.getsignal(signal.SIGTERM)
 
     def start_nodes(self, app: ClientApp, nodes: int) -> Callable[[], Grid]:
         """Start some nodes; return the function that waits for their grid."""
@@ -77,6 +80,7 @@ class _Flower(threading.Thread):
     def _grid(self) -> Grid:
         """Wait for the nodes' grid; raises RunError."""
         grid = self._grids.get()
+        _set_sigterm(self._sigterm)
         if grid is None:
             raise RunError(self.failure)
         return _RayGrid(grid, self)
@@ -86,6 +90,7 @@ class _Flower(threading.Thread):
         self._finished.set()
         self._nodes.put(None)
         self.join()
+        _set_sigterm(self._sigterm)
 
     def run(self) -> None:
         """Start Ray, then Flower's runtime as soon as its nodes are known."""
@@ -171,13 +176,21 @@ def running_ray(address: str | None = None, cpus: int | None = None) -> Iterator
     RunError
         If Ray does not start.
     """
+    sigterm = signal.getsignal(signal.SIGTERM)
     _start_ray(address, cpus)
     import ray
 
+    _set_sigterm(sigterm)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _set_sigterm(handler: Any) -> None:
+    """Put back what Python does at SIGTERM: Ray's own handler prints a stack trace of its C++ code first."""
+    if threading.current_thread() is threading.main_thread():  # Python takes it from no other
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _start_ray(address: str | None, cpus: int | None) -> None:

@@ -28,23 +28,19 @@ class _Plan:
     train: dict[int, Records]
     test: list[Records]
 
-    @property
-    def frozen(self) -> bool:
-        return self.settings.first_layer.strategy == "frozen" or self.settings.protocol.mode == "release-once"
-
     @cached_property
     def passes(self) -> int:
         """The most times that something new of a training record would leave."""
         protocol, dropping, run = self.settings.protocol, self.settings.dropping, self.settings.run
         keyed = dropping.mask == "keyed" or (dropping.policy not in ("random", "at-most") and not dropping.noise)
-        if protocol.once or (self.frozen and keyed):
+        if protocol.facts.once or (keyed and not self.settings.teaches):
             return 1  # the same weights and masks give the same bytes
         devices = self.settings.devices
         fraction = devices.fraction
         counts = {d: len(records) for d, records in self.train.items()}
         if fraction == 1.0:  # devices of one size are asked alike
             counts = {d: n for n, d in {n: d for d, n in counts.items()}.items()}
-        schedule = Schedule(protocol.once, protocol.chunk, fraction, run.rounds, run.seed, devices.sampling)
+        schedule = Schedule(protocol.facts.once, protocol.chunk, fraction, run.rounds, run.seed, devices.sampling)
         schedule.set_counts(counts)
         seen: dict[int, set[int]] = {}
         for round_number in range(1, run.rounds + 1):
@@ -66,7 +62,7 @@ class _Plan:
         rounds, every = self.settings.run.rounds, self.settings.run.evaluate_every
         if not self.test:
             return 0
-        return 1 if every == 0 or self.frozen else math.ceil(rounds / every)
+        return 1 if every == 0 or not self.settings.teaches else math.ceil(rounds / every)
 
 
 def check_limits(
@@ -135,7 +131,7 @@ def _evaluations(plan: _Plan) -> str:
 
 
 def _gradients(plan: _Plan) -> str:
-    if plan.frozen:
+    if not plan.settings.teaches:
         return ""
     strategy, least, asked = plan.settings.first_layer.strategy, plan.limits.gradient_records, plan.most_asked
     alone = strategy in PER_DEVICE

@@ -243,7 +243,7 @@ def usual_space(settings: Settings, width: int, *, positive_only: bool) -> Table
         if positive_only:
             policies.append({"policy": "bits", "bits": 1})
         tables["dropping"] = [{**policy, "mask": chosen.mask} for policy in policies]
-    if settings.first_layer.strategy != "frozen" and settings.protocol.mode != "release-once":
+    if settings.teaches:
         tables["first-layer"] = {"lr": _around(settings.first_layer.lr)}
     return tables
 

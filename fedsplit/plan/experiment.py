@@ -52,9 +52,9 @@ class Experiment:
             novel=data.novel,
             shape=tuple(data.shape) if data.shape else None,
         )
-        if source.task == "novelty" and (mode := self.settings.protocol.mode) != "release-once":
+        if source.task == "novelty" and (mode := self.settings.protocol.facts).teaches:
             raise ConfigError(
-                f"a novelty task is for protocol.mode 'release-once', not {mode!r}: only releases of one "
+                f"a novelty task is for protocol.mode 'release-once', not {mode.name!r}: only releases of one "
                 "first layer tell what is normal"
             )
         return source

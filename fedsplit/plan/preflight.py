@@ -29,10 +29,6 @@ class _Plan:
     train: dict[int, Records]
     test: list[Records]
 
-    @property
-    def frozen(self) -> bool:
-        return self.settings.first_layer.strategy == "frozen" or self.settings.protocol.mode == "release-once"
-
     @cached_property
     def policy(self) -> Policy:
         return self.settings.dropping.built()
@@ -42,14 +38,14 @@ class _Plan:
         """The most times that something new of a training record would leave."""
         protocol, run = self.settings.protocol, self.settings.run
         keyed = self.settings.dropping.mask == "keyed" or self.policy.deterministic
-        if protocol.once or (self.frozen and keyed):
+        if protocol.facts.once or (keyed and not self.settings.teaches):
             return 1  # the same weights and masks give the same bytes
         devices = self.settings.devices
         fraction = devices.fraction
         counts = {d: len(records) for d, records in self.train.items()}
         if fraction == 1.0:  # devices of one size are asked alike
             counts = {d: n for n, d in {n: d for d, n in counts.items()}.items()}
-        schedule = Schedule(protocol.once, protocol.chunk, fraction, run.rounds, run.seed, devices.sampling)
+        schedule = Schedule(protocol.facts.once, protocol.chunk, fraction, run.rounds, run.seed, devices.sampling)
         schedule.set_counts(counts)
         seen: dict[int, set[int]] = {}
         for round_number in range(1, run.rounds + 1):
@@ -71,7 +67,7 @@ class _Plan:
         rounds, every = self.settings.run.rounds, self.settings.run.evaluate_every
         if not self.test:
             return 0
-        return 1 if every == 0 or self.frozen else math.ceil(rounds / every)
+        return 1 if every == 0 or not self.settings.teaches else math.ceil(rounds / every)
 
 
 def check_limits(
@@ -140,7 +136,7 @@ def _evaluations(plan: _Plan) -> str:
 
 
 def _gradients(plan: _Plan) -> str:
-    if plan.frozen:
+    if not plan.settings.teaches:
         return ""
     strategy, least, asked = plan.settings.first_layer.strategy, plan.limits.gradient_records, plan.most_asked
     alone = strategy in PER_DEVICE

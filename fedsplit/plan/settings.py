@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.common.tables import Section, one_line
+from fedsplit.plan.modes import MODES, Mode
 from fedsplit.plan.strategies import STRATEGIES
 from fedsplit.release.chosen import built_in, from_outside, takes, with_noise
 from fedsplit.release.policies import BUILT_IN
@@ -258,9 +259,9 @@ class ProtocolSettings(Section):
         return self
 
     @property
-    def once(self) -> bool:
-        """Whether every record is released at most once."""
-        return self.mode in ("single-pass", "release-once")
+    def facts(self) -> Mode:
+        """What the mode is."""
+        return MODES[self.mode]
 
 
 class FirstLayerSettings(Section):
@@ -417,18 +418,23 @@ class Settings(Section):
         """The devices that give their records to everybody; they take no part as devices."""
         return tuple(sorted(set(self.public.devices or ()))) if self.public else ()
 
+    @property
+    def teaches(self) -> bool:
+        """Whether devices' gradients step the first layer."""
+        return self.first_layer.strategy != "frozen" and self.protocol.facts.teaches
+
     @model_validator(mode="after")
     def _together(self) -> "Settings":
-        if self.protocol.once and self.run.evaluate_every:
+        if self.protocol.facts.once and self.run.evaluate_every:
             mode = self.protocol.mode
             raise ValueError(f"run.evaluate-every must be 0 in mode {mode!r}: test records are exposed once too")
-        if self.protocol.mode == "release-once" and not (self.public and self.public.epochs):
+        if not self.protocol.facts.teaches and not (self.public and self.public.epochs):
             raise ValueError("protocol.mode 'release-once' needs a [public] section with epochs of at least 1")
-        if self.trunk.replay_mb is not None and not self.protocol.once:
+        if self.trunk.replay_mb is not None and not self.protocol.facts.replays:
             raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
         if self.devices.profile and self.protocol.labels == "at-home":
             raise ValueError("devices.profile: there is no virtual clock for protocol.labels 'at-home'")
-        releases_alone = self.first_layer.strategy == "frozen" or self.protocol.mode in ("release-once", "synchronous")
+        releases_alone = not self.teaches or not self.protocol.facts.delay
         if self.devices.profile and self.guard.mode == "enforce" and not releases_alone:
             # on a virtual clock releases come before the gradients that they come after elsewhere, and to a guard the
             # order matters

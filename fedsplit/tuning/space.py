@@ -234,7 +234,7 @@ def usual_space(settings: Settings, layer: FirstLayer) -> Table:
         own = [{"policy": chosen.policy, **chosen.numbers, **policy.search(layer)}] if chosen.own else []
         usual = [{"policy": settings_name(p), **found} for p in _USUAL if (found := p.search(layer))]
         tables["dropping"] = [{**table, "mask": chosen.mask} for table in own + usual]
-    if settings.first_layer.strategy != "frozen" and settings.protocol.mode != "release-once":
+    if settings.teaches:
         tables["first-layer"] = {"lr": _around(settings.first_layer.lr)}
     return tables
 

@@ -83,6 +83,11 @@ class Release:
             exponents=self.exponents[of_records],
         )
 
+    def among(self, devices: IntArray) -> "Release":
+        """Return the releases of those of some devices that are here."""
+        rows = np.isin(self.devices, devices)
+        return self if rows.all() else self.take(rows)
+
     def arrays(self) -> list[NDArray[Any]]:
         """Return the fields as arrays in wire order."""
         small = np.uint16 if self.width <= 0xFFFF else np.uint32

@@ -238,7 +238,7 @@ def test_policies_take_their_budget_and_noise(file: Path, overrides: list[str]) 
     ("mode", "once"), [("synchronous", False), ("pipelined", False), ("single-pass", True), ("release-once", True)]
 )
 def test_modes_that_release_a_record_once(mode: str, once: bool) -> None:
-    assert small_settings(protocol={"mode": mode}, public={"devices": [0]}).protocol.once == once
+    assert small_settings(protocol={"mode": mode}, public={"devices": [0]}).protocol.facts.once == once
 
 
 def test_the_last_set_wins(file: Path) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.common.tables import Section, one_line
+from fedsplit.plan.combinations import refusal
 from fedsplit.plan.modes import MODES, Mode
 from fedsplit.plan.strategies import STRATEGIES
 
@@ -209,21 +210,6 @@ class ProtocolSettings(Section):
     deadline: Seconds | None = None
     max_offences: Positive = 3
 
-    @model_validator(mode="after")
-    def _spread(self) -> "ProtocolSettings":
-        if self.chunk == "spread" and self.mode != "single-pass":
-            raise ValueError(f"chunk 'spread' is for mode 'single-pass', not {self.mode!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _at_home(self) -> "ProtocolSettings":
-        if self.labels == "at-home" and (self.mode, self.trunk_epochs) != ("synchronous", 1):
-            raise ValueError(
-                "labels 'at-home' is for mode 'synchronous' with trunk-epochs 1 (the trunk takes one step for each "
-                f"exchange with the labels), got mode {self.mode!r} and trunk-epochs {self.trunk_epochs}"
-            )
-        return self
-
     @property
     def facts(self) -> Mode:
         """What the mode is."""
@@ -391,22 +377,8 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _together(self) -> "Settings":
-        if self.protocol.facts.once and self.run.evaluate_every:
-            mode = self.protocol.mode
-            raise ValueError(f"run.evaluate-every must be 0 in mode {mode!r}: test records are exposed once too")
-        if not self.protocol.facts.teaches and not (self.public and self.public.epochs):
-            raise ValueError("protocol.mode 'release-once' needs a [public] section with epochs of at least 1")
-        if self.trunk.replay_mb is not None and not self.protocol.facts.replays:
-            raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
-        if self.devices.profile and self.protocol.labels == "at-home":
-            raise ValueError("devices.profile: there is no virtual clock for protocol.labels 'at-home'")
-        releases_alone = not self.teaches or not self.protocol.facts.delay
-        if self.devices.profile and self.guard.mode == "enforce" and not releases_alone:
-            # on a virtual clock releases come before the gradients that they come after elsewhere, and to a guard the
-            # order matters
-            raise ValueError(
-                "guard.mode 'enforce' with a devices.profile is for frozen first layers and synchronous mode"
-            )
+        if why := refusal(self):
+            raise ValueError(why)
         sought = (*self.tune.objectives, *self.tune.constraints) if self.tune else ()
         profile = self.devices.profile
         if "simulated_seconds" in sought and (

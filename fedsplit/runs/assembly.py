@@ -124,6 +124,7 @@ def _on_clock(experiment: Experiment, profile: ProfileSettings, parts: Parts) ->
         Sizes(parts.layer.size, parts.layer.width, value, experiment.policy.bits, columns),
         _record_seconds(experiment, profile),
         protocol.min_nodes,
+        alone=experiment.settings.guard.mode == "enforce",
     )
 
 

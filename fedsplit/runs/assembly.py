@@ -121,7 +121,7 @@ def _on_clock(experiment: Experiment, profile: ProfileSettings, parts: Parts) ->
         VirtualClock(
             Profile.of(profile, source.count, seed), min(protocol.timeout, protocol.deadline or protocol.timeout), seed
         ),
-        Sizes(parts.layer.size, parts.layer.width, value, experiment.policy.bits, columns),
+        Sizes(parts.layer.size, parts.layer.width, value, experiment.policy.code.bits, columns),
         _record_seconds(experiment, profile),
         protocol.min_nodes,
         alone=experiment.settings.guard.mode == "enforce",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedsplit.common.arrays import IntArray
+from fedsplit.release.codes import Code
 from fedsplit.wire.ledger import Ledger
 
 _HEAD, _ONE, _TWO = 6, 6, 10  # bytes of a payload's head, and of the entry of an array with one axis or two
@@ -67,13 +68,10 @@ class Sizes:
         """
         fixed = _HEAD + (_ONE + 8) + (_ONE + 8 * len(Ledger._fields)) + 2 * _ONE + _TWO + (_ONE + 8)
         release = 6 * _ONE + _TWO  # devices, records, targets, counts, bitmap, codes, exponents
-        record = (
-            4 * (1 if self.columns is None else self.columns) + (2 if self.width <= 0xFFFF else 4) + -(-self.width // 8)
-        )
-        if self.bits:
-            codes = -(-values * self.bits // 8) if self.bits > 1 else 0 * values
-        else:
-            codes, record = self.value * values, record + 2  # and an exponent
+        targets = 4 * (1 if self.columns is None else self.columns)
+        record = targets + (2 if self.width <= 0xFFFF else 4) + -(-self.width // 8)
+        code = Code(self.bits)
+        codes, record = code.nbytes(values, self.value), record + 2 * code.floats  # an exponent
         gradient = 2 * _ONE + _TWO + (4 + 8 + 8 * self.parameters) * sums
         # without records nobody knows that targets have columns, but where a guard has refused them all: 4 bytes more
         devices = (8 if self.columns is None else 8 + _TWO - _ONE) * (records > 0).astype(np.int64)

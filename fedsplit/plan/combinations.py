@@ -57,6 +57,11 @@ REFUSALS = (
         "There is nothing that it could limit.",
         lambda s: s.trunk.replay_mb is not None and not s.protocol.facts.replays,
     ),
+    Refusal(
+        "protocol.pace cannot be with a devices.profile, which is a pace of its own",
+        "Of a virtual clock and another pace only one can say who takes part.",
+        lambda s: bool(s.protocol.pace and s.devices.profile),
+    ),
 )
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fedsplit.common.seeds import scheduled
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.schedule import Schedule
 from fedsplit.plan.settings import ProfileSettings, Settings, load_settings
@@ -11,7 +12,7 @@ from fedsplit.server.at_home import LabelsAtHome
 from fedsplit.server.body import Body
 from fedsplit.server.learning import SharedLabels
 from fedsplit.server.novelty.trunk import NoveltyTrunk
-from fedsplit.server.pace import RealTime
+from fedsplit.server.pace import Pace, RealTime, own_pace
 from fedsplit.server.parts import Parts
 from fedsplit.server.progress import Progress, ProtocolOptions
 from fedsplit.server.roster import Owners, Roster
@@ -49,8 +50,7 @@ def split_strategy(
         progress=Progress(run),
         targets=UNLABELLED if at_home else source.task,
     )
-    profile = settings.devices.profile
-    pace = _on_clock(experiment, profile, parts) if profile else RealTime(parts)
+    pace = _pace(experiment, parts)
     learner = LabelsAtHome(parts, trunk, pace) if isinstance(trunk, Body) else SharedLabels(parts)
     return SplitStrategy(parts, pace, learner)
 
@@ -63,7 +63,11 @@ def _trunk(experiment: Experiment, half: type[Trunk]) -> Trunk:
         epochs=settings.protocol.trunk_epochs,
     )
     shape, run = model.first_layer.cut_shape, settings.run
-    return half(model.trunk, shape, source.task, source.outputs, options, run.rounds, run.seed)
+    scheduled(options.lr, options.schedule, 1, run.rounds)  # raises, before anything starts
+    built = half(model.trunk, shape, source.task, source.outputs, options, run.rounds, run.seed)
+    if options.args or ":" in options.optimizer:
+        built.optimizer  # noqa: B018  raises
+    return built
 
 
 def _aggregation(experiment: Experiment, *, secret_noise: bool) -> Aggregation:
@@ -71,6 +75,7 @@ def _aggregation(experiment: Experiment, *, secret_noise: bool) -> Aggregation:
     if not settings.teaches:
         return Frozen(weights)
     chosen, run = settings.first_layer, settings.run
+    scheduled(chosen.lr, chosen.schedule, 1, run.rounds)  # raises, before anything starts
     strategy, seed = build_strategy(chosen.strategy, chosen.args), None if secret_noise else run.seed
     return FirstLayerServer(strategy, weights, chosen.lr, chosen.schedule, run.rounds, seed=seed)
 
@@ -110,6 +115,13 @@ def _options(experiment: Experiment) -> ProtocolOptions:
         asks_again=not mode.teaches and same,
         replay_bytes=None if replay_mb is None else int(replay_mb * 1e6),
     )
+
+
+def _pace(experiment: Experiment, parts: Parts) -> Pace:
+    profile, own = experiment.settings.devices.profile, experiment.settings.protocol.pace
+    if profile:
+        return _on_clock(experiment, profile, parts)
+    return own_pace(own, parts) if own else RealTime(parts)
 
 
 def _on_clock(experiment: Experiment, profile: ProfileSettings, parts: Parts) -> OnClock:

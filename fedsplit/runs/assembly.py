@@ -31,15 +31,16 @@ def split_strategy(
     owners: Owners | None = None,
     *,
     secret_noise: bool = False,
+    kind: type[Trunk] | None = None,
 ) -> SplitStrategy:
     """Return the server's strategy before its first round; ``owners`` as in :class:`fedsplit.server.roster.Roster`.
 
     With ``secret_noise`` what the first layer's strategy draws does not follow from the seed, which nodes know.
+    ``kind`` is another trunk than that of task and labels.
     """
     settings, source = experiment.settings, experiment.source
     at_home = settings.protocol.labels == "at-home"
-    half = Body if at_home else NoveltyTrunk if source.task == "novelty" else Trunk
-    trunk = _trunk(experiment, half)
+    trunk = _trunk(experiment, kind or (Body if at_home else NoveltyTrunk if source.task == "novelty" else Trunk))
     parts = Parts(
         trunk=trunk,
         first_layer=_aggregation(experiment, secret_noise=secret_noise),
@@ -55,7 +56,7 @@ def split_strategy(
     return SplitStrategy(parts, pace, learner)
 
 
-def _trunk(experiment: Experiment, half: type[Trunk]) -> Trunk:
+def _trunk(experiment: Experiment, kind: type[Trunk]) -> Trunk:
     settings, source, model = experiment.settings, experiment.source, experiment.model
     options = TrunkOptions(
         **settings.trunk.model_dump(exclude={"replay_mb"}),
@@ -64,7 +65,7 @@ def _trunk(experiment: Experiment, half: type[Trunk]) -> Trunk:
     )
     shape, run = model.first_layer.cut_shape, settings.run
     scheduled(options.lr, options.schedule, 1, run.rounds)  # raises, before anything starts
-    built = half(model.trunk, shape, source.task, source.outputs, options, run.rounds, run.seed)
+    built = kind(model.trunk, shape, source.task, source.outputs, options, run.rounds, run.seed)
     if options.args or ":" in options.optimizer:
         built.optimizer  # noqa: B018  raises
     return built

@@ -57,7 +57,7 @@ def monitor(
     from fedsplit.wire.query import EPISODE, LONGEST, SHORTEST
 
     bundle = Bundle.load(device)
-    if bundle.task != "novelty":
+    if not bundle.task.watches:
         raise ConfigError(f"the model in {device} predicts: see fedsplit predict")
     if not 0 <= speed < float("inf"):
         raise ConfigError(f"--speed must be at least 0, got {speed:g}")

@@ -40,21 +40,16 @@ class Predictions:
         The trunk's; NaN for records that did not leave.
     refused : int64 array (records,)
         0, or why the guard let a record not leave (:class:`fedsplit.wire.ledger.Reason`).
-    task : str
+    task : Task
     """
 
     outputs: FloatArray
     refused: IntArray
-    task: str
+    task: Task
 
     def values(self) -> list[Any]:
-        """Return a class, 0 or 1, or a list of numbers for each record; None for one that did not leave."""
-        if self.task == "classification":
-            found: list[Any] = self.outputs.argmax(axis=1).tolist()
-        elif self.task == "binary":
-            found = (self.outputs[:, 0] > 0).astype(int).tolist()
-        else:
-            found = self.outputs.tolist()
+        """Return what the task decides, such as a class or a list of numbers; None for one that did not leave."""
+        found = self.task.decide(self.outputs).tolist()
         return [None if reason else value for value, reason in zip(found, self.refused.tolist(), strict=True)]
 
     def why(self) -> dict[str, int]:

@@ -56,7 +56,7 @@ def split_strategy(
         **settings.trunk.model_dump(exclude={"replay_mb"}), batch_size=protocol.batch_size, epochs=protocol.trunk_epochs
     )
     at_home = protocol.labels == "at-home"
-    half = Body if at_home else NoveltyTrunk if source.task == "novelty" else Trunk
+    half = Body if at_home else NoveltyTrunk if source.task.watches else Trunk
     trunk = half(model.trunk, layer.cut_shape, source.task, source.outputs, trunk_options, rounds, seed)
     options = ProtocolOptions(
         mode=protocol.mode,
@@ -91,7 +91,7 @@ def split_strategy(
 def _virtual(settings: Settings, profile: ProfileSettings, source: Source, model: SplitModel) -> dict[str, Any]:
     protocol, seed, layer, policy = settings.protocol, settings.run.seed, model.first_layer, dropping(settings)
     limit = min(protocol.timeout, protocol.deadline or protocol.timeout)
-    columns = source.outputs if source.task == "regression" else None
+    columns = source.task.targets(source.outputs).columns
     return {
         "clock": VirtualClock(Profile.of(profile, source.count, seed), limit, seed),
         "sizes": Sizes(layer.size, layer.width, 2 if protocol.dtype == "float16" else 4, policy.bits, columns),

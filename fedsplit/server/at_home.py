@@ -16,7 +16,6 @@ from flwr.serverapp import Grid
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
-from fedsplit.server.answers import UNLABELLED
 from fedsplit.server.batches import Batches
 from fedsplit.server.body import Body
 from fedsplit.server.rounds import SplitStrategy
@@ -106,12 +105,11 @@ class AtHomeStrategy(SplitStrategy):
         if not answers:
             return self._note_scores({})
         loss, accuracy = self._means(answers)
-        scores: dict[str, Any] = {"test_loss": loss, "test_accuracy": accuracy}
-        return self._note_scores(scores if accuracy is not None else {**scores, "test_rmse": loss**0.5})
+        return self._note_scores(self.trunk.task.score_sums(loss, accuracy))
 
     @property
-    def _targets(self) -> str:
-        return UNLABELLED
+    def _targets(self) -> Targets:
+        return Withheld()
 
     def _questions(self, releases: Sequence[Release], batches: Batches, features: FloatArray) -> dict[int, _Question]:
         """Sort features, which are in canonical order, back to the nodes that released their records."""
@@ -151,4 +149,4 @@ class AtHomeStrategy(SplitStrategy):
         records = sum(u.records for u in answers.values())
         loss = sum(u.loss for u in answers.values()) / records
         right = sum(u.correct for u in answers.values()) / records
-        return loss, None if self.trunk.task == "regression" else right
+        return loss, right if self.trunk.task.classifies else None

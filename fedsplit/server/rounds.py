@@ -482,16 +482,16 @@ class SplitStrategy(Strategy):
         return {node: good[node] for node in asked if node in good}
 
     @property
-    def _targets(self) -> str:
+    def _targets(self) -> Targets:
         """Which targets come with releases: those of the task."""
-        return self.trunk.task
+        return self.trunk.task.targets(self.trunk.outputs)
 
     def _checked(self, payload: bytes, asked: Download) -> Upload:
         """Read an upload that answers ``asked``; raises WireError."""
         pending, trunk = self._on_their_way, self.trunk
         check_size(len(payload), asked, self.layer.width, self.layer.size, trunk.outputs)
         upload = Upload.from_bytes(payload, parameters=self.layer.size)
-        check_upload(upload, asked, pending, self.layer.width, self._targets, trunk.outputs)
+        check_upload(upload, asked, pending, self.layer.width, self._targets)
         return upload
 
     @property

@@ -36,7 +36,7 @@ class Served:
     trunk : nn.Module
     name : str
     detector : Detector or None
-        Of a novelty task: what is known of normal recordings.
+        Of a task that watches: what is known of normal recordings.
     """
 
     bundle: Bundle
@@ -56,7 +56,7 @@ class Served:
             model.trunk.load_state_dict(load(path.read_bytes()))
         except (OSError, SafetensorError, RuntimeError):
             raise DataError(f"{path} is missing or damaged, or of another model") from None
-        detector = _detector(folder / "checkpoint" / DETECTOR) if bundle.task == "novelty" else None
+        detector = _detector(folder / "checkpoint" / DETECTOR) if bundle.task.watches else None
         return cls(bundle, model.trunk.eval(), bundle.model, detector)
 
     @property

@@ -48,7 +48,7 @@ from fedsplit import simulate
 from fedsplit.data import Records, Source
 from fedsplit.model.split import SplitModel
 from fedsplit.model.tasks import score
-from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, load_settings, presets
 from fedsplit.server.trunk import trunk_outputs
 from fedsplit.server.virtual.clock import VirtualClock
@@ -116,7 +116,7 @@ def run(row: Row, settings: Settings, cost: Cost) -> dict[str, Any]:
 
 
 def _run_rival(row: Row, settings: Settings, cost: Cost, limit: float) -> dict[str, Any]:
-    source, profile, points = data_source(settings), settings.devices.profile, []
+    source, profile, points = Experiment(settings).source, settings.devices.profile, []
     assert profile is not None
     clock = VirtualClock(Profile.of(profile, source.count, settings.run.seed), limit, settings.run.seed)
 
@@ -132,8 +132,8 @@ def _run_rival(row: Row, settings: Settings, cost: Cost, limit: float) -> dict[s
 
 def _run_fedsplit(settings: Settings, cost: Cost) -> dict[str, Any]:
     """Simulate, and test what each round's checkpoint holds."""
-    source, points = data_source(settings), []
-    model = split_model(settings, source)
+    source, points = Experiment(settings).source, []
+    model = Experiment(settings).model
     with tempfile.TemporaryDirectory() as folder:
 
         def note(metrics: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ def accuracy(model: SplitModel, settings: Settings, source: Source) -> float:
     """Return the accuracy on all test records, whose outputs are dropped as in training."""
     parts = [source.device(d).test for d in source.test_devices]
     test = Records(np.concatenate([r.x for r in parts]), np.concatenate([r.y for r in parts]))
-    released = public_release(model, test, dropping(settings), settings.protocol.dtype, seed=0)
+    released = public_release(model, test, Experiment(settings).policy, settings.protocol.dtype, seed=0)
     outputs = trunk_outputs(model.trunk.eval(), model.first_layer.cut_shape, released)
     model.trunk.train()
     return float(score(source.task, outputs, test.y)["test_accuracy"])

@@ -39,7 +39,7 @@ from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.model.layer import FirstLayer
-from fedsplit.plan.experiment import data_source, public_records
+from fedsplit.plan.experiment import Experiment
 from fedsplit.release.making import Chunk, forward
 from fedsplit.release.streams import KEYED_ROUND
 from fedsplit.runs.folder import run_settings
@@ -206,8 +206,8 @@ def measure(found: list[Scheme], raw: Raw, repeats: int) -> dict[str, dict[str, 
 def attacked(run: Path, served: Served, seed: int = 0) -> dict[str, float]:
     """Return what the strongest attack makes of releases (dB), and the best guess without any."""
     settings = run_settings(run)
-    source = data_source(settings)
-    subjects = Subjects.choose(source, public_records(settings, source), settings.donors, 100, seed)
+    source = Experiment(settings).source
+    subjects = Subjects.choose(source, Experiment(settings).public, settings.donors, 100, seed)
     bundle = served.bundle
     report = audit(rehearsed(bundle.layer, bundle.dropping, bundle.dtype, subjects, seed), seed=seed).report
     guess = max(scores["psnr"] for scores in report["baselines"].values())
@@ -223,7 +223,7 @@ def main() -> None:
     torch.set_num_threads(1)
     served = Served.of_run(options.run)
     settings = run_settings(options.run)
-    source = data_source(settings)
+    source = Experiment(settings).source
     test = np.concatenate([source.device(device).test.x for device in source.test_devices])
     raw = raw_records(served.bundle.scaling, test)
     attack = attacked(options.run, served)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedsplit.data import Source
 from fedsplit.model.split import SplitModel
 from fedsplit.model.tasks import summed_loss
-from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.server.virtual.calibration import record_seconds
 from fedsplit.server.virtual.clock import VirtualClock, Work
@@ -68,7 +68,7 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: t
 
 def measured(row: Row, settings: Settings) -> Cost:
     """Measure what a record costs on one core."""
-    model = split_model(settings, data_source(settings))
+    model = Experiment(settings).model
     first, net, batch = model.first_layer, whole(model), settings.protocol.batch_size
     x, y = torch.randn(batch, *first.input_shape), torch.zeros(batch, dtype=torch.int64)
 
@@ -77,7 +77,9 @@ def measured(row: Row, settings: Settings) -> Cost:
 
     forward, both = (_multiply_adds(work) // naive.BATCH for work in (outputs, lambda: outputs().sum().backward()))
     if row.kind == "fedsplit":
-        return Cost(record_seconds(first, dropping(settings), settings.protocol.dtype), (forward, both - forward))
+        return Cost(
+            record_seconds(first, Experiment(settings).policy, settings.protocol.dtype), (forward, both - forward)
+        )
     if row.kind == "naive":  # its backward half computes the outputs once more
         seconds = (_seconds(outputs), _seconds(lambda: outputs().sum().backward()))
         return Cost((seconds[0] / naive.BATCH, seconds[1] / naive.BATCH), (forward, both))
@@ -112,11 +114,11 @@ def holders(settings: Settings, source: Source) -> dict[int, int]:
 
 def deadline(row: Row, settings: Settings, cost: Cost) -> float:
     """Return the seconds in which 95 % of exchanges would be over, if many devices of the profile had these records."""
-    source, profile = data_source(settings), settings.devices.profile
+    source, profile = Experiment(settings).source, settings.devices.profile
     assert profile is not None
     clock = VirtualClock(Profile.of(profile, POPULATION, seed=0), limit=1.0, seed=0)
     records = np.resize(list(holders(settings, source).values()), POPULATION)
-    exchanges = _exchanges(row, settings, cost, split_model(settings, source), records)
+    exchanges = _exchanges(row, settings, cost, Experiment(settings).model, records)
     needs = [clock.duration(Work(np.arange(POPULATION), *exchange)) for exchange in exchanges]
     return float(f"{max(np.quantile(need, SHARE) for need in needs) / SECOND:.3g}")
 

@@ -46,7 +46,7 @@ from fedsplit.audit.transcript import Subjects
 from fedsplit.data import Records
 from fedsplit.data import pigs as pigs_data
 from fedsplit.model.split import SplitModel
-from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings, load_settings
 from fedsplit.release.policies import Dropping
 from fedsplit.runs.auditing import audit_run
@@ -85,7 +85,7 @@ class Pigs:
     """
 
     def __init__(self, settings: Settings) -> None:
-        source = data_source(settings)
+        source = Experiment(settings).source
         devices = [source.device(d) for d in range(source.count)]
         self.train, self.trained = _joined([d.train for d in devices])
         self.test, self.tested = _joined([d.test for d in devices])
@@ -142,7 +142,7 @@ def overlapping(devices: Whose | tuple[int, ...]) -> tuple[Records, Whose]:
 
 def central(settings: Settings, pigs: Pigs) -> Float:
     """Return forecasts of the whole network trained on raw windows, without any cut."""
-    model, everything = split_model(settings, data_source(settings)), Dropping("none")
+    model, everything = Experiment(settings).model, Dropping("none")
     assert settings.public is not None
     options = WarmUp(CENTRAL_EPOCHS, settings.public.lr, settings.protocol.batch_size, penalty=0.0)
     warm_up(model, pigs.train, "regression", everything, options, settings.run.seed)
@@ -157,7 +157,7 @@ def forecasts(model: SplitModel, records: Records, policy: Dropping, dtype: str,
 
 def run(settings: Settings, pigs: Pigs) -> tuple[dict[str, Float], dict[str, Any]]:
     """Train and attack; return forecasts of the trunk and of a ridge on the same releases, and what leaked."""
-    seed, policy, dtype = settings.run.seed, dropping(settings), settings.protocol.dtype
+    seed, policy, dtype = settings.run.seed, Experiment(settings).policy, settings.protocol.dtype
     with TemporaryDirectory() as name:
         folder = Path(name) / "run"
         result = simulate(settings, out=folder)

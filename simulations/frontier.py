@@ -34,7 +34,7 @@ from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records, Source
 from fedsplit.model.split import SplitModel
 from fedsplit.model.tasks import summed_loss
-from fedsplit.plan.experiment import data_source, dropping, public_records, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.server.trunk import Trunk, TrunkOptions
 from fedsplit.server.warmup import WarmUp, public_release, warm_up
@@ -101,13 +101,13 @@ def _measure(path: str, entry: Entry, seed: int, targets: int) -> dict[str, Any]
     base = load_settings(path)
     raw = [f"run.seed={seed}", *entry.settings]
     settings = _with_policy(path, base, raw)
-    source = data_source(settings)
-    model = split_model(settings, source)
-    public = public_records(settings, source)
+    experiment = Experiment(settings)
+    source, model = experiment.source, experiment.model
+    public = experiment.public
     assert public is not None and settings.public is not None
     subjects = Subjects.choose(source, public, settings.donors, 2 * targets, seed)
     everything, test = _pooled(source, public, settings.donors)
-    policy = dropping(settings)
+    policy = experiment.policy
     if entry.projection:
         projected = Projection(model.first_layer.width, entry.projection, seed)
         model = replace(model, trunk=nn.Sequential(projected, model.trunk))
@@ -165,7 +165,7 @@ def _attack_projection(
     """Attack projected outputs, which are no equations in the record: with what learns from public records."""
     layer = model.first_layer
     weights = layer.flatten(layer.initial_weights())
-    policy, dtype, public = dropping(settings), settings.protocol.dtype, subjects.public
+    policy, dtype, public = Experiment(settings).policy, settings.protocol.dtype, subjects.public
     known, own = (released(layer, policy, dtype, weights, x, seed)[1] @ basis for x in (public.x, subjects.x))
     flat = public.x.reshape(len(public.x), -1)
     prior = Prior.of(flat, public.y, (0.0, 1.0))

@@ -23,7 +23,7 @@ from fedsplit.common.seeds import scheduled
 from fedsplit.data import Records, Source
 from fedsplit.model.split import SplitModel
 from fedsplit.model.tasks import summed_loss
-from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 
 BATCH = 16  # records of each device in a step
@@ -35,8 +35,8 @@ app = ClientApp()
 @lru_cache(maxsize=1)
 def _model() -> tuple[SplitModel, float, Source]:
     settings = Settings.from_json(os.environ[SETTINGS])
-    source = data_source(settings)
-    return split_model(settings, source), dropping(settings).keep, source
+    source = Experiment(settings).source
+    return Experiment(settings).model, Experiment(settings).policy.keep, source
 
 
 @lru_cache(maxsize=64)
@@ -115,7 +115,7 @@ def train(
 
     ``after`` is called after every step with its number, from 0.
     """
-    model = split_model(settings, data_source(settings))
+    model = Experiment(settings).model
     layer, trunk = model.first_layer.layer, model.trunk
     optimizer = torch.optim.Adam([*layer.parameters(), *trunk.parameters()], settings.trunk.lr)
     nodes = list(grid.get_node_ids())

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedsplit.device.home import Home
-from fedsplit.plan.experiment import data_source
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.release.streams import simulation_secret
 
@@ -280,7 +280,7 @@ def ip(*arguments: str) -> None:
 
 def write_data(folder: Path, devices: Sequence[int], settings: Settings) -> None:
     """Write devices' records to files of their own, as their owners would have them."""
-    source = data_source(settings)
+    source = Experiment(settings).source
     folder.mkdir()
     for device in devices:
         data, arrays = source.device(device), {}

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from fedsplit import simulate
 from fedsplit.data import Records
-from fedsplit.plan.experiment import data_source, public_records, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.release.policies import Dropping
 from fedsplit.runs.auditing import audit_run
@@ -61,8 +61,8 @@ def _profile(path: str, seed: int) -> dict[str, Any]:
 
 def _without_dropping(settings: Settings, seed: int) -> float:
     """Return the accuracy of the same network trained centrally on all records, public ones included."""
-    source = data_source(settings)
-    model, public = split_model(settings, source), public_records(settings, source)
+    source = Experiment(settings).source
+    model, public = Experiment(settings).model, Experiment(settings).public
     donors = settings.donors
     parts = [source.device(d).train for d in range(source.count) if d not in donors]
     parts = [r for r in (public, *parts) if r is not None and len(r)]

@@ -37,7 +37,7 @@ from rich.table import Table
 from fedsplit import simulate
 from fedsplit.common.seeds import scheduled
 from fedsplit.model.tasks import score, summed_loss
-from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings, load_settings
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
 from fedsplit.server.batches import minibatches
@@ -49,9 +49,9 @@ _STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2
 
 def centralised(settings: Settings) -> dict[str, Any]:
     """Train the whole network in one place, with the same dropping between first layer and trunk."""
-    source = data_source(settings)
-    model = split_model(settings, source)
-    seed, policy = settings.run.seed, dropping(settings)
+    experiment = Experiment(settings)
+    source, model = experiment.source, experiment.model
+    seed, policy = settings.run.seed, experiment.policy
     train = [source.device(d).train for d in range(source.count)]
     test = [source.device(d).test for d in source.test_devices]
     x, y = (torch.from_numpy(np.concatenate([getattr(r, name) for r in train])) for name in "xy")
@@ -102,7 +102,7 @@ def rows_for(settings: Settings) -> dict[str, Callable[[Settings], dict[str, Any
     """Return the rows by name; single-pass runs with the settings' own rounds and learning rates."""
     pipelined = {"mode": "pipelined", "chunk": "epoch"}
     # fewest records per device that still make about one mini-batch of all devices together
-    source = data_source(settings)
+    source = Experiment(settings).source
     holders = sum(len(source.device(d).train) > 0 for d in range(source.count))
     chunk = max(1, round(settings.protocol.batch_size / holders))
     mean = sum(len(source.device(d).train) for d in range(source.count)) / holders

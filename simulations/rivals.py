@@ -15,7 +15,7 @@ from fedsplit.common.seeds import scheduled
 from fedsplit.data import Source
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.model.split import SplitModel
-from fedsplit.plan.experiment import data_source, public_records, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.release.policies import Dropping
 from fedsplit.server.batches import minibatches
@@ -88,7 +88,7 @@ class ClockedGrid(InProcessGrid):
 
 def fedavg_app(settings: Settings, source: Source, epochs: int) -> ClientApp:
     """Return the ClientApp of FedAvg: local epochs with Adam, which begins anew in each round."""
-    net, app = whole(split_model(settings, source)), ClientApp()
+    net, app = whole(Experiment(settings).model), ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -115,9 +115,9 @@ def train_fedavg(
 
     ``note`` is called before the first round and after each.
     """
-    source = data_source(settings)
-    model = split_model(settings, source)
-    if (public := public_records(settings, source)) is not None and settings.public is not None:
+    experiment = Experiment(settings)
+    source, model = experiment.source, experiment.model
+    if (public := experiment.public) is not None and settings.public is not None:
         options = WarmUp(settings.public.epochs, settings.public.lr, settings.protocol.batch_size, penalty=0.0)
         warm_up(model, public, source.task, Dropping("none"), options, settings.run.seed)
     net = whole(model)
@@ -145,5 +145,5 @@ def train_naively(settings: Settings, devices: Iterable[int], clock: VirtualCloc
         if (number + 1) % 5 == 0:
             note(model)
 
-    grid = ClockedGrid(naive.app, data_source(settings).count, devices, clock, cost, records)
+    grid = ClockedGrid(naive.app, Experiment(settings).source.count, devices, clock, cost, records)
     naive.train(grid, settings, settings.run.rounds - 1, after)

@@ -36,7 +36,7 @@ from fedsplit.common.arrays import FloatArray
 from fedsplit.common.certs import CA, CERTIFICATE, KEY, make_certificates
 from fedsplit.common.errors import WireError
 from fedsplit.device.home import Home
-from fedsplit.plan.experiment import data_source
+from fedsplit.plan.experiment import Experiment
 from fedsplit.runs.folder import run_settings
 from fedsplit.service.app import service
 from fedsplit.service.served import Served
@@ -66,7 +66,7 @@ class Sealed(Served):
 
 def records_of(run: Path, served: Served) -> Any:
     """Return the raw test records of a run."""
-    source = data_source(run_settings(run))
+    source = Experiment(run_settings(run)).source
     test = np.concatenate([source.device(device).test.x for device in source.test_devices])
     return raw_records(served.bundle.scaling, test)
 

@@ -38,7 +38,7 @@ from fedsplit.common.errors import RunError
 from fedsplit.common.seeds import seed_of
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
-from fedsplit.plan.experiment import data_source, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.client_app import client_app
@@ -160,9 +160,9 @@ def accuracy(job: Job) -> float:
     """Train once; return the accuracy on the devices that test, who are honest."""
     seed, mode, partition, row, attack = job
     settings = settings_for(seed, mode, partition, row)
-    source = data_source(settings)
-    model = split_model(settings, source)
-    strategy = split_strategy(settings, source, model, run=1)
+    experiment = Experiment(settings)
+    source, model = experiment.source, experiment.model
+    strategy = split_strategy(experiment, run=1)
     if ROWS[row][1]:
         own = strategy.trunk
         task, outputs, options = own.task, own.outputs, own.options

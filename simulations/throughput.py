@@ -30,7 +30,7 @@ from rich.table import Table
 
 from fedsplit import simulate
 from fedsplit.model.tasks import summed_loss
-from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings
 from fedsplit.server.batches import minibatches
 
@@ -56,8 +56,8 @@ def settings_for(model: str, devices: int, epochs: int, engine: str, **sections:
 
 def plain_loop(settings: Settings) -> float:
     """Train the whole network in one place, with masks from torch's own generator; return seconds per record."""
-    model = split_model(settings, data_source(settings))
-    first, keep = model.first_layer, dropping(settings).keep
+    model = Experiment(settings).model
+    first, keep = model.first_layer, Experiment(settings).policy.keep
     rows = np.arange(int(os.environ[replicated.RECORDS])) % len(replicated.windows().x)
     x, y = (torch.from_numpy(a[rows]) for a in (replicated.windows().x, replicated.windows().y))
     optimizer = torch.optim.Adam([*first.layer.parameters(), *model.trunk.parameters()], settings.trunk.lr)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedsplit.common.seeds import seed_of
-from fedsplit.plan.experiment import data_source, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.release.streams import record_order, simulation_secret
 from fedsplit.server.batches import minibatches
@@ -23,7 +23,7 @@ def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def chunks(settings: Settings) -> list[Chunk]:
     """The records of every round in canonical order (device, record)."""
-    source, seed, size = data_source(settings), settings.run.seed, settings.protocol.chunk
+    source, seed, size = Experiment(settings).source, settings.run.seed, settings.protocol.chunk
     rounds = []
     for number in range(settings.run.rounds):
         xs, ys = [], []
@@ -52,7 +52,7 @@ def batch_order(settings: Settings, number: int, count: int) -> list[np.ndarray]
 
 def centralised(settings: Settings) -> dict[str, Tensor]:
     """Plain SGD of the whole network: one step per round on the round's records."""
-    model = split_model(settings, data_source(settings))
+    model = Experiment(settings).model
     net = nn.ModuleDict({"first": model.first_layer.layer, "trunk": model.trunk})
     optimizer = torch.optim.SGD(
         [
@@ -72,7 +72,7 @@ def delayed(settings: Settings, *, replay: bool = False) -> dict[str, Tensor]:
 
     The trunk takes several mini-batch steps in a round, all on activations of the round's first layer.
     """
-    model = split_model(settings, data_source(settings))
+    model = Experiment(settings).model
     first, trunk = model.first_layer, model.trunk
     weights = [p.detach().clone() for p in first.layer.parameters()]
     optimizer = torch.optim.SGD(trunk.parameters(), lr=settings.trunk.lr)
@@ -118,7 +118,7 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def moved(settings: Settings, parameters: dict[str, Tensor], prefixes: Sequence[str] = ("first.", "trunk.")) -> float:
     """How far each half moved from its initial weights, the lesser of both: a test of equality must not be empty."""
-    model = split_model(settings, data_source(settings))
+    model = Experiment(settings).model
     start = {f"first.{k}": v for k, v in model.first_layer.layer.state_dict().items()}
     start |= {f"trunk.{k}": v for k, v in model.trunk.state_dict().items()}
     return min(

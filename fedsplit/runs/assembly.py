@@ -6,9 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedsplit.data import Source
-from fedsplit.model.split import SplitModel
-from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.schedule import Schedule
 from fedsplit.plan.settings import ProfileSettings, Settings, load_settings
 from fedsplit.server.aggregation import FirstLayerServer, build_strategy
@@ -27,9 +25,7 @@ from fedsplit.wire.sizes import Sizes
 
 
 def split_strategy(
-    settings: Settings,
-    source: Source,
-    model: SplitModel,
+    experiment: Experiment,
     run: int,
     owners: Owners | None = None,
     *,
@@ -39,6 +35,7 @@ def split_strategy(
 
     With ``secret_noise`` what the first layer's strategy draws does not follow from the seed, which nodes know.
     """
+    settings, source, model = experiment.settings, experiment.source, experiment.model
     chosen, protocol, seed, rounds = settings.first_layer, settings.protocol, settings.run.seed, settings.run.rounds
     layer = model.first_layer
     first_layer = None
@@ -73,7 +70,7 @@ def split_strategy(
         donors=settings.donors,
         deadline=protocol.deadline,
         asks_again=protocol.mode == "release-once"
-        and (settings.dropping.mask == "keyed" or dropping(settings).deterministic),
+        and (settings.dropping.mask == "keyed" or experiment.policy.deterministic),
         replay_bytes=None if settings.trunk.replay_mb is None else int(settings.trunk.replay_mb * 1e6),
     )
     devices = settings.devices
@@ -84,26 +81,27 @@ def split_strategy(
     kind: Callable[..., SplitStrategy] = AtHomeStrategy if at_home else SplitStrategy
     if devices.profile:
         options = replace(options, min_nodes=1, deadline=None)  # which are the clock's matter
-        kind = partial(VirtualStrategy, **_virtual(settings, devices.profile, source, model))
+        kind = partial(VirtualStrategy, **_virtual(experiment, devices.profile))
     return kind(trunk, first_layer, layer, schedule, options, run, roster=roster)
 
 
-def _virtual(settings: Settings, profile: ProfileSettings, source: Source, model: SplitModel) -> dict[str, Any]:
-    protocol, seed, layer, policy = settings.protocol, settings.run.seed, model.first_layer, dropping(settings)
+def _virtual(experiment: Experiment, profile: ProfileSettings) -> dict[str, Any]:
+    settings, source, layer = experiment.settings, experiment.source, experiment.model.first_layer
+    protocol, seed, policy = settings.protocol, settings.run.seed, experiment.policy
     limit = min(protocol.timeout, protocol.deadline or protocol.timeout)
     columns = source.task.targets(source.outputs).columns
     return {
         "clock": VirtualClock(Profile.of(profile, source.count, seed), limit, seed),
         "sizes": Sizes(layer.size, layer.width, 2 if protocol.dtype == "float16" else 4, policy.bits, columns),
-        "record_seconds": _record_seconds(settings, profile, model),
+        "record_seconds": _record_seconds(experiment, profile),
         "min_devices": protocol.min_nodes,
     }
 
 
-def _record_seconds(settings: Settings, profile: ProfileSettings, model: SplitModel) -> tuple[float, float]:
+def _record_seconds(experiment: Experiment, profile: ProfileSettings) -> tuple[float, float]:
     release, gradient = profile.release_seconds, profile.gradient_seconds
     if release is None or gradient is None:
-        measured = record_seconds(model.first_layer, dropping(settings), settings.protocol.dtype)
+        measured = record_seconds(experiment.model.first_layer, experiment.policy, experiment.settings.protocol.dtype)
         release, gradient = (m if g is None else g for g, m in zip((release, gradient), measured, strict=True))
     return release, gradient
 
@@ -120,6 +118,6 @@ def calibrated(settings: Settings, folder: Path | None = None) -> Settings:
         noted = load_settings(folder / "config.toml").devices.profile or profile
         missing = [name for name in ("release_seconds", "gradient_seconds") if getattr(profile, name) is None]
         profile = profile.model_copy(update={name: getattr(noted, name) for name in missing})
-    release, gradient = _record_seconds(settings, profile, split_model(settings, data_source(settings)))
+    release, gradient = _record_seconds(Experiment(settings), profile)
     measured = profile.model_copy(update={"release_seconds": release, "gradient_seconds": gradient})
     return settings.model_copy(update={"devices": settings.devices.model_copy(update={"profile": measured})})

@@ -16,7 +16,7 @@ from fedsplit.audit.transcript import Subjects
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing
 from fedsplit.device.home import Home
-from fedsplit.plan.experiment import data_source, dropping, public_records, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.release.making import Chunk
 from fedsplit.release.streams import simulation_secret
@@ -39,9 +39,10 @@ def audit_run(folder: Path, *, seed: int, quick: bool = False) -> dict[str, Any]
     if not (folder / "checkpoint" / "first_layer.safetensors").exists():
         raise DataError(f"{folder} has no checkpoint: the run has not finished a round")
     weights = load_file(folder / "checkpoint" / "first_layer.safetensors")
-    layer = split_model(settings, data_source(settings)).first_layer
+    experiment = Experiment(settings)
+    layer = experiment.model.first_layer
     layer.load_weights(weights)
-    evidence = recorded(folder / "audit", layer, dropping(settings), settings.protocol.dtype)
+    evidence = recorded(folder / "audit", layer, experiment.policy, settings.protocol.dtype)
     return _write(folder, audit(evidence, seed=seed, quick=quick), evidence, settings)
 
 
@@ -55,9 +56,9 @@ def audit_policy(settings: Settings, out: Path, *, seed: int, quick: bool = Fals
     FedsplitError
         If the settings do not fit together or the data.
     """
-    source = data_source(settings)
-    model = split_model(settings, source)
-    public, policy, chosen = public_records(settings, source), dropping(settings), settings.public
+    experiment = Experiment(settings)
+    source, model, policy = experiment.source, experiment.model, experiment.policy
+    public, chosen = experiment.public, settings.public
     if chosen is not None and public is not None and chosen.epochs:
         options = WarmUp(chosen.epochs, chosen.lr, settings.protocol.batch_size, chosen.penalty)
         warm_up(model, public, source.task, policy, options, settings.run.seed)
@@ -104,8 +105,8 @@ def preview_record(
     node = Home(home) if home is not None else None
     if node and device not in node.devices:
         raise ConfigError(f"device {device} is not on node {home}: it has {', '.join(map(str, node.devices))}")
-    source = data_source(settings)
-    layer = split_model(settings, source).first_layer
+    experiment = Experiment(settings)
+    source, layer = experiment.source, experiment.model.first_layer
     if weights is not None:
         try:
             layer.load_weights(load_file(weights))
@@ -114,7 +115,7 @@ def preview_record(
     records = source.device(device).train
     if not 0 <= record < len(records):
         raise ConfigError(f"device {device} has {len(records)} training records, there is no record {record}")
-    public = public_records(settings, source)
+    public = experiment.public
     others = np.delete(np.arange(len(records)), record)
     at = np.array([record])
     one = Subjects(
@@ -127,7 +128,7 @@ def preview_record(
         public=records.take(others) if public is None else public,
         stand_in=public is None,
     )
-    policy, dtype, seed = dropping(settings), settings.protocol.dtype, settings.run.seed
+    policy, dtype, seed = experiment.policy, settings.protocol.dtype, settings.run.seed
     evidence = rehearsed(layer, policy, dtype, one, seed)
     found = audit(evidence, seed=seed)
     shape = layer.input_shape

@@ -2,17 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing
-from fedsplit.data import Source
 from fedsplit.device.bundle import WEIGHTS, Bundle
-from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from fedsplit.plan.experiment import Experiment
 
 STATE, LOG, NODES, METRICS, RESULT = "state.json", "run.log", "nodes.json", "metrics.jsonl", "result.json"
 DEVICES = "devices.csv"
@@ -57,24 +58,21 @@ def run_bundle(folder: Path) -> Bundle:
     FedsplitError
         If the run has none, or its data set, which says what a record is, cannot be opened.
     """
-    from fedsplit.plan.experiment import data_source, split_model
+    from fedsplit.plan.experiment import Experiment
 
-    settings = run_settings(folder)
-    source = data_source(settings)
-    return bundle_of(settings, source, split_model(settings, source).first_layer, folder)
+    return bundle_of(Experiment(run_settings(folder)), folder)
 
 
-def bundle_of(settings: Settings, source: Source, layer: FirstLayer, folder: Path) -> Bundle:
-    """Return the device's half of a run, whose checkpoint's weights ``layer`` gets."""
-    from fedsplit.plan.experiment import dropping
-
+def bundle_of(experiment: "Experiment", folder: Path) -> Bundle:
+    """Return the device's half of a run, whose checkpoint's weights the experiment's first layer gets."""
+    layer, source = experiment.model.first_layer, experiment.source
     path = folder / "checkpoint" / WEIGHTS
     try:
         layer.load_weights(load(path.read_bytes()))
     except (OSError, SafetensorError, RuntimeError):
         raise DataError(f"{path} is damaged, or of another model") from None
-    chosen = dropping(settings)
-    return Bundle(layer, chosen, settings.protocol.dtype, source.scaling, source.task, source.outputs)
+    dtype = experiment.settings.protocol.dtype
+    return Bundle(layer, experiment.policy, dtype, source.scaling, source.task, source.outputs)
 
 
 def open_run_folder(folder: Path, settings: Settings, *, resume: bool) -> None:

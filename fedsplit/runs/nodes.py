@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsplit.audit.transcript import record_exchange
 from fedsplit.common.errors import ConfigError
-from fedsplit.data import DeviceData, Source, open_own
+from fedsplit.data import DeviceData, open_own
 from fedsplit.device.at_home import AtHomeNode
 from fedsplit.device.home import Home
 from fedsplit.device.node import Node
@@ -18,8 +18,7 @@ from fedsplit.device.pending import NodeState
 from fedsplit.guard.accountant import ExposureAccountant
 from fedsplit.guard.guard import Guard
 from fedsplit.model.head import Head
-from fedsplit.model.split import SplitModel
-from fedsplit.plan.experiment import data_source, dropping, limits, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.preflight import check_limits
 from fedsplit.plan.settings import Settings
 from fedsplit.release.streams import simulation_secret
@@ -29,12 +28,11 @@ _CACHED_BYTES = 2**28  # of a user's own data, in each process of a run; package
 
 
 @lru_cache(maxsize=4)
-def _opened(settings_json: str) -> tuple[Settings, Source, SplitModel]:
-    settings = Settings.from_json(settings_json)
-    source = data_source(settings)
-    if settings.data.name is None:
-        source = replace(source, load=_cached(source.load))
-    return settings, source, split_model(settings, source)
+def _opened(settings_json: str) -> Experiment:
+    experiment = Experiment(Settings.from_json(settings_json))
+    if experiment.settings.data.name is None:
+        experiment.source = replace(experiment.source, load=_cached(experiment.source.load))
+    return experiment
 
 
 def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:
@@ -68,11 +66,12 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
     ConfigError
         If there are more nodes than devices.
     """
-    settings, source, model = _opened(settings_json)
+    experiment = _opened(settings_json)
+    settings, source, layer = experiment.settings, experiment.source, experiment.model.first_layer
     if partitions > source.count:
         raise ConfigError(f"{partitions} nodes for {source.count} devices: lower the number of nodes")
     seed = settings.run.seed
-    own_limits = limits(settings)
+    own_limits = experiment.limits
     enforce = own_limits.enforce and settings.guard.mode == "enforce"
     owner = sha256(b"%d %d %d" % (seed, partition, partitions)).digest()
 
@@ -85,13 +84,12 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
             home(run).mkdir(parents=True, mode=0o700)
             for name in ("train", "test"):
                 ExposureAccountant.create(home(run) / f"ledger-{name}.npz", owner)
-        return Guard(own_limits, ExposureAccountant(path, owner, durable=False), model.first_layer, enforce=enforce)
+        return Guard(own_limits, ExposureAccountant(path, owner, durable=False), layer, enforce=enforce)
 
-    node = _node_kind(settings, source, model)
     recorder = partial(record_exchange, Path(folder).parent / "audit" / "exchanges", partition)
-    return node(
-        model.first_layer,
-        dropping(settings),
+    return _node_kind(experiment)(
+        layer,
+        experiment.policy,
         np.array_split(np.arange(source.count), partitions)[partition].tolist(),
         source.device,
         lambda device: simulation_secret(seed, device),
@@ -116,29 +114,29 @@ def real_node(settings_json: str, folder: str, data: str | None = None) -> Node:
     """
     home = Home(Path(folder))
     _check_allowed(Settings.from_json(settings_json), home.allowed)
-    settings, source, model = _opened(settings_json)
+    experiment = _opened(settings_json)
+    settings, source, layer = experiment.settings, experiment.source, experiment.model.first_layer
     if data is not None:
         source = open_own(data, home.devices, source)
     if home.limits.enforce:
-        check_limits(settings, source, model.first_layer, home.limits, home.devices)
-    node = _node_kind(settings, source, model)
-    return node(
-        model.first_layer,
-        dropping(settings),
+        check_limits(settings, source, layer, home.limits, home.devices)
+    return _node_kind(experiment)(
+        layer,
+        experiment.policy,
         home.devices,
         lru_cache(maxsize=_KNOWN_DEVICES)(lambda device: home.known(device, source.device(device))),
         home.device_secret,
         lambda run: NodeState(home.run_folder(run)),
-        lambda run, ledger: home.guard(ledger, model.first_layer),
+        lambda run, ledger: home.guard(ledger, layer),
         dtype=settings.protocol.dtype,
         keyed=settings.dropping.mask == "keyed",
     )
 
 
-def _node_kind(settings: Settings, source: Source, model: SplitModel) -> Callable[..., Node]:
-    if settings.protocol.labels == "shared":
+def _node_kind(experiment: Experiment) -> Callable[..., Node]:
+    if experiment.settings.protocol.labels == "shared":
         return Node
-    return partial(AtHomeNode, head=Head.of(model.trunk, source.task))
+    return partial(AtHomeNode, head=Head.of(experiment.model.trunk, experiment.source.task))
 
 
 def _check_allowed(settings: Settings, allowed: Sequence[str]) -> None:

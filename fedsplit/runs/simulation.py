@@ -72,15 +72,14 @@ def simulate(
 
 def _start_nodes(start: Start, settings: Settings, states: Path) -> Callable[[], Grid]:
     # these imports bring torch: Ray starts meanwhile
-    from fedsplit.plan.experiment import data_source, num_nodes
+    from fedsplit.plan.experiment import Experiment
     from fedsplit.runs.client_app import client_app
 
-    return start(client_app(settings.to_json(), str(states.resolve())), num_nodes(settings, data_source(settings)))
+    return start(client_app(settings.to_json(), str(states.resolve())), Experiment(settings).nodes)
 
 
 def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resume: bool) -> "TrainingRun":
     """Return the run after all that can be refused before training; raises FedsplitError."""
-    from fedsplit.plan.experiment import limits
     from fedsplit.plan.preflight import check_limits
     from fedsplit.runs.assembly import calibrated
     from fedsplit.runs.folder import open_run_folder
@@ -89,7 +88,7 @@ def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resu
     settings = calibrated(settings, folder if resume else None)
     run = TrainingRun(settings, folder, report)
     run.check_startable()
-    if settings.guard.mode == "enforce" and (own := limits(settings)).enforce:
+    if settings.guard.mode == "enforce" and (own := run.experiment.limits).enforce:
         check_limits(settings, run.source, run.model.first_layer, own)
     open_run_folder(folder, settings, resume=resume)
     return run

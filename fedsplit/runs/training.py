@@ -19,11 +19,9 @@ from flwr.serverapp import Grid
 from fedsplit.audit.transcript import Subjects
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.common.files import replacing
-from fedsplit.data import Source
 from fedsplit.flower.grid import PollingGrid
-from fedsplit.guard.accountant import epsilon
-from fedsplit.model.split import SplitModel
-from fedsplit.plan.experiment import data_source, dropping, num_nodes, public_records, split_model
+from fedsplit.guard.gaussian import epsilon
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.folder import DEVICES, METRICS, NODES, RESULT
@@ -70,11 +68,10 @@ class TrainingRun:
     ) -> None:
         self.settings = settings
         self.folder = folder
-        self.source: Source = data_source(settings)
-        self.model: SplitModel = split_model(settings, self.source)
+        self.experiment = experiment = Experiment(settings)
+        self.source, self.model, self.public = experiment.source, experiment.model, experiment.public
         run = secrets.randbits(62)
-        self.strategy: SplitStrategy = split_strategy(settings, self.source, self.model, run, owners, secret_noise=real)
-        self.public = public_records(settings, self.source)
+        self.strategy: SplitStrategy = split_strategy(experiment, run, owners, secret_noise=real)
         self.rounds_done = 0
         self.result: dict[str, Any] | None = None
         self.guard_mode = "by each owner" if real else settings.guard.mode
@@ -145,7 +142,7 @@ class TrainingRun:
         chosen, settings = self.settings.public, self.settings
         if chosen is None or self.public is None or not chosen.epochs:
             return
-        seed, policy, strategy = settings.run.seed, dropping(settings), self.strategy
+        seed, policy, strategy = settings.run.seed, self.experiment.policy, self.strategy
         options = WarmUp(chosen.epochs, chosen.lr, settings.protocol.batch_size, chosen.penalty)
         warm_up(self.model, self.public, self.source.task, policy, options, seed)
         public = public_release(self.model, self.public, policy, settings.protocol.dtype, seed)
@@ -210,7 +207,7 @@ class TrainingRun:
             **evaluation,
             "rounds": progress.round_number,
             "devices": self.source.count,
-            "nodes": len(self.strategy.nodes) or num_nodes(self.settings, self.source),
+            "nodes": len(self.strategy.nodes) or self.experiment.nodes,
             **totals,
             "samples_per_second": round(totals["samples"] / self._training, 1) if self._training else None,
             "seconds": {

@@ -22,7 +22,7 @@ from fedsplit.audit.transcript import Subjects, tested
 from fedsplit.common.errors import ConfigError, WireError
 from fedsplit.data import Records
 from fedsplit.device.bundle import DESCRIPTION, WEIGHTS
-from fedsplit.plan.experiment import data_source, public_records
+from fedsplit.plan.experiment import Experiment
 from fedsplit.release.policies import Dropping
 from fedsplit.runs.folder import run_settings
 from fedsplit.service.app import body_of
@@ -68,8 +68,8 @@ class Attacker:
         if served.detector is not None:
             raise ConfigError(f"--demo is for models that predict, and that of {folder} watches devices")
         settings = run_settings(folder)
-        source = data_source(settings)
-        public = public_records(settings, source)
+        experiment = Experiment(settings)
+        source, public = experiment.source, experiment.public
         if public is None and (settings.data.name is None or not source.test_devices):
             raise ConfigError(f"--demo needs public records ([public]) for its attacks, and the run {folder} has none")
         public = tested(source) if public is None else public

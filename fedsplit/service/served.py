@@ -12,7 +12,7 @@ from torch import nn
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import DataError, WireError
 from fedsplit.device.bundle import Bundle
-from fedsplit.plan.experiment import data_source, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.runs.folder import bundle_of, run_settings
 from fedsplit.server.batches import Batches
 from fedsplit.server.novelty.detector import DETECTOR, Detector
@@ -47,10 +47,8 @@ class Served:
     @classmethod
     def of_run(cls, folder: Path) -> "Served":
         """Return the model of a run's last checkpoint; raises FedsplitError."""
-        settings = run_settings(folder)
-        source = data_source(settings)
-        model = split_model(settings, source)
-        bundle = bundle_of(settings, source, model.first_layer, folder)
+        experiment = Experiment(run_settings(folder))
+        model, bundle = experiment.model, bundle_of(experiment, folder)
         path = folder / "checkpoint" / TRUNK
         try:
             model.trunk.load_state_dict(load(path.read_bytes()))

@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.common.files import locked, replacing
-from fedsplit.plan.experiment import data_source, public_records, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import MAXIMISED, Settings, TuneSettings, check_settings, flattened
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.engine import start_ray
@@ -141,7 +141,7 @@ class Study:
     def _checked_space(self) -> Space:
         settings, tune = self.settings, self.tune
         if tune.space is None:
-            layer = split_model(settings, data_source(settings)).first_layer
+            layer = Experiment(settings).model.first_layer
             tables = usual_space(settings, layer.width, positive_only=layer.positive_only)
         else:
             tables = tune.space
@@ -235,7 +235,7 @@ class Study:
     def _again(self, number: int) -> Trial:
         """Return a trial that was running when the study was stopped: it is run again with what was drawn for it."""
         (found,) = (t for t in self._study.get_trials(deepcopy=False) if t.number == number)
-        return Trial(self._study, found._trial_id)
+        return Trial(self._study, found._trial_id)  # noqa: SLF001  Optuna has no public name for it
 
     def _tell(self, trial: Trial, outcome: Outcome) -> None:
         trial.set_user_attr("outcome", asdict(outcome))
@@ -303,7 +303,8 @@ class Study:
 def _check_fit(settings: Settings, plan: Plan) -> None:
     """Refuse settings that cannot give what is asked for, before anything runs; raises ConfigError."""
     settings = check_settings(with_seed(settings, plan.seeds - 1).tables())
-    source = data_source(settings)
+    experiment = Experiment(settings)
+    source = experiment.source
     for name in plan.names:
         if name in AUDITED and not settings.audit.targets:
             raise ConfigError(f"{name!r} is an audit's: audit.targets must be at least 1, got 0")
@@ -315,8 +316,8 @@ def _check_fit(settings: Settings, plan: Plan) -> None:
             raise ConfigError(f"a novelty task has no {name!r}, use 'test_auc'")
         if name == "test_auc" and source.task != "novelty":
             raise ConfigError(f"'test_auc' is for a novelty task, not for {source.task}")
-    split_strategy(settings, source, split_model(settings, source), run=0)
-    public_records(settings, source)
+    split_strategy(experiment, run=0)
+    _ = experiment.public  # raises
 
 
 def _full(number: int) -> str:

@@ -17,7 +17,7 @@ from fedsplit.audit.transcript import Subjects, exchanges
 from fedsplit.common.errors import ConfigError, DataError, RunError
 from fedsplit.data import Records
 from fedsplit.model.layer import FirstLayer
-from fedsplit.plan.experiment import data_source, dropping, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings, load_settings
 from fedsplit.release.policies import Dropping
 from fedsplit.runs.auditing import audit_policy, audit_run, preview_record
@@ -54,8 +54,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evidence_of(folder: Path) -> Evidence:
     settings = load_settings(folder / "config.toml")
-    layer = split_model(settings, data_source(settings)).first_layer
-    return recorded(folder / "audit", layer, dropping(settings), settings.protocol.dtype)
+    layer = Experiment(settings).model.first_layer
+    return recorded(folder / "audit", layer, Experiment(settings).policy, settings.protocol.dtype)
 
 
 def test_the_recorded_equations_hold_for_the_originals(run: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_recorded_sums_are_those_of_the_recorded_gradients(run: Path) -> Non
     """dW = delta' X over the node's records: checked with the originals, which the attacker does not have."""
     evidence = evidence_of(run)
     settings = load_settings(run / "config.toml")
-    source = data_source(settings)
+    source = Experiment(settings).source
     assert evidence.groups
     for group in evidence.groups:
         devices = [d for d in range(source.count) if d not in (0, 1) and len(source.device(d).train)]
@@ -114,8 +114,8 @@ def test_every_recorded_sum_is_put_together_with_its_releases(mode: str, dropout
 )
 def test_the_inequalities_hold_for_the_originals(policy: Dropping) -> None:
     settings = digits()
-    source = data_source(settings)
-    layer = split_model(settings, source).first_layer
+    experiment = Experiment(settings)
+    source, layer = experiment.source, experiment.model.first_layer
     subjects = Subjects.choose(source, None, (0, 1), TARGETS, 0)
     found = equations(rehearsed(layer, policy, "float32", subjects, 0), np.arange(TARGETS))
     width = 48
@@ -129,8 +129,8 @@ def test_the_inequalities_hold_for_the_originals(policy: Dropping) -> None:
 
 def test_nothing_is_known_of_what_random_dropping_did_not_send() -> None:
     settings = digits()
-    source = data_source(settings)
-    layer = split_model(settings, source).first_layer
+    experiment = Experiment(settings)
+    source, layer = experiment.source, experiment.model.first_layer
     subjects = Subjects.choose(source, None, (0, 1), TARGETS, 0)
     found = equations(rehearsed(layer, Dropping("random", keep=0.5), "float16", subjects, 0), np.arange(TARGETS))
     assert not any(len(right) for _, right in found.inequalities)

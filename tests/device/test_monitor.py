@@ -33,7 +33,7 @@ from fedsplit.device.home import Home
 from fedsplit.device.monitor import Monitor, WithheldError
 from fedsplit.device.predictor import Predictor
 from fedsplit.device.remote import Remote
-from fedsplit.plan.experiment import data_source, public_records, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import check_settings
 from fedsplit.runs.folder import run_bundle
 from fedsplit.service.app import service
@@ -196,11 +196,9 @@ def test_public_recordings_may_come_in_a_file_as_real_nodes_need(
     given = {"devices": None, "file": str(tmp_path / "public.npz")}
     absent = {"folder": None, "shape": [2, 32]}
     real = _settings(folder, public=given, data=absent, devices={"count": 6})
-    public = public_records(real, source := data_source(real))
+    public = Experiment(real).public
     assert public is not None and set(public.y.tolist()) == {18, 19, 20}
-    assert (
-        split_model(real, source).trunk(torch.zeros(1, *split_model(real, source).first_layer.cut_shape)).shape[1] == 21
-    )
+    assert Experiment(real).model.trunk(torch.zeros(1, *Experiment(real).model.first_layer.cut_shape)).shape[1] == 21
     result = simulate(_settings(folder, public=given), out=tmp_path / "run")
     assert result["test_auc"] > 0.85
     fleet = _fleet(Served.of_run(tmp_path / "run"), tmp_path)
@@ -208,7 +206,7 @@ def test_public_recordings_may_come_in_a_file_as_real_nodes_need(
         assert _monitor(tmp_path / "run", own, url).calibrate(_normal(), seconds=2.0) > 0
     np.savez(tmp_path / "public.npz", x=x, y=y + 1)
     with pytest.raises(DataError, match=r"public.npz: label 3 is for something new"):
-        public_records(real, source)
+        _ = Experiment(real).public
 
 
 def test_a_class_of_a_data_set_can_be_the_novelty() -> None:
@@ -219,7 +217,7 @@ def test_a_class_of_a_data_set_can_be_the_novelty() -> None:
         "public": {"devices": [0], "epochs": 1},
     }
     del (tables := small_settings(**{"trunk": {}}).tables())["data"], tables["devices"]
-    source = data_source(check_settings(tables | {k: tables.get(k, {}) | v for k, v in raw.items()}))
+    source = Experiment(check_settings(tables | {k: tables.get(k, {}) | v for k, v in raw.items()})).source
     assert (source.task, source.outputs, source.trunk_outputs) == ("novelty", 9, 54)
     train, test = source.device(1).train, source.device(5).test
     assert set(train.y.tolist()) == set(range(9)) and set(test.y.tolist()) == set(range(10))
@@ -227,8 +225,8 @@ def test_a_class_of_a_data_set_can_be_the_novelty() -> None:
 
 def test_an_attacker_knows_public_recordings_by_the_numbers_that_releases_have(folder: Path) -> None:
     settings = _settings(folder, public={"devices": [0, 2]})
-    source = data_source(settings)
-    public = public_records(settings, source)
+    source = Experiment(settings).source
+    public = Experiment(settings).public
     assert public is not None and set(public.y.tolist()) == {0, 1, 2, 6, 7, 8}
     subjects = Subjects.choose(source, public, settings.donors, targets=9, seed=0)
     assert subjects.public.y.tolist() == [0] * 20 + [1] * 20 + [2] * 20 + [0] * 20 + [1] * 20 + [2] * 20

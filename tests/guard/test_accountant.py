@@ -18,16 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.common.errors import StateError
-from fedsplit.guard.accountant import (
-    Cost,
-    ExposureAccountant,
-    Spent,
-    epsilon,
-    gaussian_precision,
-    largest_precision,
-    load_sealed,
-    save_sealed,
-)
+from fedsplit.guard.accountant import Cost, ExposureAccountant, Spent
+from fedsplit.guard.gaussian import epsilon, gaussian_precision, largest_precision
+from fedsplit.guard.sealed import load_sealed, save_sealed
 
 OWNER = b"o" * 32
 FIELDS = ("releases", "equations", "bits", "gradient", "precision", "fisher", "leverage")

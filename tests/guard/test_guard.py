@@ -21,11 +21,12 @@ from fedsplit.data import Records
 from fedsplit.device.home import Home
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
-from fedsplit.guard.accountant import Cost, ExposureAccountant, gaussian_precision
+from fedsplit.guard.accountant import Cost, ExposureAccountant
+from fedsplit.guard.gaussian import gaussian_precision
 from fedsplit.guard.guard import Guard, Proposal, Summed, release_name
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
-from fedsplit.plan.experiment import data_source, limits, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.preflight import check_limits
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.runs.client_app import HOME, client_app
@@ -731,7 +732,7 @@ class Server:
     """Talks to the nodes of a run, and remembers all that it hears."""
 
     def __init__(self, settings: Settings, folder: Path, home: Path | None = None) -> None:
-        self.layer = split_model(settings, data_source(settings)).first_layer
+        self.layer = Experiment(settings).model.first_layer
         self.app = client_app(settings.to_json(), str(folder / "nodes"))
         nodes = -(-settings.devices.count // settings.devices.per_node) if settings.devices.count else 0
         self.grid = InProcessGrid(self.app, nodes)
@@ -1223,21 +1224,21 @@ def test_observing_lets_everything_leave_and_says_the_same(server: Start) -> Non
 def mnist() -> Iterator[Callable[[str], tuple[Settings, Any, FirstLayer]]]:
     def opened(name: str) -> tuple[Settings, Any, FirstLayer]:
         settings = load_settings(CONFIGS / f"{name}.toml", ["guard.mode=enforce"])
-        source = data_source(settings)
-        return settings, source, split_model(settings, source).first_layer
+        source = Experiment(settings).source
+        return settings, source, Experiment(settings).model.first_layer
 
     yield opened
 
 
 def test_the_private_configuration_passes_the_preflight(mnist: Any) -> None:
     settings, source, layer = mnist("mnist-private")
-    check_limits(settings, source, layer, limits(settings))
+    check_limits(settings, source, layer, Experiment(settings).limits)
 
 
 def test_the_published_configuration_is_refused_with_the_ways_out(mnist: Any) -> None:
     settings, source, layer = mnist("mnist-paper")
     with pytest.raises(ConfigError) as caught:
-        check_limits(settings, source, layer, limits(settings))
+        check_limits(settings, source, layer, Experiment(settings).limits)
     text = str(caught.value)
     assert "\n" not in text
     for said in ("up to 12 times, releases is 1", "'release-once' or 'single-pass'", "gradients is false", "'frozen'"):
@@ -1263,9 +1264,9 @@ FROZEN = {"first_layer": {"strategy": "frozen"}}
 def test_the_preflight_counts_what_would_leave(changes: dict[str, Any], refused: str, tmp_path: Path) -> None:
     """Of 20 records, seven at a time, three rounds are one pass."""
     settings = run_settings(tmp_path / "s", "equations = 1.0", **changes)
-    source = data_source(settings)
+    source = Experiment(settings).source
     try:
-        check_limits(settings, source, split_model(settings, source).first_layer, limits(settings))
+        check_limits(settings, source, Experiment(settings).model.first_layer, Experiment(settings).limits)
     except ConfigError as error:
         assert refused and refused in str(error)
         assert ("times" in refused) == ("each record would" in str(error)) or "test" in refused
@@ -1295,13 +1296,13 @@ def test_the_preflight_says_what_a_robust_strategy_needs(
 ) -> None:
     changes = {"protocol": {**PIPELINED, "chunk": chunk}, "run": {"rounds": 1}, "first_layer": {"strategy": strategy}}
     settings = run_settings(tmp_path / "s", f"equations = 1.0\n{lines}", **changes)
-    source = data_source(settings)
-    layer = split_model(settings, source).first_layer
+    experiment = Experiment(settings)
+    source, layer = experiment.source, experiment.model.first_layer
     if said is None:
-        check_limits(settings, source, layer, limits(settings))
+        check_limits(settings, source, layer, experiment.limits)
         return
     with pytest.raises(ConfigError) as caught:
-        check_limits(settings, source, layer, limits(settings))
+        check_limits(settings, source, layer, experiment.limits)
     assert said in str(caught.value) and ("alone" in str(caught.value)) == bool(said)
 
 

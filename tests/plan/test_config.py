@@ -8,7 +8,7 @@ import pytest
 from conftest import CONFIGS, small_settings
 
 from fedsplit.common.errors import ConfigError
-from fedsplit.plan.experiment import dropping
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, load_settings
 
 
@@ -228,7 +228,7 @@ def test_a_public_section_is_there_only_if_it_is_set(
 )
 def test_policies_take_their_budget_and_noise(file: Path, overrides: list[str]) -> None:
     found = load_settings(file, overrides)
-    made = dropping(found)
+    made = Experiment(found).policy
     for key, value in found.dropping.model_dump(exclude_none=True, exclude={"mask"}).items():
         assert getattr(made, key) == value
 

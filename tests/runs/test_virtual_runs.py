@@ -17,8 +17,8 @@ from fedsplit import simulate
 from fedsplit.common.errors import FedsplitError
 from fedsplit.device.node import Node
 from fedsplit.flower.grid import InProcessGrid
-from fedsplit.guard.accountant import load_sealed
-from fedsplit.plan.experiment import num_nodes
+from fedsplit.guard.sealed import load_sealed
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.client_app import client_app
 from fedsplit.runs.folder import open_run_folder
@@ -159,7 +159,7 @@ def run_watched(settings: Settings, folder: Path) -> TrainingRun:
     """Train without what a simulation clears away in the end."""
     open_run_folder(folder, settings, resume=False)
     run = TrainingRun(settings, folder)
-    nodes = num_nodes(settings, run.source)
+    nodes = Experiment(settings).nodes
     run.train(InProcessGrid(client_app(settings.to_json(), str(folder / "nodes")), nodes))
     return run
 

@@ -29,7 +29,7 @@ from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record
 from fedsplit.model.split import SplitModel
 from fedsplit.model.zoo import build_model
-from fedsplit.plan.experiment import data_source, dropping, num_nodes, public_records, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.release.policies import Dropping
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
@@ -245,9 +245,9 @@ def test_other_layers_and_tasks_warm_up(data: str, model: str, task: str, output
     run = small_settings(
         data={"builder": f"own:{data}", "task": task, "outputs": outputs}, model={"builder": f"own:{model}"}
     )
-    source = data_source(run)
+    source = Experiment(run).source
     public = source.device(4).train
-    built = split_model(run, source)
+    built = Experiment(run).model
     before = trunk_of(built, task, outputs).evaluate(public_release(built, public, Dropping("none"), "float32", 0))
     warm_up(built, public, task, Dropping("none"), options(epochs=60, penalty=0.01), seed=5)
     after = trunk_of(built, task, outputs).evaluate(public_release(built, public, Dropping("none"), "float32", 0))
@@ -315,8 +315,8 @@ def test_for_regression_the_public_only_model_has_an_r2() -> None:
         data={"builder": "own:regression", "task": "regression", "outputs": 1},
         model={"builder": "own:regression_model"},
     )
-    source = data_source(result_of)
-    model = split_model(result_of, source)
+    source = Experiment(result_of).source
+    model = Experiment(result_of).model
     parts = (source.device(0).train, source.device(1).test)
     public, test = (public_release(model, records, Dropping("none"), "float32", 0) for records in parts)
     trunk = trunk_of(model, "regression", 1)
@@ -387,9 +387,7 @@ def watch(
             after(metrics["round"], grid)
 
     run = TrainingRun(chosen, folder, report)
-    grid = Watched(
-        client_app(chosen.to_json(), str(folder / "nodes")), num_nodes(chosen, run.source), hidden=list(hidden)
-    )
+    grid = Watched(client_app(chosen.to_json(), str(folder / "nodes")), Experiment(chosen).nodes, hidden=list(hidden))
     run.train(grid)
     return run, grid, exchanges
 
@@ -439,9 +437,9 @@ def test_release_once_exposes_every_record_once_and_then_is_silent(policy: dict[
 def test_release_once_moves_no_first_layer_and_sends_no_gradients(strategy: str, out: Path) -> None:
     chosen = digits(first_layer={"strategy": strategy, "lr": 0.1}, protocol={"chunk": 40})
     run, grid, _ = watch(chosen, out)
-    model = split_model(chosen, run.source)
+    model = Experiment(chosen).model
     assert run.public is not None
-    warm_up(model, run.public, "classification", dropping(chosen), WarmUp(4, 0.005, 64, 0.0), chosen.run.seed)
+    warm_up(model, run.public, "classification", Experiment(chosen).policy, WarmUp(4, 0.005, 64, 0.0), chosen.run.seed)
     weights = model.first_layer.flatten(model.first_layer.initial_weights())
     assert len(grid.sent) > 20
     for _, _, download in grid.sent:
@@ -610,9 +608,9 @@ def test_a_killed_run_resumes_exactly(tmp_path: Path) -> None:
 def test_other_modes_begin_where_the_warm_up_ended(out: Path) -> None:
     chosen = digits(protocol={"mode": "pipelined"}, first_layer={"strategy": "FedAvg", "lr": 0.1}, run={"rounds": 2})
     run, grid, _ = watch(chosen, out)
-    model = split_model(chosen, run.source)
+    model = Experiment(chosen).model
     assert run.public is not None and run.result is not None
-    warm_up(model, run.public, "classification", dropping(chosen), WarmUp(4, 0.005, 64, 0.0), chosen.run.seed)
+    warm_up(model, run.public, "classification", Experiment(chosen).policy, WarmUp(4, 0.005, 64, 0.0), chosen.run.seed)
     weights = model.first_layer.flatten(model.first_layer.initial_weights())
     by_round = {d.round_number: d.weights for _, _, d in grid.sent}
     assert np.array_equal(by_round[1], weights)
@@ -650,8 +648,8 @@ def test_a_public_file_teaches_too(tmp_path: Path, out: Path) -> None:
     rng = np.random.default_rng(0)
     x = np.clip(pool.x + 0.05 * rng.normal(size=pool.x.shape), 0, 1)[:300]
     chosen = digits(public={"devices": None, "file": public_file(tmp_path, x, pool.y[:300])})
-    source = data_source(chosen)
-    public = public_records(chosen, source)
+    source = Experiment(chosen).source
+    public = Experiment(chosen).public
     assert public is not None
     np.testing.assert_array_equal(public.x, x.astype(np.float32))
     result = simulate(chosen, out=out)
@@ -661,27 +659,27 @@ def test_a_public_file_teaches_too(tmp_path: Path, out: Path) -> None:
 
 def test_devices_that_give_their_records_are_joined_in_the_order_of_their_ids() -> None:
     chosen = digits(public={"devices": [5, 2, 5]})
-    source = data_source(chosen)
-    public = public_records(chosen, source)
+    source = Experiment(chosen).source
+    public = Experiment(chosen).public
     assert public is not None
     given = [source.device(d).train for d in (2, 5)]
     np.testing.assert_array_equal(public.x, np.concatenate([r.x for r in given]))
     np.testing.assert_array_equal(public.y, np.concatenate([r.y for r in given]))
-    assert public_records(small_settings(), data_source(small_settings())) is None
+    assert Experiment(small_settings()).public is None
 
 
 @pytest.mark.parametrize(("device", "part"), [(0, "train"), (7, "train"), (9, "test")])
 def test_a_public_file_that_overlaps_private_records_is_refused(
     device: int, part: str, tmp_path: Path, out: Path
 ) -> None:
-    source = data_source(digits())
+    source = Experiment(digits()).source
     taken = getattr(source.device(device), part).x[3:4]
     with pytest.raises(DataError, match=f"^public records overlap with those of device {device}, which does not give"):
         simulate(from_file(tmp_path, taken.astype(np.float64)), out=out)
     assert not out.exists()
     nearly = taken.copy()
     nearly[0, 20] += 0.25  # another record
-    assert public_records(from_file(tmp_path, nearly), source) is not None
+    assert Experiment(from_file(tmp_path, nearly)).public is not None
 
 
 def test_a_device_that_gives_what_another_holds_too_is_refused(
@@ -697,7 +695,7 @@ def test_a_device_that_gives_what_another_holds_too_is_refused(
     with pytest.raises(DataError, match="overlap with those of device 2,"):
         simulate(chosen, out=out)
     both = small_settings(data=data, devices={"count": 4, "test": [3]}, public={"devices": [0, 2]})
-    assert public_records(both, data_source(both)) is not None
+    assert Experiment(both).public is not None
 
 
 @pytest.mark.parametrize(

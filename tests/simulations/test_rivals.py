@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from rivals import ClockedGrid, train_naively
 
-from fedsplit.plan.experiment import data_source, split_model
+from fedsplit.plan.experiment import Experiment
 from fedsplit.server.virtual.clock import VirtualClock
 from fedsplit.server.virtual.presence import ByChance
 from fedsplit.server.virtual.profile import Profile
@@ -98,7 +98,7 @@ def test_naive_training_goes_on_without_lost_devices(dropout: float, monkeypatch
     naive._model.cache_clear()
     naive._data.cache_clear()
     settings = small_settings(run={"rounds": 5}, devices={"count": DEVICES, "test": [3]})
-    before = split_model(settings, data_source(settings))
+    before = Experiment(settings).model
     seen = []
     train_naively(settings, range(3), here := clock(dropout=dropout), CHEAP, seen.append)
     assert len(seen) == 1 and here.counts.asked[3] == 0

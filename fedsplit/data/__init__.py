@@ -47,7 +47,8 @@ def open_source(
         Exactly one, or ``shape``: a data set of :data:`POOLS`; a folder of ``.npz`` files, one per device; or a
         function ``module:function`` that returns a device's :class:`DeviceData`.
     task : str or None
-        As in :func:`fedsplit.model.tasks.task_of`; for a folder or builder None means classification. A data set knows its own.
+        As in :func:`fedsplit.model.tasks.task_of`; for a folder or builder None means classification. A data set knows
+        its own.
     outputs : int or None
         Number of classes, required for classification; 1 or None for binary; the targets' width for regression, None
         means 1. A data set knows its own.

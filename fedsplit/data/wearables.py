@@ -77,9 +77,7 @@ def load(overlap: bool = True) -> Pool:
     side = np.repeat(recordings["side"].astype(np.int64), counts)
     labels = np.repeat(recordings["y"], counts)
     raw, task = (np.concatenate(windows), labels), task_of("classification")
-    records = check_records(
-        raw, task=task, outputs=len(CLASSES), input_shape=(6, WINDOW), where="data set 'wearables'"
-    )
+    records = check_records(raw, task=task, outputs=len(CLASSES), input_shape=(6, WINDOW), where="data set 'wearables'")
     return Pool(
         records.x,
         records.y,

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
@@ -22,7 +22,10 @@ from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing
 from fedsplit.data import Scaling
+from fedsplit.device.home import Home
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.tasks import TASKS, is_task_name, task_of
+from fedsplit.model.tasks.base import Task
 from fedsplit.release.policies import Dropping
 from fedsplit.wire.exchange import weights_digest
 
@@ -49,13 +52,20 @@ class Layer(_Strict):
 class _Description(_Strict):
     format: Literal[1]
     model: str
-    task: Literal["classification", "binary", "regression", "novelty"]
+    task: str
     outputs: int
     layer: Layer
     dropping: Dropping
     dtype: Literal["float16", "float32"]
     scaling: Scaling
     sha256: str
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if not is_task_name(task):
+            raise ValueError("there is no such task")
+        return task
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Bundle:
         Of activations on the wire.
     scaling : Scaling
         From raw numbers to records.
-    task : str
+    task : Task
     outputs : int
     """
 
@@ -79,7 +89,7 @@ class Bundle:
     dropping: Dropping
     dtype: str
     scaling: Scaling
-    task: str
+    task: Task
     outputs: int
 
     @property
@@ -98,7 +108,7 @@ class Bundle:
         description = _Description(
             format=1,
             model=self.model,
-            task=self.task,  # type: ignore[arg-type]
+            task=self.task.name,
             outputs=self.outputs,
             layer=described(self.layer),
             dropping=self.dropping,
@@ -122,11 +132,13 @@ class Bundle:
             raise ConfigError(f"folder {folder} cannot be written: {error.strerror}") from None
 
     @classmethod
-    def load(cls, folder: Path) -> "Bundle":
-        """Read a folder.
+    def load(cls, folder: Path, home: Home | None = None) -> "Bundle":
+        """Read a folder; code that it names is imported only if the owner of ``home`` allows it.
 
         Raises
         ------
+        ConfigError
+            If that is not allowed, or cannot be imported.
         DataError
             If it is missing or damaged, or its two files do not belong together.
         """
@@ -148,7 +160,10 @@ class Bundle:
                 raise ValueError
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
             raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
-        bundle = cls(layer, dropping, found.dtype, scaling, found.task, found.outputs)
+        if found.task not in TASKS and (home is None or found.task not in home.allowed):
+            said = f"{folder / DESCRIPTION}: task {found.task!r} is not among what the device's owner allows"
+            raise ConfigError(f"{said} (allow in node.toml)")
+        bundle = cls(layer, dropping, found.dtype, scaling, task_of(found.task), found.outputs)
         if not np.isfinite(bundle.weights).all():
             raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
         if bundle.model != found.model:

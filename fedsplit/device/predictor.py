@@ -18,6 +18,7 @@ from fedsplit.common.errors import DataError, RunError
 from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import ASKED, Home
 from fedsplit.guard.guard import Proposal, release_cost, release_name
+from fedsplit.model.tasks.base import Task
 from fedsplit.release.making import Chunk, Outputs, forward
 from fedsplit.release.streams import KEYED_ROUND
 from fedsplit.wire.exchange import weights_digest
@@ -107,7 +108,8 @@ class Predictor:
         """
         from fedsplit.device.remote import Remote
 
-        bundle, own = Bundle.load(Path(device)), Home(Path(home))
+        own = Home(Path(home))
+        bundle = Bundle.load(Path(device), own)
         own.check()
         return cls(bundle, own, Remote(server, bundle.model, token, Path(authority) if authority else None))
 

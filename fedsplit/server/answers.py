@@ -10,7 +10,6 @@ from fedsplit.common.errors import WireError
 from fedsplit.model.tasks.targets import Targets
 from fedsplit.wire.container import LARGEST
 from fedsplit.wire.exchange import CutGradients, Download, Upload
-from fedsplit.wire.release import Release
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,13 @@ class PendingBlock:
         )
 
 
-def check_size(size: int, asked: Download, width: int, parameters: int, outputs: int) -> None:
+def check_size(size: int, asked: Download, width: int, parameters: int, targets: Targets) -> None:
     """Refuse a payload that is larger than any answer to a download; raises WireError."""
     records = int((asked.schedule[:, 3] - asked.schedule[:, 2]).sum())
     devices = len(asked.schedule) + sum(len(block.devices) for block in asked.pending)
-    each = 4 * width + -(-width // 8) + 4 * outputs + 16  # values, bitmap, targets, what else there is of a record
+    each = (
+        4 * width + -(-width // 8) + 4 * (targets.columns or 1) + 16
+    )  # values, bitmap, targets, what else there is of a record
     most = records * each + devices * (8 * parameters + 256) + 8 * parameters + 4096
     if size > most:
         raise WireError(f"size must be at most {most} bytes, got {size}")

@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -16,6 +15,7 @@ from flwr.serverapp import Grid
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
+from fedsplit.model.tasks.targets import Targets, Withheld
 from fedsplit.server.batches import Batches
 from fedsplit.server.body import Body
 from fedsplit.server.rounds import SplitStrategy

@@ -22,6 +22,7 @@ from fedsplit.common.seeds import seed_of
 from fedsplit.flower.grid import Pauses
 from fedsplit.flower.record import to_record
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks.targets import Targets
 from fedsplit.plan.schedule import Row, Schedule
 from fedsplit.server.aggregation import FirstLayerServer
 from fedsplit.server.answers import PendingBlock, check_size, check_upload
@@ -488,8 +489,8 @@ class SplitStrategy(Strategy):
 
     def _checked(self, payload: bytes, asked: Download) -> Upload:
         """Read an upload that answers ``asked``; raises WireError."""
-        pending, trunk = self._on_their_way, self.trunk
-        check_size(len(payload), asked, self.layer.width, self.layer.size, trunk.outputs)
+        pending = self._on_their_way
+        check_size(len(payload), asked, self.layer.width, self.layer.size, self._targets)
         upload = Upload.from_bytes(payload, parameters=self.layer.size)
         check_upload(upload, asked, pending, self.layer.width, self._targets)
         return upload

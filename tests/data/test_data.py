@@ -28,6 +28,7 @@ from fedsplit.data import (
 from fedsplit.data import loading as loading_module
 from fedsplit.data import partition as partition_module
 from fedsplit.data.pooled import POOLS, load_pool
+from fedsplit.model.tasks import task_of
 
 SECRET = 7654.25  # a record's value: no error text may hold it
 
@@ -73,7 +74,9 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def check(x: Any, y: Any, task: str = "classification", outputs: int = 3, shape: Any = (2,)) -> Records:
-    return check_records((x, y), task=task, outputs=outputs, input_shape=shape, where="device 3 (b.npz), train")
+    return check_records(
+        (x, y), task=task_of(task), outputs=outputs, input_shape=shape, where="device 3 (b.npz), train"
+    )
 
 
 def test_converts_to_the_dtypes_of_the_task():
@@ -149,7 +152,7 @@ def test_refuses_records_with_an_empty_side():
 
 def test_refuses_what_is_not_a_pair():
     with pytest.raises(DataError, match=r"device 0, train: must be a pair of arrays"):
-        check_records((1, 2, 3), task="binary", outputs=1, input_shape=None, where="device 0, train")
+        check_records((1, 2, 3), task=task_of("binary"), outputs=1, input_shape=None, where="device 0, train")
 
 
 @pytest.mark.parametrize(("task", "outputs", "label"), [("classification", 3, 3), ("binary", 1, 2)])
@@ -180,7 +183,7 @@ def test_device_data_takes_pairs_and_may_leave_out_test():
 def with_segments(segments: Any, records: int = 4) -> Records:
     return check_records(
         Records(np.ones((records, 2)), np.zeros(records, int), segments),
-        task="classification",
+        task=task_of("classification"),
         outputs=3,
         input_shape=(2,),
         where="device 3 (b.npz), train",
@@ -352,7 +355,7 @@ TESTERS = tuple(range(14, 20))
 
 def test_wearables_have_20_devices_of_4677_windows():
     source = opened(name="wearables", test=TESTERS)
-    assert (source.task, source.outputs, source.input_shape) == ("classification", 7, (6, 100))
+    assert (source.task.name, source.outputs, source.input_shape) == ("classification", 7, (6, 100))
     assert source.count == 20 and source.test_devices == TESTERS
     devices = [source.device(d) for d in range(20)]
     assert [len(d.train) + len(d.test) for d in devices] == WINDOWS and sum(WINDOWS) == 4677
@@ -468,7 +471,7 @@ def test_pigs_windows_are_relative_to_their_last_pressure(two_pigs):
     one, other = rng.normal(5, 1, (2, 2000))
     two_pigs(one, other)
     pool = pigs.load()
-    assert (pool.task, pool.outputs, pool.x.shape, pool.y.shape) == ("regression", 1, (4, 1, 100), (4, 1))
+    assert (pool.task.name, pool.outputs, pool.x.shape, pool.y.shape) == ("regression", 1, (4, 1, 100), (4, 1))
     assert pool.owners.tolist() == [0, 0, 39, 39] and pool.held_out.tolist() == [False, False, True, True]
     for row, begin in enumerate((0, 750)):
         averages = one[begin : begin + 750].reshape(150, 5).mean(axis=1)
@@ -537,7 +540,7 @@ def test_mnist_is_500_images_of_each_digit():
 def test_digits_and_breast_cancer():
     digits, cancer = load_pool("digits"), load_pool("breast-cancer")
     assert digits.x.shape == (1797, 64) and digits.outputs == 10 and (digits.x.min(), digits.x.max()) == (0, 1)
-    assert cancer.x.shape == (569, 30) and (cancer.task, cancer.outputs) == ("binary", 1)
+    assert cancer.x.shape == (569, 30) and (cancer.task.name, cancer.outputs) == ("binary", 1)
     assert np.bincount(cancer.y).tolist() == [212, 357]
     np.testing.assert_allclose(cancer.x.mean(axis=0), 0, atol=1e-3)
     np.testing.assert_allclose(cancer.x.std(axis=0), 1, atol=1e-3)
@@ -662,7 +665,7 @@ def test_data_files_are_found_without_importing_their_packages():
 
 def test_folder_devices_are_files_in_the_order_of_names(folder):
     source = opened(folder=str(folder), outputs=3, test="all")
-    assert (source.task, source.outputs, source.input_shape, source.count) == ("classification", 3, (3,), 3)
+    assert (source.task.name, source.outputs, source.input_shape, source.count) == ("classification", 3, (3,), 3)
     sizes = [(len(source.device(d).train), len(source.device(d).test)) for d in range(3)]
     assert sizes == [(4, 0), (4, 2), (0, 2)]
     assert source.test_devices == (1, 2)
@@ -800,7 +803,10 @@ def test_refuses_a_folder_that_is_missing_or_empty(tmp_path):
         ({"count": 2}, "count must be 3 .* got 2"),
         ({"outputs": None}, "outputs must be the number of classes, at least 2, got None"),
         ({"outputs": 1}, "outputs must be the number of classes, at least 2, got 1"),
-        ({"task": "ranking"}, "task must be one of classification, binary, regression, novelty, got 'ranking'"),
+        (
+            {"task": "ranking"},
+            "task must be one of classification, binary, regression, novelty or 'module:Name', got 'ranking'",
+        ),
         ({"task": "binary", "outputs": 2}, "outputs must be 1 or left out for a binary task, got 2"),
         ({"task": "regression", "outputs": 0}, "outputs must be at least 1, got 0"),
         ({"partition": "iid"}, "partition must be 'natural' for a folder.*, got 'iid'"),

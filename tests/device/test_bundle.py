@@ -12,6 +12,7 @@ from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data import Scaling
 from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.tasks import task_of
 from fedsplit.release.policies import Dropping
 from fedsplit.runs.folder import run_bundle
 
@@ -29,13 +30,13 @@ LAYERS = {
 def test_a_bundle_comes_back_as_it_was(name: str, activation: str, tmp_path: Path) -> None:
     module, shape = LAYERS[name]
     layer = FirstLayer(module, ACTIVATIONS[activation](), shape)
-    bundle = Bundle(layer, Dropping("random", keep=0.25), "float16", SCALED, "classification", 3)
+    bundle = Bundle(layer, Dropping("random", keep=0.25), "float16", SCALED, task_of("classification"), 3)
     bundle.save(tmp_path / "device")
     assert sorted(path.name for path in (tmp_path / "device").iterdir()) == [DESCRIPTION, WEIGHTS]
     again = Bundle.load(tmp_path / "device")
     assert np.array_equal(again.weights, bundle.weights) and again.model == bundle.model
     assert (again.dropping, again.dtype, again.scaling, again.task, again.outputs) == (
-        bundle.dropping, "float16", SCALED, "classification", 3
+        bundle.dropping, "float16", SCALED, task_of("classification"), 3
     )  # fmt: skip
     x = np.random.default_rng(1).normal(size=(4, *shape)).astype(np.float32)
     before, after = (b.layer.activation(b.layer.pre_activations(b.layer.initial_weights(), x)) for b in (bundle, again))
@@ -47,7 +48,7 @@ def test_a_bundle_comes_back_as_it_was(name: str, activation: str, tmp_path: Pat
 def test_an_activation_with_other_numbers_is_not_exported(tmp_path: Path) -> None:
     layer = FirstLayer(nn.Linear(3, 4), nn.LeakyReLU(0.3), (3,))
     with pytest.raises(ConfigError, match=r"LeakyReLU\(negative_slope=0.3\) cannot be exported"):
-        Bundle(layer, Dropping("none"), "float32", Scaling(), "binary", 1).save(tmp_path / "device")
+        Bundle(layer, Dropping("none"), "float32", Scaling(), task_of("binary"), 1).save(tmp_path / "device")
 
 
 def test_the_trunk_is_not_in_it(trained: Path, tmp_path: Path) -> None:

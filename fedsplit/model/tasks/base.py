@@ -74,7 +74,7 @@ class Task(ABC):
         """
         return self.targets(outputs).read(y, where, f"{self.noun} with {outputs} outputs")
 
-    def check_training(self, y: NDArray[Any], outputs: int, where: str) -> None:
+    def check_training(self, y: NDArray[Any], outputs: int, where: str) -> None:  # noqa: B027  # most refuse nothing
         """Refuse targets, checked already, that only test records can have; raises DataError."""
 
     # ------------------------------------------------------------------------------------------------ the trunk
@@ -111,7 +111,7 @@ class Task(ABC):
     def correct(self, outputs: FloatArray, targets: NDArray[Any]) -> NDArray[np.bool_]:
         """Return which records are right in all that is said of them; for tasks that classify."""
         same = np.asarray(self.decide(outputs) == targets)
-        return same.reshape(len(same), -1).all(axis=1)
+        return np.asarray(same.all(axis=tuple(range(1, same.ndim))))
 
     def score(self, outputs: FloatArray, targets: NDArray[Any]) -> dict[str, Any]:
         """Return figures of outputs ``(records, outputs)``, by names that begin with ``test_``."""
@@ -123,5 +123,5 @@ class Task(ABC):
 
     # ------------------------------------------------------------------------------------------------- protocol
 
-    def check_mode(self, mode: str) -> None:
+    def check_mode(self, mode: str) -> None:  # noqa: B027
         """Refuse a ``protocol.mode`` in which the task means nothing; raises ConfigError."""

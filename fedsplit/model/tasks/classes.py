@@ -14,9 +14,9 @@ from fedsplit.model.tasks.targets import Classes
 
 
 class _OneClass(Task):
-    figures: ClassVar = ("test_accuracy", "test_f1", "test_loss")
-    classifies: ClassVar = True
-    labels_at_home: ClassVar = True
+    figures: ClassVar[tuple[str, ...]] = ("test_accuracy", "test_f1", "test_loss")
+    classifies = True
+    labels_at_home = True
 
     def score(self, outputs: FloatArray, targets: NDArray[Any]) -> dict[str, Any]:
         """Return ``test_accuracy`` and ``test_f1``, one per class: 0 where it has neither records nor predictions."""
@@ -50,7 +50,7 @@ class Classification(_OneClass):
 
     def decide(self, outputs: FloatArray) -> NDArray[np.int64]:
         """Return the class with the largest output, the first of several."""
-        return outputs.argmax(axis=1)
+        return np.asarray(outputs.argmax(axis=1))
 
 
 class Binary(_OneClass):

@@ -1,6 +1,6 @@
 """Whether a record is like what a device has had before."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -17,9 +17,9 @@ class Novelty(Classification):
     :class:`fedsplit.server.novelty.trunk.NoveltyTrunk`.
     """
 
-    figures: ClassVar = ("test_auc", "test_episode_auc")
-    watches: ClassVar = True
-    labels_at_home: ClassVar = False
+    figures = ("test_auc", "test_episode_auc")
+    watches = True
+    labels_at_home = False
 
     def targets(self, outputs: int) -> Classes:
         """Return a device's recordings 0..outputs-1, and ``outputs``: something new."""

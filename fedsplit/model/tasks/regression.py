@@ -1,6 +1,6 @@
 """Numbers of a record."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,8 @@ from fedsplit.model.tasks.targets import Columns
 class Regression(Task):
     """Numbers of a record, with an output for each: squared error."""
 
-    figures: ClassVar = ("test_r2", "test_rmse", "test_loss")
-    labels_at_home: ClassVar = True
+    figures = ("test_r2", "test_rmse", "test_loss")
+    labels_at_home = True
 
     @property
     def noun(self) -> str:

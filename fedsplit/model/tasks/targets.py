@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,7 @@ class Classes(Targets):
     classes: int
 
     def read(self, y: NDArray[Any], where: str, said: str) -> NDArray[np.int64]:
+        """Convert labels ``(records,)`` of integers or bools; see :meth:`Targets.read`."""
         if len(y) == 0:  # np.array([]) is float64: there is no label that could be wrong
             return np.empty(0, np.int64)
         if y.ndim != 1:
@@ -66,6 +67,7 @@ class Classes(Targets):
         return y.astype(np.int64)
 
     def check(self, targets: NDArray[Any]) -> None:
+        """Refuse what are not classes."""
         if targets.dtype.kind != "i" or targets.ndim != 1 or targets.min() < 0 or targets.max() >= self.classes:
             raise WireError(f"targets must be classes in 0..{self.classes - 1}")
 
@@ -79,6 +81,7 @@ class Columns(Targets):
     high: float = inf
 
     def read(self, y: NDArray[Any], where: str, said: str) -> NDArray[np.float32]:
+        """Convert numbers; see :meth:`Targets.read`."""
         if len(y) == 0:
             return np.empty((0, self.columns), np.float32)
         rows = y.reshape(-1, 1) if y.ndim == 1 else y
@@ -90,6 +93,7 @@ class Columns(Targets):
         return found
 
     def check(self, targets: NDArray[Any]) -> None:
+        """Refuse other columns, and numbers out of range."""
         if targets.dtype.kind != "f" or targets.shape[1:] != (self.columns,):
             raise WireError(f"targets must be float32 with {self.columns} columns")
         if self._outside(targets):
@@ -99,15 +103,16 @@ class Columns(Targets):
         return bool(found.min() < self.low or found.max() > self.high)
 
 
-@dataclass(frozen=True)
 class Withheld(Targets):
     """Targets that stay where they are: in their place float32 ``(records, 0)``."""
 
-    columns: ClassVar[int] = 0
+    columns = 0
 
     def read(self, y: NDArray[Any], where: str, said: str) -> NDArray[np.float32]:
+        """Return what stands in the place of targets, whatever they are."""
         return np.zeros((len(y), 0), dtype=np.float32)
 
     def check(self, targets: NDArray[Any]) -> None:
+        """Refuse any."""
         if targets.shape[1:] != (0,):
             raise WireError("targets must not be there: labels stay at home")

@@ -41,9 +41,8 @@ def check_size(size: int, asked: Download, width: int, parameters: int, targets:
     """Refuse a payload that is larger than any answer to a download; raises WireError."""
     records = int((asked.schedule[:, 3] - asked.schedule[:, 2]).sum())
     devices = len(asked.schedule) + sum(len(block.devices) for block in asked.pending)
-    each = (
-        4 * width + -(-width // 8) + 4 * (targets.columns or 1) + 16
-    )  # values, bitmap, targets, what else there is of a record
+    target = 4 * (targets.columns or 1)
+    each = 4 * width + -(-width // 8) + target + 16  # values, bitmap, target, what else there is of a record
     most = records * each + devices * (8 * parameters + 256) + 8 * parameters + 4096
     if size > most:
         raise WireError(f"size must be at most {most} bytes, got {size}")

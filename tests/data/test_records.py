@@ -8,15 +8,16 @@ from datasets import SECRET
 
 from fedsplit.common.errors import DataError
 from fedsplit.data import (
-from fedsplit.model.tasks import task_of
     DeviceData,
     Records,
     check_records,
 )
+from fedsplit.model.tasks import task_of
 
 
 def check(x: Any, y: Any, task: str = "classification", outputs: int = 3, shape: Any = (2,)) -> Records:
-    return check_records((x, y), task=task_of(task), outputs=outputs, input_shape=shape, where="device 3 (b.npz), train")
+    where = "device 3 (b.npz), train"
+    return check_records((x, y), task=task_of(task), outputs=outputs, input_shape=shape, where=where)
 
 
 def test_converts_to_the_dtypes_of_the_task():

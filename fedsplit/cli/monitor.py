@@ -57,7 +57,7 @@ def monitor(
     from fedsplit.wire.query import EPISODE, LONGEST, SHORTEST
 
     own = Home(home)
-    bundle = Bundle.load(device, own)
+    bundle = Bundle.load(device, own.allowed)
     if not bundle.task.watches:
         raise ConfigError(f"the model in {device} predicts: see fedsplit predict")
     if not 0 <= speed < float("inf"):

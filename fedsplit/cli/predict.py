@@ -154,7 +154,7 @@ def predict(
     if (server is None) == (offline is None):
         raise ConfigError("give either --server or --offline")
     own = Home(home)
-    bundle = Bundle.load(device, own)
+    bundle = Bundle.load(device, own.allowed)
     if bundle.task.watches:
         raise ConfigError(f"the model in {device} watches devices: see fedsplit monitor")
     raw = read_records(records, bundle.layer.input_shape)

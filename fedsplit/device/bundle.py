@@ -5,7 +5,7 @@ Other files in it, such as ``first_layer.onnx``, are not read.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, field_validator, model_serializer
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
@@ -22,11 +22,12 @@ from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing
 from fedsplit.data import Scaling
-from fedsplit.device.home import Home
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
 from fedsplit.model.tasks import TASKS, is_task_name, task_of
 from fedsplit.model.tasks.base import Task
-from fedsplit.release.policies import Dropping
+from fedsplit.release.chosen import built_in, from_outside, numbers_of, with_noise
+from fedsplit.release.policies import BUILT_IN
+from fedsplit.release.policy import Policy
 from fedsplit.wire.exchange import weights_digest
 
 DESCRIPTION, WEIGHTS = "device.json", "first_layer.safetensors"
@@ -47,6 +48,39 @@ class Layer(_Strict):
     bias: bool
     activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"]
     input_shape: tuple[int, ...]
+
+
+class Dropping(_Strict):
+    """A policy and its numbers; ``fields`` are those of one that does not come with fedsplit."""
+
+    policy: str
+    keep: float = 1.0
+    k: int = 0
+    bits: int = 0
+    clip: float = 0.0
+    noise: float = 0.0
+    fields: dict[str, bool | int | float | str] | None = None
+
+    @classmethod
+    def of(cls, policy: Policy) -> "Dropping":
+        """Return what stands for a policy."""
+        name, numbers = numbers_of(policy)
+        if name in BUILT_IN:
+            return cls(policy=name, **numbers)
+        noise = {key: numbers.pop(key) for key in ("clip", "noise") if key in numbers}
+        return cls(policy=name, fields=numbers, **noise)
+
+    def built(self, allow: Collection[str] = ()) -> Policy:
+        """Return the policy; raises ConfigError. Code from outside is imported only if it is allowed."""
+        if self.fields is None:
+            return built_in(**self.model_dump(exclude={"policy", "fields"}), name=self.policy)
+        if self.policy not in allow:
+            raise ConfigError(f"policy {self.policy!r} is code from outside, and not allowed")
+        return with_noise(from_outside(self.policy, self.fields), self.clip, self.noise)
+
+    @model_serializer(mode="wrap")
+    def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in whole(self).items() if value is not None}
 
 
 class _Description(_Strict):
@@ -76,7 +110,7 @@ class Bundle:
     ----------
     layer : FirstLayer
         With the trained weights.
-    dropping : Dropping
+    dropping : Policy
     dtype : str
         Of activations on the wire.
     scaling : Scaling
@@ -86,7 +120,7 @@ class Bundle:
     """
 
     layer: FirstLayer
-    dropping: Dropping
+    dropping: Policy
     dtype: str
     scaling: Scaling
     task: Task
@@ -111,7 +145,7 @@ class Bundle:
             task=self.task.name,
             outputs=self.outputs,
             layer=described(self.layer),
-            dropping=self.dropping,
+            dropping=Dropping.of(self.dropping),
             dtype=self.dtype,  # type: ignore[arg-type]
             scaling=self.scaling,
             sha256=sha256(weights).hexdigest(),
@@ -132,15 +166,19 @@ class Bundle:
             raise ConfigError(f"folder {folder} cannot be written: {error.strerror}") from None
 
     @classmethod
-    def load(cls, folder: Path, home: Home | None = None) -> "Bundle":
-        """Read a folder; code that it names is imported only if the owner of ``home`` allows it.
+    def load(cls, folder: Path, allow: Collection[str] = ()) -> "Bundle":
+        """Read a folder.
+
+        Parameters
+        ----------
+        folder : Path
+        allow : collection of str
+            The policies and tasks from outside, as ``module:Name``, whose code the device's owner lets run.
 
         Raises
         ------
-        ConfigError
-            If that is not allowed, or cannot be imported.
         DataError
-            If it is missing or damaged, or its two files do not belong together.
+            If it is missing or damaged, its two files do not belong together, or it names code that is not allowed.
         """
         try:
             found = _Description(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
@@ -152,23 +190,30 @@ class Bundle:
         if sha256(content).hexdigest() != found.sha256:
             raise DataError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
         try:
+            dropping, task = found.dropping.built(allow), _task(found.task, allow)
+        except ConfigError as error:
+            raise DataError(f"{folder / DESCRIPTION}: {error}") from None
+        try:
             layer = _built(found.layer)
             layer.load_weights(load(content))
-            scaling, dropping = found.scaling, found.dropping
-            dropping.check_layer(layer.width, layer.positive_only)
+            scaling = found.scaling
+            dropping.fits(layer)
             if 0.0 in scaling.divide or scaling.apply(np.zeros((1, *layer.input_shape))).shape[1:] != layer.input_shape:
                 raise ValueError
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
             raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
-        if found.task not in TASKS and (home is None or found.task not in home.allowed):
-            said = f"{folder / DESCRIPTION}: task {found.task!r} is not among what the device's owner allows"
-            raise ConfigError(f"{said} (allow in node.toml)")
-        bundle = cls(layer, dropping, found.dtype, scaling, task_of(found.task), found.outputs)
+        bundle = cls(layer, dropping, found.dtype, scaling, task, found.outputs)
         if not np.isfinite(bundle.weights).all():
             raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
         if bundle.model != found.model:
             raise DataError(f"{folder / WEIGHTS} is not of the model {found.model}")
         return bundle
+
+
+def _task(name: str, allow: Collection[str]) -> Task:
+    if name not in TASKS and name not in allow:
+        raise ConfigError(f"task {name!r} is not among what the device's owner allows (allow in node.toml)")
+    return task_of(name)
 
 
 def model_name(weights: FloatArray) -> str:

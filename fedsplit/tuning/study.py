@@ -28,7 +28,7 @@ from fedsplit.model.tasks.base import Task
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import MAXIMISED, Objective, Settings, TuneSettings, check_settings, flattened
 from fedsplit.runs.assembly import split_strategy
-from fedsplit.runs.engine import start_ray
+from fedsplit.runs.engine import running_ray
 from fedsplit.runs.folder import check_fresh
 from fedsplit.tuning.space import Space, usual_space
 from fedsplit.tuning.trial import AUDITED, Outcome, Plan, audited, run_trial, with_seed
@@ -132,7 +132,7 @@ class Study:
         RunError
             If no trial ran to its end within the constraints.
         """
-        with _alone(self.folder), _ray(parallel):
+        with _alone(self.folder), running_ray(cpus=parallel):
             self._run_trials(parallel, report)
             self._check_feasible()
             self._audit_front()
@@ -143,8 +143,7 @@ class Study:
     def _checked_space(self) -> Space:
         settings, tune = self.settings, self.tune
         if tune.space is None:
-            layer = Experiment(settings).model.first_layer
-            tables = usual_space(settings, layer.width, positive_only=layer.positive_only)
+            tables = usual_space(settings, Experiment(settings).model.first_layer)
         else:
             tables = tune.space
         space = Space.of(settings, tables)
@@ -365,12 +364,3 @@ def _alone(folder: Path) -> Iterator[None]:
         if not locked(file):
             raise ConfigError(f"another process works in {folder}")
         yield
-
-
-@contextmanager
-def _ray(cpus: int) -> Iterator[None]:
-    start_ray(cpus=cpus)
-    try:
-        yield
-    finally:
-        ray.shutdown()

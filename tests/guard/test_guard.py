@@ -1170,7 +1170,7 @@ def test_a_run_goes_on_without_the_node_whose_ledger_is_lost(tmp_path: Path, cap
 
     result = simulate(settings, out=tmp_path / "run", report=lose)
     assert result["rounds"] == 4 and result["samples"] == 2 * 60 + 2 * 40 and result["test_accuracy"] is not None
-    said = " ".join(record.getMessage() for record in caplog.records if record.name == "fedsplit.server.rounds")
+    said = " ".join(record.getMessage() for record in caplog.records if record.name == "fedsplit.server.round")
     assert "nothing leaves" in said and "ledger" not in said  # which only the node's own log tells
 
 

@@ -72,7 +72,7 @@ def test_predictions_are_those_that_the_run_has_tested(run: Path, tmp_path: Path
     run_bundle(run).save(tmp_path / "device")
     home = Home.create(tmp_path / "home", [0], ["outside:Labels"])
     (home.folder / "limits.toml").write_text("enforce = false\n")
-    predictor = Predictor(Bundle.load(tmp_path / "device", home), Home(home.folder), asking(Served.of_run(run)))
+    predictor = Predictor(Bundle.load(tmp_path / "device", home.allowed), Home(home.folder), asking(Served.of_run(run)))
     source = Experiment(labels()).source
     tests = [source.device(d).test for d in range(source.count)]
     found = predictor.predict(np.concatenate([t.x for t in tests]))
@@ -120,9 +120,11 @@ def test_a_device_imports_no_task_that_its_owner_has_not_allowed(run: Path, tmp_
     run_bundle(run).save(tmp_path / "device")
     assert json.loads((tmp_path / "device" / DESCRIPTION).read_text())["task"] == "outside:Labels"
     told = "task 'outside:Labels' is not among what the device's owner allows (allow in node.toml)"
-    for home in (None, Home.create(tmp_path / "home", [0], ["outside:Survival"])):
-        with pytest.raises(ConfigError, match=re.escape(told)):
-            Bundle.load(tmp_path / "device", home)
+    with pytest.raises(DataError, match=re.escape(told)):
+        Bundle.load(tmp_path / "device")
+    Home.create(tmp_path / "home", [0], ["outside:Survival"])
+    with pytest.raises(DataError, match=re.escape(told)):
+        Predictor.connect("https://127.0.0.1:1", device=tmp_path / "device", home=tmp_path / "home")
 
 
 def test_a_real_node_imports_no_task_that_its_owner_has_not_allowed(tmp_path: Path) -> None:

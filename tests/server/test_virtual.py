@@ -17,7 +17,7 @@ from payloads import ints
 from fedsplit import SplitModel
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.plan.settings import LogNormal, OnOff, ProfileSettings, check_settings, presets
-from fedsplit.release.policies import Dropping
+from fedsplit.release.chosen import built_in
 from fedsplit.server.checkpoint import _from_tensors, _to_tensors
 from fedsplit.server.virtual import clock as clock_module
 from fedsplit.server.virtual.calibration import record_seconds
@@ -383,7 +383,7 @@ def test_seconds_of_a_record_are_measured_on_one_core(policy: dict[str, Any], mo
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = record_seconds(layer, Dropping(**policy), "float16")
+        found = record_seconds(layer, built_in(**policy), "float16")
         assert torch.get_num_threads() == 2 and used == {1}
     finally:
         torch.set_num_threads(before)

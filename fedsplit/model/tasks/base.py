@@ -120,8 +120,3 @@ class Task(ABC):
     def score_sums(self, loss: float, accuracy: float | None) -> dict[str, Any]:
         """Return figures of a mean loss and, if the task classifies, an accuracy: all there is of labels at home."""
         return {"test_loss": loss, "test_accuracy": accuracy}
-
-    # ------------------------------------------------------------------------------------------------- protocol
-
-    def check_mode(self, mode: str) -> None:  # noqa: B027
-        """Refuse a ``protocol.mode`` in which the task means nothing; raises ConfigError."""

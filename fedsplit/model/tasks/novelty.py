@@ -47,11 +47,3 @@ class Novelty(Classification):
     def from_trunk(self, targets: NDArray[Any], outputs: int) -> NDArray[Any]:
         """Return which of its device's recordings it is."""
         return targets % outputs
-
-    def check_mode(self, mode: str) -> None:
-        """Refuse modes in which the first layer changes."""
-        if mode != "release-once":
-            raise ConfigError(
-                f"a novelty task is for protocol.mode 'release-once', not {mode!r}: only releases of one first layer "
-                "tell what is normal"
-            )

@@ -140,7 +140,7 @@ class Exchange:
     @property
     def owners(self) -> IntArray:
         """The device of each released record."""
-        return np.repeat(self.upload.release.devices, self.upload.release.records)
+        return self.upload.release.owners
 
 
 def exchanges(folder: Path, parameters: int) -> Iterator[Exchange]:

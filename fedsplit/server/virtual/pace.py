@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsplit.common.arrays import IntArray, sum_groups
+from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.model.head import Head
 from fedsplit.plan.schedule import Row
@@ -80,9 +80,7 @@ class OnClock:
             now.waste(wasted)
         least = self.parts.options.min_nodes if needed is None else needed
         answers = now.exchange({}, among(pending, heard), needed=least) if pending else []
-        return Heard(
-            [u.release.take(np.isin(u.release.devices, heard)) for u in uploads], [u.gradients for u in answers]
-        )
+        return Heard([u.release.among(heard) for u in uploads], [u.gradients for u in answers])
 
     def answering(self, now: Round, releases: Sequence[Release], head: Head) -> Sequence[Release]:
         """Return the parts of devices whose answers come in time; of the head itself no time is counted."""
@@ -153,7 +151,7 @@ class OnClock:
             self.sizes.download(chunks, blocks, by_device([c.devices for c in cuts], [c.lengths for c in cuts])),
             self.sizes.upload(
                 released,
-                by_device([r.devices for r in releases], [sum_groups(r.counts, r.records) for r in releases]),
+                by_device([r.devices for r in releases], [r.lengths for r in releases]),
                 by_device([u.failed for u in uploads], [1 for _ in uploads]),
                 by_device([u.refused[:, 0] for u in uploads], [1 for _ in uploads]),
                 (blocks > 0).astype(np.int64),

@@ -176,8 +176,7 @@ class Guard:
         """Whether weights look made to read records: one giant row (relu), or bits that tell of single numbers."""
         if not self.layer.positive_only:
             return False
-        rows = self.layer.unflatten(proposal.weights)["weight"]
-        squares = np.square(rows.reshape(len(rows), -1).astype(np.float64))
+        squares = np.square(self._map(proposal.weights).kernels)
         norms = np.sqrt(squares.sum(axis=1))
         # rows that are next to nothing are dead, but not where nearly all were: then it is the others that are giants
         alive = norms[norms > 1e-6 * np.quantile(norms, 0.9, method="lower")]

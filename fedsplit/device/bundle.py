@@ -10,51 +10,29 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from torch import nn
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing
 from fedsplit.data import Scaling
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.layer import FirstLayer
 from fedsplit.release.policies import Dropping
+from fedsplit.wire.description import Description, Layer
 from fedsplit.wire.exchange import weights_digest
 
 DESCRIPTION, WEIGHTS = "device.json", "first_layer.safetensors"
-_LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
-_OF_LINEAR = ("in_features", "out_features")
-_OF_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+class _File(Description):
+    """What ``device.json`` holds: the description, and the weights that belong to it."""
 
-
-class Layer(_Strict):
-    """What a first layer is, besides its weights."""
-
-    kind: Literal["Linear", "Conv1d", "Conv2d"]
-    arguments: dict[str, int | tuple[int, ...]]
-    bias: bool
-    activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"]
-    input_shape: tuple[int, ...]
-
-
-class _Description(_Strict):
     format: Literal[1]
     model: str
-    task: Literal["classification", "binary", "regression", "novelty"]
-    outputs: int
-    layer: Layer
-    dropping: Dropping
-    dtype: Literal["float16", "float32"]
-    scaling: Scaling
     sha256: str
 
 
@@ -95,12 +73,12 @@ class Bundle:
     def files(self) -> dict[str, bytes]:
         """Return the contents of the folder's files by their names; raises ConfigError if they cannot hold it."""
         weights = save(self.layer.initial_weights())
-        description = _Description(
+        description = _File(
             format=1,
             model=self.model,
             task=self.task,  # type: ignore[arg-type]
             outputs=self.outputs,
-            layer=described(self.layer),
+            layer=Layer.of(self.layer),
             dropping=self.dropping,
             dtype=self.dtype,  # type: ignore[arg-type]
             scaling=self.scaling,
@@ -131,7 +109,7 @@ class Bundle:
             If it is missing or damaged, or its two files do not belong together.
         """
         try:
-            found = _Description(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+            found = _File(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
             content = (folder / WEIGHTS).read_bytes()
         except OSError as error:
             raise DataError(f"{folder} holds no model for devices: {error.strerror}; see fedsplit export") from None
@@ -140,15 +118,11 @@ class Bundle:
         if sha256(content).hexdigest() != found.sha256:
             raise DataError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
         try:
-            layer = _built(found.layer)
+            layer = found.build()
             layer.load_weights(load(content))
-            scaling, dropping = found.scaling, found.dropping
-            dropping.check_layer(layer.width, layer.positive_only)
-            if 0.0 in scaling.divide or scaling.apply(np.zeros((1, *layer.input_shape))).shape[1:] != layer.input_shape:
-                raise ValueError
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
             raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
-        bundle = cls(layer, dropping, found.dtype, scaling, found.task, found.outputs)
+        bundle = cls(layer, found.dropping, found.dtype, found.scaling, found.task, found.outputs)
         if not np.isfinite(bundle.weights).all():
             raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
         if bundle.model != found.model:
@@ -159,25 +133,3 @@ class Bundle:
 def model_name(weights: FloatArray) -> str:
     """Return the name of a model, from its first layer's flat parameters."""
     return f"{weights_digest(weights):016x}"
-
-
-def described(layer: FirstLayer) -> Layer:
-    """Return what a layer is, besides its weights; raises ConfigError if its activation has unusual numbers."""
-    module: Any = layer.layer
-    names = _OF_LINEAR if isinstance(module, nn.Linear) else _OF_CONVOLUTION
-    (activation,) = (name for name, kind in ACTIVATIONS.items() if type(layer.activation) is kind)
-    if repr(layer.activation) != repr(ACTIVATIONS[activation]()):
-        raise ConfigError(f"{layer.activation} cannot be exported: only activations with their usual numbers can")
-    return Layer(
-        kind=type(module).__name__,  # type: ignore[arg-type]
-        arguments={name: getattr(module, name) for name in names},
-        bias=module.bias is not None,
-        activation=activation,  # type: ignore[arg-type]
-        input_shape=layer.input_shape,
-    )
-
-
-def _built(found: Layer) -> FirstLayer:
-    arguments: dict[str, Any] = {**found.arguments}
-    module = _LAYERS[found.kind](**arguments, bias=found.bias)
-    return FirstLayer(module, ACTIVATIONS[found.activation](), found.input_shape)

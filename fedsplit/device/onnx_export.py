@@ -12,7 +12,7 @@ import numpy as np
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
 from fedsplit.data import Scaling
-from fedsplit.device.bundle import Bundle, described
+from fedsplit.device.bundle import Bundle
 from fedsplit.model.layer import FirstLayer
 
 ONNX = "first_layer.onnx"

@@ -1,0 +1,151 @@
+"""What a device needs of a model besides weights: the first layer, the policy, the wire format, scaling and task.
+
+Prediction keeps it in a file (:mod:`fedsplit.device.bundle`), training sends it (:mod:`fedsplit.wire.terms`). Whoever
+reads it trusts nothing of it: a layer is first built without memory, so that its size is known before any is taken.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+from fedsplit.common.errors import ConfigError
+from fedsplit.data import Scaling
+from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.release.policies import Dropping
+
+LARGEST = 2**26
+"""The most numbers that a record, a first layer's parameters or its outputs of a record may have."""
+_LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
+_OF_LINEAR = ("in_features", "out_features")
+_OF_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+_OF_ACTIVATIONS = {"leaky_relu": ("negative_slope",), "gelu": ("approximate",)}
+_BUDGETS = {"none": (), "random": ("keep",), "bits": ("bits",)}  # of other policies: k
+Slope = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
+class Strict(BaseModel):
+    """A frozen table that refuses unknown keys; infinite numbers are words in its JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Layer(Strict):
+    """What a first layer is, besides its weights.
+
+    ``arguments`` are those of the torch module ``kind``; ``numbers`` those of the activation that differ from usual.
+    """
+
+    kind: Literal["Linear", "Conv1d", "Conv2d"]
+    arguments: dict[str, int | tuple[int, ...]]
+    bias: bool
+    activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"]
+    numbers: dict[Literal["negative_slope", "approximate"], Slope | Literal["none", "tanh"]] = Field(
+        default_factory=dict
+    )
+    input_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer: FirstLayer) -> Self:
+        """Return what a layer is, besides its weights; raises ConfigError if its activation is a class of one's own."""
+        module: Any = layer.layer
+        names = _OF_LINEAR if isinstance(module, nn.Linear) else _OF_CONVOLUTION
+        found = [name for name, kind in ACTIVATIONS.items() if type(layer.activation) is kind]
+        if not found:
+            raise ConfigError(f"activation {type(layer.activation).__name__} cannot be described to devices")
+        (activation,) = found
+        usual = ACTIVATIONS[activation]()
+        given = {name: getattr(layer.activation, name) for name in _OF_ACTIVATIONS.get(activation, ())}
+        return cls(
+            kind=type(module).__name__,  # type: ignore[arg-type]
+            arguments={name: getattr(module, name) for name in names},
+            bias=module.bias is not None,
+            activation=activation,  # type: ignore[arg-type]
+            numbers={name: value for name, value in given.items() if value != getattr(usual, name)},  # type: ignore[misc]
+            input_shape=layer.input_shape,
+        )
+
+    def build(self) -> FirstLayer:
+        """Return the layer, with weights of 0: those to use come from elsewhere.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such layer, or it is too large.
+        """
+        self._check_arguments()
+        try:
+            with torch.device("meta"):  # shapes without memory
+                probe = FirstLayer(self._module(), ACTIVATIONS[self.activation](**self.numbers), self.input_shape)
+                probe.activation(torch.zeros(1))
+        except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError):
+            raise ConfigError(f"layer: a {self.kind} with these arguments cannot be built") from None
+        largest = max(probe.size, probe.width, math.prod(self.input_shape))
+        if largest > LARGEST:
+            raise ConfigError(f"layer: must be of at most {LARGEST} numbers, got {largest}")
+        module = probe.layer.to_empty(device="cpu")
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+        return FirstLayer(module, probe.activation, self.input_shape)
+
+    def _check_arguments(self) -> None:
+        taken = _OF_LINEAR if self.kind == "Linear" else _OF_CONVOLUTION
+        if set(self.arguments) != set(taken):
+            raise ConfigError(f"layer: a {self.kind} takes {', '.join(taken)}, got {len(self.arguments)} other arguments")
+        if unknown := set(self.numbers) - set(_OF_ACTIVATIONS.get(self.activation, ())):
+            raise ConfigError(f"layer: activation {self.activation} takes no {min(unknown)}")
+        if not all(0 < size <= LARGEST for size in self.input_shape):
+            raise ConfigError(f"layer: sizes of input_shape must be in 1..{LARGEST}")
+
+    def _module(self) -> nn.Module:
+        arguments: dict[str, Any] = {**self.arguments}
+        return _LAYERS[self.kind](**arguments, bias=self.bias)
+
+
+class Description(Strict):
+    """What a device needs of a model, besides the first layer's weights.
+
+    Attributes
+    ----------
+    task : str
+        One of :data:`fedsplit.data.TASKS`.
+    outputs : int
+        As in :class:`fedsplit.data.Source`.
+    layer : Layer
+    dropping : Dropping
+    dtype : str
+        Of activations on the wire.
+    scaling : Scaling
+        From raw numbers to records.
+    """
+
+    task: Literal["classification", "binary", "regression", "novelty"]
+    outputs: Annotated[int, Field(ge=1, lt=2**31)]
+    layer: Layer
+    dropping: Dropping
+    dtype: Literal["float16", "float32"]
+    scaling: Scaling
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        given: Mapping[str, Any] = vars(self.dropping)
+        usual = vars(Dropping("none"))
+        own = ("policy", "clip", "noise", *_BUDGETS.get(self.dropping.policy, ("k",)))
+        if others := [name for name in usual if name not in own and given[name] != usual[name]]:
+            raise ValueError(f"dropping: policy {self.dropping.policy!r} takes no {others[0]}")
+        if not (math.isfinite(self.dropping.clip) and math.isfinite(self.dropping.noise)):
+            raise ValueError("dropping: clip and noise must be finite")
+        return self
+
+    def build(self) -> FirstLayer:
+        """Return the first layer, which policy and scaling fit, with weights of 0; raises ConfigError."""
+        layer, scaling = self.layer.build(), self.scaling
+        self.dropping.check_layer(layer.width, layer.positive_only)
+        lengths = {len(scaling.subtract), len(scaling.divide)} - {1, layer.input_shape[0]}
+        if 0.0 in scaling.divide or lengths or not np.isfinite([*scaling.subtract, *scaling.divide]).all():
+            raise ConfigError(f"scaling does not fit records of shape {layer.input_shape}")
+        return layer

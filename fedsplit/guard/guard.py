@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.common.arrays import FloatArray, IntArray, unpack_bitmap
-from fedsplit.guard.accountant import Cost, ExposureAccountant, gaussian_precision, largest_precision
+from fedsplit.guard.accountant import Cost, ExposureAccountant
 from fedsplit.guard.criterion import LayerMap, coordinates
+from fedsplit.guard.gaussian import gaussian_precision, largest_precision
 from fedsplit.guard.gradient import Joint, joint
 from fedsplit.guard.history import History, Sum
 from fedsplit.guard.limits import Limits

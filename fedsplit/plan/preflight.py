@@ -10,7 +10,7 @@ import numpy as np
 from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import ConfigError
 from fedsplit.data import Records, Source
-from fedsplit.guard.accountant import epsilon, gaussian_precision, largest_precision
+from fedsplit.guard.gaussian import epsilon, gaussian_precision, largest_precision
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.schedule import Schedule

@@ -20,7 +20,7 @@ from fedsplit.audit.transcript import Subjects
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.common.files import replacing
 from fedsplit.flower.grid import PollingGrid
-from fedsplit.guard.accountant import epsilon
+from fedsplit.guard.gaussian import epsilon
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.assembly import split_strategy

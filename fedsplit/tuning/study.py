@@ -235,7 +235,7 @@ class Study:
     def _again(self, number: int) -> Trial:
         """Return a trial that was running when the study was stopped: it is run again with what was drawn for it."""
         (found,) = (t for t in self._study.get_trials(deepcopy=False) if t.number == number)
-        return Trial(self._study, found._trial_id)
+        return Trial(self._study, found._trial_id)  # noqa: SLF001  Optuna has no public name for it
 
     def _tell(self, trial: Trial, outcome: Outcome) -> None:
         trial.set_user_attr("outcome", asdict(outcome))

@@ -111,12 +111,13 @@ class Release:
         integer_targets = targets.dtype.kind == "i"
         targets = targets.astype(np.int64 if integer_targets else np.float32)
         check("targets", integer_targets or bool(np.isfinite(targets).all()), "must be finite")
-        return cls._read_outputs(take, devices, records, targets, width, bits)
+        return cls.read_outputs(take, devices, records, targets, width, bits)
 
     @classmethod
-    def _read_outputs(
+    def read_outputs(
         cls, take: "Reader", devices: IntArray, records: IntArray, targets: NDArray[Any], width: int, bits: int
     ) -> "Release":
+        """Check and read what follows the head of a release; raises WireError."""
         n = int(records.sum())
         counts = take.array("counts", ("u2", "u4"), 1, size=n).astype(np.int64)
         bitmap = take.array("bitmap", "u1", 2, size=n)

@@ -21,7 +21,8 @@ from fedsplit.data import Records
 from fedsplit.device.home import Home
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
-from fedsplit.guard.accountant import Cost, ExposureAccountant, gaussian_precision
+from fedsplit.guard.accountant import Cost, ExposureAccountant
+from fedsplit.guard.gaussian import gaussian_precision
 from fedsplit.guard.guard import Guard, Proposal, Summed, release_name
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer

@@ -18,6 +18,7 @@ from fedsplit.plan.settings import Settings, check_settings
 
 if TYPE_CHECKING:
     from fedsplit.device.home import Home
+    from fedsplit.device.node import Node
     from fedsplit.service.served import Served
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -56,6 +57,24 @@ def small_settings(**changes: dict[str, Any]) -> Settings:
     for section, values in changes.items():
         raw.setdefault(section.replace("_", "-"), {}).update(values)
     return check_settings(raw)
+
+
+def simulated_json(settings: Settings) -> str:
+    """Return what a simulation tells its nodes."""
+    from fedsplit.plan.experiment import Experiment
+    from fedsplit.runs.nodes import Simulated
+
+    return Simulated.of(Experiment(settings)).to_json()
+
+
+def new_node(settings: Settings, number: int, nodes: int, folder: Path) -> "Node":
+    """Return a simulated node whose first layer has the weights before training: to nodes they come in downloads."""
+    from fedsplit.plan.experiment import Experiment
+    from fedsplit.runs.nodes import simulated_node
+
+    node = simulated_node(simulated_json(settings), number, nodes, str(folder))
+    node.first_layer.load_weights(Experiment(settings).model.first_layer.initial_weights())
+    return node
 
 
 @pytest.fixture

@@ -57,9 +57,9 @@ def start(
     from fedsplit.common.certs import read_authority
     from fedsplit.data.devices import own_files
     from fedsplit.device.home import Home
+    from fedsplit.device.link import DATA, HOME, SOCKET
     from fedsplit.device.link import supernode as connection
     from fedsplit.flower.programs import CLIENT_APP, check_flower, flower
-    from fedsplit.runs.client_app import DATA, HOME, SOCKET
 
     logging.getLogger("fedsplit").setLevel(logging.INFO)
     if warm:
@@ -104,10 +104,9 @@ def start(
 
 def _real_answer(home: str, data: str | None) -> Answer:
     """Return what answers for a real node, with all that it needs loaded already."""
-    from fedsplit.runs.client_app import answer
-    from fedsplit.runs.nodes import real_node
+    from fedsplit.device.nodes import answer, real_node
 
-    return lambda kind, settings, payload: answer(lambda: real_node(settings, home, data), kind, payload)
+    return lambda kind, terms, payload: answer(lambda: real_node(terms, home, data), kind, payload)
 
 
 @node.command()

@@ -106,8 +106,9 @@ def run(
 ) -> None:
     """Train over the nodes of a SuperLink, on its machine, with the settings of CONFIG."""
     from fedsplit.cli.report import result_table
+    from fedsplit.plan.experiment import Experiment
     from fedsplit.plan.settings import AuditSettings, GuardSettings, default_folder, load_settings
-    from fedsplit.runs.folder import check_fresh
+    from fedsplit.runs.folder import check_fresh, submitting
     from fedsplit.runs.following import follow, forget_state
     from fedsplit.server.link import runs
 
@@ -127,7 +128,9 @@ def run(
     if not resume:
         check_fresh(folder)
     forget_state(folder)
-    number = runs.submit(settings.to_json(), superlink, folder, resume=resume, modules=modules)
+    terms = Experiment(settings).terms.to_json()
+    with submitting(folder, settings):
+        number = runs.submit(terms, superlink, folder, resume=resume, modules=modules)
 
     def ended() -> str | None:
         status = runs.run_status(number, superlink)

@@ -8,12 +8,14 @@ import math
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
 from fedsplit.data import Scaling
 from fedsplit.device.bundle import Bundle
 from fedsplit.model.layer import FirstLayer
+from fedsplit.wire.description import Layer
 
 ONNX = "first_layer.onnx"
 RECORDS, ACTIVATED = "records", "activations"
@@ -55,7 +57,10 @@ def onnx_model(bundle: Bundle) -> bytes:
         raise ConfigError("--onnx needs the package onnx: pip install 'fedsplit[onnx]'") from None
     layer, graph = bundle.layer, _Graph()
     scaled = _scaled(graph, bundle.scaling, len(layer.input_shape))
-    _activated(graph, described(layer).activation, _linear(graph, layer, scaled))
+    described = Layer.of(layer)
+    if described.numbers:
+        raise ConfigError(f"{layer.activation} cannot be exported: only activations with their usual numbers can")
+    _activated(graph, described.activation, _linear(graph, layer, scaled))
     op, inputs, _, attributes = graph.nodes[-1]
     nodes = [*graph.nodes[:-1], (op, inputs, ACTIVATED, attributes)]
     model = helper.make_model(
@@ -86,10 +91,9 @@ def _scaled(graph: _Graph, scaling: Scaling, axes: int) -> str:
 def _linear(graph: _Graph, layer: FirstLayer, x: str) -> str:
     """Add the layer itself, without its activation."""
     module: Any = layer.layer
-    found = described(layer)
     weights = layer.initial_weights()
-    bias = [graph.constant("bias", weights["bias"])] if found.bias else []
-    if found.kind != "Linear":
+    bias = [graph.constant("bias", weights["bias"])] if "bias" in weights else []
+    if not isinstance(module, nn.Linear):
         return graph.node(
             "Conv",
             x,

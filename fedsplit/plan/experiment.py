@@ -2,6 +2,7 @@
 
 import math
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from fedsplit.model.head import cut_head
 from fedsplit.model.split import SplitModel
 from fedsplit.model.zoo import build_model
 from fedsplit.plan.settings import Settings
+from fedsplit.plan.strategies import PER_DEVICE
 from fedsplit.release.policies import Dropping
+from fedsplit.wire.description import Description, Layer
+from fedsplit.wire.terms import Terms
 
 
 class Experiment:
@@ -89,6 +93,56 @@ class Experiment:
             clip=chosen.clip or 0.0,
             noise=chosen.noise or 0.0,
         )
+
+    @cached_property
+    def terms(self) -> Terms:
+        """What a node needs to know of the run; raises ConfigError."""
+        settings, source, layer = self.settings, self.source, self.model.first_layer
+        protocol = settings.protocol
+        return Terms.of(
+            model=Description(
+                task=source.task,  # type: ignore[arg-type]
+                outputs=source.outputs,
+                layer=Layer.of(layer),
+                dropping=self.policy,
+                dtype=protocol.dtype,
+                scaling=source.scaling,
+            ),
+            data=self._data_terms(),
+            asked=self._asked_terms(),
+            seed=settings.run.seed,
+            keyed=settings.dropping.mask == "keyed",
+            head=self._head_terms() if protocol.labels == "at-home" else None,
+        )
+
+    def _data_terms(self) -> dict[str, Any]:
+        data, devices = self.settings.data, self.settings.devices
+        return {
+            **data.model_dump(include={"name", "folder", "builder", "overlap", "novel"}),
+            "count": self.source.count,
+            "test": tuple(devices.test) if isinstance(devices.test, list) else devices.test,
+            "partition": devices.partition,
+            "alpha": devices.alpha,
+        }
+
+    def _asked_terms(self) -> dict[str, Any]:
+        settings, protocol = self.settings, self.settings.protocol
+        strategy = settings.first_layer.strategy
+        return {
+            "rounds": settings.run.rounds,
+            "once": protocol.once,
+            "chunk": protocol.chunk,
+            "fraction": settings.devices.fraction,
+            "sampling": settings.devices.sampling,
+            "evaluate_every": settings.run.evaluate_every,
+            "frozen": strategy == "frozen" or protocol.mode == "release-once",
+            "alone": strategy if strategy in PER_DEVICE else None,
+            "donors": settings.donors,
+        }
+
+    def _head_terms(self) -> dict[str, Any]:
+        head = cut_head(self.model.trunk)[1]
+        return {"features": head.in_features, "bias": head.bias is not None}
 
     @cached_property
     def public(self) -> Records | None:

@@ -95,7 +95,7 @@ class Layer(Strict):
     def _check_arguments(self) -> None:
         taken = _OF_LINEAR if self.kind == "Linear" else _OF_CONVOLUTION
         if set(self.arguments) != set(taken):
-            raise ConfigError(f"layer: a {self.kind} takes {', '.join(taken)}, got {len(self.arguments)} other arguments")
+            raise ConfigError(f"layer: a {self.kind} takes {', '.join(taken)}, and nothing else")
         if unknown := set(self.numbers) - set(_OF_ACTIVATIONS.get(self.activation, ())):
             raise ConfigError(f"layer: activation {self.activation} takes no {min(unknown)}")
         if not all(0 < size <= LARGEST for size in self.input_shape):

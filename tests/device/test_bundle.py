@@ -44,9 +44,19 @@ def test_a_bundle_comes_back_as_it_was(name: str, activation: str, tmp_path: Pat
         bundle.save(tmp_path / "device")
 
 
-def test_an_activation_with_other_numbers_is_not_exported(tmp_path: Path) -> None:
-    layer = FirstLayer(nn.Linear(3, 4), nn.LeakyReLU(0.3), (3,))
-    with pytest.raises(ConfigError, match=r"LeakyReLU\(negative_slope=0.3\) cannot be exported"):
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.3), nn.GELU("tanh")])
+def test_an_activation_with_other_numbers_comes_back_with_them(activation: nn.Module, tmp_path: Path) -> None:
+    layer = FirstLayer(nn.Linear(3, 4), activation, (3,))
+    Bundle(layer, Dropping("none"), "float32", Scaling(), "binary", 1).save(tmp_path / "device")
+    assert repr(Bundle.load(tmp_path / "device").layer.activation) == repr(activation)
+
+
+def test_an_activation_of_ones_own_is_not_exported(tmp_path: Path) -> None:
+    class Own(nn.ReLU):
+        pass
+
+    layer = FirstLayer(nn.Linear(3, 4), Own(), (3,))
+    with pytest.raises(ConfigError, match="activation Own cannot be described to devices"):
         Bundle(layer, Dropping("none"), "float32", Scaling(), "binary", 1).save(tmp_path / "device")
 
 

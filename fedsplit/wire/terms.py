@@ -117,6 +117,8 @@ class Terms(_Part):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise _refusal(error) from None
+        except ConfigError as error:  # of the policy, which is no pydantic model
+            raise ConfigError(f"the run's terms: dropping: {str(error)[:_TOLD]}") from None
 
     def named(self) -> dict[str, str]:
         """Return what the terms name of the node's machine, code and folders, by setting."""

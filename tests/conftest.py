@@ -97,8 +97,9 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     from fedsplit.cli import main as cli
 
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("fedsplit", "flwr")}
+    level = logging.getLogger("fedsplit").level
     handlers = list(logging.getLogger("fedsplit").handlers)
+    filters = list(logging.getLogger("flwr").filters)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(*arguments: object) -> None:
@@ -111,8 +112,8 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield run
     logging.getLogger("fedsplit").handlers[:] = handlers
-    for logger, level in loggers.items():
-        logger.setLevel(level)
+    logging.getLogger("flwr").filters[:] = filters
+    logging.getLogger("fedsplit").setLevel(level)
     for number, handler in signals.items():
         signal.signal(number, handler)
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedsplit.cli.extras import need
 from fedsplit.common.errors import ConfigError
 from fedsplit.device.link.resident import Answer, resident
 
@@ -54,6 +55,7 @@ def start(
     warm: Annotated[bool, typer.Option(help="Serve the server from this process, without Flower's SuperNode.")] = False,
 ) -> None:
     """Take part in the runs of a server, until stopped."""
+    need("node")
     from fedsplit.common.certs import read_authority
     from fedsplit.data.devices import own_files
     from fedsplit.device.home import Home
@@ -122,6 +124,7 @@ def preview(
 
     They are exact but for what is drawn anew in a run: noise, and masks unless dropping.mask is "keyed".
     """
+    need("pictures")
     from fedsplit.plan.settings import load_settings
     from fedsplit.runs.auditing import preview_record
 

@@ -79,18 +79,19 @@ class Layer(Strict):
         """
         self._check_arguments()
         try:
-            with torch.device("meta"):  # shapes without memory
-                probe = FirstLayer(self._module(), ACTIVATIONS[self.activation](**self.numbers), self.input_shape)
-                probe.activation(torch.zeros(1))
+            with torch.device("meta"):  # parameters without memory
+                module = self._module()
+            activation = ACTIVATIONS[self.activation](**self.numbers)
+            activation(torch.zeros(1))
         except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError):
             raise ConfigError(f"layer: a {self.kind} with these arguments cannot be built") from None
-        largest = max(probe.size, probe.width, math.prod(self.input_shape))
+        largest = max(self._most_outputs(module), *(p.numel() for p in module.parameters()))
         if largest > LARGEST:
             raise ConfigError(f"layer: must be of at most {LARGEST} numbers, got {largest}")
-        module = probe.layer.to_empty(device="cpu")
+        module = module.to_empty(device="cpu")
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
-        return FirstLayer(module, probe.activation, self.input_shape)
+        return FirstLayer(module, activation, self.input_shape)
 
     def _check_arguments(self) -> None:
         taken = _OF_LINEAR if self.kind == "Linear" else _OF_CONVOLUTION
@@ -98,8 +99,15 @@ class Layer(Strict):
             raise ConfigError(f"layer: a {self.kind} takes {', '.join(taken)}, and nothing else")
         if unknown := set(self.numbers) - set(_OF_ACTIVATIONS.get(self.activation, ())):
             raise ConfigError(f"layer: activation {self.activation} takes no {min(unknown)}")
-        if not all(0 < size <= LARGEST for size in self.input_shape):
-            raise ConfigError(f"layer: sizes of input_shape must be in 1..{LARGEST}")
+        if not all(0 < size <= LARGEST for size in self.input_shape) or math.prod(self.input_shape) > LARGEST:
+            raise ConfigError(f"layer: input_shape must be of 1..{LARGEST} numbers")
+
+    def _most_outputs(self, module: Any) -> int:
+        """Return how many outputs a record has at most: those of a convolution with a stride of 1."""
+        if self.kind == "Linear":
+            return int(module.out_features * math.prod(self.input_shape[:-1]))
+        wide = (n + 2 * p for n, p in zip(self.input_shape[1:], module.padding, strict=False))
+        return int(module.out_channels * math.prod(wide))
 
     def _module(self) -> nn.Module:
         arguments: dict[str, Any] = {**self.arguments}

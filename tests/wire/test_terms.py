@@ -120,7 +120,7 @@ ARGUMENTS = {"in_features": 12, "out_features": 10}
 @pytest.mark.parametrize(
     ("layer", "said"),
     [
-        ({"arguments": {**ARGUMENTS, "out_features": 10**7}}, f"at most {LARGEST} numbers, got 130000000"),
+        ({"arguments": {**ARGUMENTS, "out_features": 10**7}}, f"at most {LARGEST} numbers, got 120000000"),
         ({"arguments": {**ARGUMENTS, "out_features": 10**12}}, f"at most {LARGEST} numbers"),
         ({"arguments": {**ARGUMENTS, "out_features": 10**30}}, "cannot be built"),
         ({"arguments": {**ARGUMENTS, "out_features": -1}}, "cannot be built"),
@@ -129,12 +129,15 @@ ARGUMENTS = {"in_features": 12, "out_features": 10}
         ({"arguments": {"in_features": 12}}, "takes in_features, out_features, and nothing else"),
         ({"numbers": {"negative_slope": 0.5}}, "activation relu takes no negative_slope"),
         ({"activation": "gelu", "numbers": {"approximate": 0.5}}, "cannot be built"),
-        ({"input_shape": [0]}, "sizes of input_shape"),
+        ({"input_shape": [0]}, "input_shape must be of"),
         ({"input_shape": []}, "do not fit"),
-        ({"input_shape": [2**20] * 4}, "do not fit"),
+        ({"input_shape": [2**20] * 4}, "input_shape must be of"),
+        ({"kind": "Conv1d", "input_shape": [], "arguments": {
+            "in_channels": 1, "out_channels": 1, "kernel_size": [3], "stride": [1], "padding": [0],
+            "dilation": [1], "groups": 1}}, "do not fit"),
         ({"kind": "Conv1d", "input_shape": [1, 8], "arguments": {
             "in_channels": 1, "out_channels": 1, "kernel_size": [3], "stride": [1], "padding": [10**9],
-            "dilation": [1], "groups": 1}}, f"at most {LARGEST} numbers, got 2000000006"),
+            "dilation": [1], "groups": 1}}, f"at most {LARGEST} numbers, got 2000000008"),
         ({"kind": "Conv1d", "input_shape": [1, 8], "arguments": {
             "in_channels": 1, "out_channels": 1, "kernel_size": [3], "stride": [0], "padding": [1],
             "dilation": [1], "groups": 0}}, "cannot be built"),

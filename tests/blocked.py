@@ -6,8 +6,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-EXTRA = ("flwr", "ray", "fastapi", "fastapi_offline", "prometheus_client", "uvicorn", "starlette", "optuna", "matplotlib",
-         "google.protobuf", "grpc", "sklearn", "mlxtend", "onnx", "onnxruntime", "pyarrow", "edfio")  # fmt: skip
+EXTRA = (
+    *("flwr", "google.protobuf", "grpc", "ray", "optuna", "matplotlib"),
+    *("fastapi", "fastapi_offline", "prometheus_client", "uvicorn", "starlette"),
+    *("sklearn", "mlxtend", "onnx", "onnxruntime", "pyarrow", "edfio"),
+)
 """What a device does without."""
 _HOOK = """
 import sys
@@ -26,7 +29,7 @@ def without(packages: Iterable[str], folder: Path) -> dict[str, str]:
     """Return the environment of a process that starts without some packages; ``folder`` is for the hook."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(_HOOK.format(packages=tuple(packages)))
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 

@@ -49,7 +49,13 @@ def test_a_module_that_is_loaded_is_found() -> None:
     assert "flwr.app" in within(found, EXTRA)
 
 
-HELP = "import sys\nfrom fedsplit.cli.main import main\nsys.argv = ['fedsplit', *{!r}]\ntry: main()\nexcept SystemExit: pass"
+HELP = """
+import sys
+from fedsplit.cli.main import main
+sys.argv = ["fedsplit", *{!r}]
+try: main()
+except SystemExit: pass
+"""
 
 
 @pytest.mark.parametrize("command", [["--help"], ["node", "--help"], ["serve", "--help"]])

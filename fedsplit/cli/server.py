@@ -111,6 +111,7 @@ def run(
     need("server")
     from fedsplit.cli.report import result_table
     from fedsplit.plan.experiment import Experiment
+    from fedsplit.plan.named_code import names_code
     from fedsplit.plan.settings import AuditSettings, GuardSettings, default_folder, load_settings
     from fedsplit.runs.folder import check_fresh, submitting
     from fedsplit.runs.following import follow, forget_state
@@ -128,7 +129,7 @@ def run(
         said = "[guard], [audit] and [devices.profile] are for simulations: left out"
         stderr.print(said, markup=False, highlight=False)
     folder = (out or default_folder(settings)).resolve()
-    modules = runs.own_modules(config.resolve().parent, [settings.model.builder, settings.data.builder])
+    modules = runs.own_modules(config.resolve().parent, list(names_code(settings, on_nodes=True).values()))
     if not resume:
         check_fresh(folder)
     forget_state(folder)

@@ -5,7 +5,7 @@ Other files in it, such as ``first_layer.onnx``, are not read.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,8 +21,8 @@ from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing
 from fedsplit.data import Scaling
 from fedsplit.model.layer import FirstLayer
-from fedsplit.release.policies import Dropping
-from fedsplit.wire.description import Description, Layer
+from fedsplit.release.policy import Policy
+from fedsplit.wire.description import Description, Dropping, Layer
 from fedsplit.wire.exchange import weights_digest
 
 DESCRIPTION, WEIGHTS = "device.json", "first_layer.safetensors"
@@ -44,7 +44,7 @@ class Bundle:
     ----------
     layer : FirstLayer
         With the trained weights.
-    dropping : Dropping
+    dropping : Policy
     dtype : str
         Of activations on the wire.
     scaling : Scaling
@@ -54,7 +54,7 @@ class Bundle:
     """
 
     layer: FirstLayer
-    dropping: Dropping
+    dropping: Policy
     dtype: str
     scaling: Scaling
     task: str
@@ -79,7 +79,7 @@ class Bundle:
             task=self.task,  # type: ignore[arg-type]
             outputs=self.outputs,
             layer=Layer.of(self.layer),
-            dropping=self.dropping,
+            dropping=Dropping.of(self.dropping),
             dtype=self.dtype,  # type: ignore[arg-type]
             scaling=self.scaling,
             sha256=sha256(weights).hexdigest(),
@@ -100,13 +100,19 @@ class Bundle:
             raise ConfigError(f"folder {folder} cannot be written: {error.strerror}") from None
 
     @classmethod
-    def load(cls, folder: Path) -> "Bundle":
+    def load(cls, folder: Path, allow: Collection[str] = ()) -> "Bundle":
         """Read a folder.
+
+        Parameters
+        ----------
+        folder : Path
+        allow : collection of str
+            The policies from outside, as ``module:Name``, whose code the device's owner lets run.
 
         Raises
         ------
         DataError
-            If it is missing or damaged, or its two files do not belong together.
+            If it is missing or damaged, its two files do not belong together, or it names code that is not allowed.
         """
         try:
             found = _File(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
@@ -117,17 +123,25 @@ class Bundle:
             raise DataError(f"{folder / DESCRIPTION} is damaged, or of another version of fedsplit") from None
         if sha256(content).hexdigest() != found.sha256:
             raise DataError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
+        dropping = _policy(found.dropping, allow, folder / DESCRIPTION)
         try:
-            layer = found.build()
+            layer = found.build(dropping)
             layer.load_weights(load(content))
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
             raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
-        bundle = cls(layer, found.dropping, found.dtype, found.scaling, found.task, found.outputs)
+        bundle = cls(layer, dropping, found.dtype, found.scaling, found.task, found.outputs)
         if not np.isfinite(bundle.weights).all():
             raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
         if bundle.model != found.model:
             raise DataError(f"{folder / WEIGHTS} is not of the model {found.model}")
         return bundle
+
+
+def _policy(found: Dropping, allow: Collection[str], path: Path) -> Policy:
+    try:
+        return found.built(allow)
+    except ConfigError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def model_name(weights: FloatArray) -> str:

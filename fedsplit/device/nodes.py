@@ -44,13 +44,14 @@ def real_node(terms_json: str, folder: str, data: str | None = None) -> Node:
     """
     home, terms = Home(Path(folder)), Terms.from_json(terms_json)
     check_allowed(terms.named(), home.allowed)
-    layer = terms.model.build()
+    policy = terms.model.dropping.built(home.allowed)
+    layer = terms.model.build(policy)
     source = open_records(terms) if data is None else open_own(data, home.devices, _absent(terms))
     if home.limits.enforce:
-        check_limits(terms, source, layer, home.limits, home.devices)
+        check_limits(terms, source, layer, policy, home.limits, home.devices)
     return node_kind(terms)(
         layer,
-        terms.model.dropping,
+        policy,
         home.devices,
         lru_cache(maxsize=_KNOWN_DEVICES)(lambda device: home.known(device, source.device(device))),
         home.device_secret,

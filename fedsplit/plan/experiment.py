@@ -17,8 +17,8 @@ from fedsplit.model.split import SplitModel
 from fedsplit.model.zoo import build_model
 from fedsplit.plan.settings import Settings
 from fedsplit.plan.strategies import PER_DEVICE
-from fedsplit.release.policies import Dropping
-from fedsplit.wire.description import Description, Layer
+from fedsplit.release.policy import Policy
+from fedsplit.wire.description import Description, Dropping, Layer
 from fedsplit.wire.terms import Terms
 
 
@@ -56,9 +56,9 @@ class Experiment:
             novel=data.novel,
             shape=tuple(data.shape) if data.shape else None,
         )
-        if source.task == "novelty" and (mode := self.settings.protocol.mode) != "release-once":
+        if source.task == "novelty" and (mode := self.settings.protocol.facts).teaches:
             raise ConfigError(
-                f"a novelty task is for protocol.mode 'release-once', not {mode!r}: only releases of one "
+                f"a novelty task is for protocol.mode 'release-once', not {mode.name!r}: only releases of one "
                 "first layer tell what is normal"
             )
         return source
@@ -78,21 +78,13 @@ class Experiment:
         self._check_fit(built)
         if self.settings.protocol.labels == "at-home":
             cut_head(built.trunk)  # raises
-        self.policy.check_layer(built.first_layer.width, built.first_layer.positive_only)
+        self.policy.fits(built.first_layer)
         return built
 
     @cached_property
-    def policy(self) -> Dropping:
-        """The dropping policy."""
-        chosen = self.settings.dropping
-        return Dropping(
-            chosen.policy,
-            keep=chosen.keep or 1.0,
-            k=chosen.k or 0,
-            bits=chosen.bits or 0,
-            clip=chosen.clip or 0.0,
-            noise=chosen.noise or 0.0,
-        )
+    def policy(self) -> Policy:
+        """The dropping policy; raises ConfigError."""
+        return self.settings.dropping.built()
 
     @cached_property
     def terms(self) -> Terms:
@@ -104,7 +96,7 @@ class Experiment:
                 task=source.task,  # type: ignore[arg-type]
                 outputs=source.outputs,
                 layer=Layer.of(layer),
-                dropping=self.policy,
+                dropping=Dropping.of(self.policy),
                 dtype=protocol.dtype,
                 scaling=source.scaling,
             ),
@@ -130,12 +122,12 @@ class Experiment:
         strategy = settings.first_layer.strategy
         return {
             "rounds": settings.run.rounds,
-            "once": protocol.once,
+            "once": protocol.facts.once,
             "chunk": protocol.chunk,
             "fraction": settings.devices.fraction,
             "sampling": settings.devices.sampling,
             "evaluate_every": settings.run.evaluate_every,
-            "frozen": strategy == "frozen" or protocol.mode == "release-once",
+            "teaches": settings.teaches,
             "alone": strategy if strategy in PER_DEVICE else None,
             "donors": settings.donors,
         }

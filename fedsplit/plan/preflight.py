@@ -14,6 +14,7 @@ from fedsplit.guard.gaussian import epsilon, gaussian_precision, largest_precisi
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.schedule import Schedule
+from fedsplit.release.policy import Policy
 from fedsplit.wire.terms import Terms
 
 
@@ -23,6 +24,7 @@ class _Plan:
 
     terms: Terms
     layer: FirstLayer
+    policy: Policy
     limits: Limits
     train: dict[int, Records]
     test: list[Records]
@@ -30,8 +32,8 @@ class _Plan:
     @cached_property
     def passes(self) -> int:
         """The most times that something new of a training record would leave."""
-        asked, keyed = self.terms.asked, self.terms.keyed or self.terms.model.dropping.deterministic
-        if asked.once or (asked.frozen and keyed):
+        asked, keyed = self.terms.asked, self.terms.keyed or self.policy.deterministic
+        if asked.once or (keyed and not asked.teaches):
             return 1  # the same weights and masks give the same bytes
         counts = {d: len(records) for d, records in self.train.items()}
         if asked.fraction == 1.0:  # devices of one size are asked alike
@@ -58,11 +60,16 @@ class _Plan:
         asked = self.terms.asked
         if not self.test:
             return 0
-        return 1 if asked.evaluate_every == 0 or asked.frozen else math.ceil(asked.rounds / asked.evaluate_every)
+        return 1 if asked.evaluate_every == 0 or not asked.teaches else math.ceil(asked.rounds / asked.evaluate_every)
 
 
 def check_limits(
-    terms: Terms, source: Source, layer: FirstLayer, limits: Limits, devices: Sequence[int] | None = None
+    terms: Terms,
+    source: Source,
+    layer: FirstLayer,
+    policy: Policy,
+    limits: Limits,
+    devices: Sequence[int] | None = None,
 ) -> None:
     """Refuse a run that the limits would stop half-way.
 
@@ -86,7 +93,7 @@ def check_limits(
             train[device] = data.train
         if len(data.test) and (source.chosen is None or device in source.chosen):
             test.append(data.test)
-    plan = _Plan(terms, layer, limits, train, test)
+    plan = _Plan(terms, layer, policy, limits, train, test)
     rules = (_labels, _releases, _overlap, _evaluations, _gradients, _equations, _epsilon)
     problems = [text for rule in rules if (text := rule(plan))]
     if problems:
@@ -112,7 +119,7 @@ def _overlap(plan: _Plan) -> str:
     for parts, times in ((plan.train.values(), plan.passes), (plan.test, plan.evaluations)):
         shared = max((_sharing(r.segments) for r in parts if r.segments is not None), default=1)
         # of records that share numbers one may leave, unless what leaves are single bits
-        if shared > 1 and (plan.terms.model.dropping.bits != 1 or shared * times > plan.limits.releases):
+        if shared > 1 and (plan.policy.code.exact or shared * times > plan.limits.releases):
             return f"up to {shared} records share a segment, and would not all be released (use data.overlap = false)"
     return ""
 
@@ -127,7 +134,7 @@ def _evaluations(plan: _Plan) -> str:
 
 
 def _gradients(plan: _Plan) -> str:
-    if plan.terms.asked.frozen:
+    if not plan.terms.asked.teaches:
         return ""
     alone, least, asked = plan.terms.asked.alone, plan.limits.gradient_records, plan.most_asked
     way = "(use protocol.mode 'release-once', or first-layer.strategy 'frozen')"
@@ -145,12 +152,9 @@ def _gradients(plan: _Plan) -> str:
 
 
 def _equations(plan: _Plan) -> str:
-    dropping, limit, width = plan.terms.model.dropping, plan.limits.equations, plan.layer.width
-    numbers, keep = math.prod(plan.layer.input_shape), dropping.keep
-    random = min(keep * width + 5 * math.sqrt(keep * (1 - keep) * width), width)  # which hardly a record exceeds
-    kept = {"none": width, "random": random, "bits": width}.get(dropping.policy, dropping.k)
-    most = kept * max(plan.passes, plan.evaluations)
-    if dropping.bits == 1 or most <= limit * numbers:
+    limit, numbers = plan.limits.equations, math.prod(plan.layer.input_shape)
+    most = plan.policy.most_equations(plan.layer.width) * max(plan.passes, plan.evaluations)
+    if most <= limit * numbers:
         return ""
     return (
         f"a record of {numbers} numbers could give {most:.0f} equations, equations is {limit:g} "
@@ -159,14 +163,14 @@ def _equations(plan: _Plan) -> str:
 
 
 def _epsilon(plan: _Plan) -> str:
-    limits, noise = plan.limits, plan.terms.model.dropping.noise
+    limits, noisy = plan.limits, plan.policy.noisy
     if limits.epsilon is None:
         return ""
-    if not noise:
+    if noisy is None:
         return (
             f"without noise epsilon is unbounded, it must be at most {limits.epsilon:g} (set dropping.clip and noise)"
         )
-    precision = max(plan.passes, plan.evaluations) * gaussian_precision(noise)
+    precision = max(plan.passes, plan.evaluations) * gaussian_precision(noisy.noise)
     if precision <= largest_precision(limits.epsilon, limits.delta):
         return ""
     reached = epsilon(precision, limits.delta)

@@ -22,7 +22,9 @@ from fedsplit.guard.guard import Guard
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.experiment import Experiment
+from fedsplit.plan.named_code import names_code
 from fedsplit.plan.settings import load_settings
+from fedsplit.release.policy import Policy
 from fedsplit.release.streams import simulation_secret
 from fedsplit.wire.terms import Terms
 
@@ -61,12 +63,13 @@ class Simulated(Section):
 
 
 @lru_cache(maxsize=4)
-def _opened(simulated_json: str) -> tuple[Simulated, FirstLayer, Source]:
+def _opened(simulated_json: str) -> tuple[Simulated, Policy, FirstLayer, Source]:
     simulated = Simulated.model_validate_json(simulated_json)
     source = open_records(simulated.terms)
     if simulated.terms.data.name is None:
         source = replace(source, load=_cached(source.load))
-    return simulated, simulated.terms.model.build(), source
+    policy = simulated.terms.model.dropping.built(simulated.terms.named().values())
+    return simulated, policy, simulated.terms.model.build(policy), source
 
 
 def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:
@@ -100,7 +103,7 @@ def simulated_node(simulated_json: str, partition: int, partitions: int, folder:
     ConfigError
         If there are more nodes than devices.
     """
-    simulated, layer, source = _opened(simulated_json)
+    simulated, policy, layer, source = _opened(simulated_json)
     if partitions > source.count:
         raise ConfigError(f"{partitions} nodes for {source.count} devices: lower the number of nodes")
     seed = simulated.terms.seed
@@ -121,7 +124,7 @@ def simulated_node(simulated_json: str, partition: int, partitions: int, folder:
     recorder = partial(record_exchange, Path(folder).parent / "audit" / "exchanges", partition)
     return node_kind(simulated.terms)(
         layer,
-        simulated.terms.model.dropping,
+        policy,
         np.array_split(np.arange(source.count), partitions)[partition].tolist(),
         source.device,
         lambda device: simulation_secret(seed, device),
@@ -146,6 +149,5 @@ def terms_by(path: str, home: str) -> str:
     FedsplitError
     """
     settings = load_settings(path)
-    if settings.model.builder is not None:  # which runs here, because the server has sent no terms
-        check_allowed({"model.builder": settings.model.builder}, Home(Path(home)).allowed)
+    check_allowed(names_code(settings, on_nodes=True), Home(Path(home)).allowed)  # the model's, too: it is built here
     return Experiment(settings).terms.to_json()

@@ -91,6 +91,6 @@ def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resu
     run = TrainingRun(settings, folder, report)
     run.check_startable()
     if settings.guard.mode == "enforce" and (own := run.experiment.limits).enforce:
-        check_limits(run.experiment.terms, run.source, run.model.first_layer, own)
+        check_limits(run.experiment.terms, run.source, run.model.first_layer, run.experiment.policy, own)
     open_run_folder(folder, settings, resume=resume)
     return run

@@ -28,7 +28,6 @@ from fedsplit.runs.folder import DEVICES, METRICS, NODES, RESULT
 from fedsplit.server.checkpoint import load_checkpoint, save_checkpoint
 from fedsplit.server.roster import Owners
 from fedsplit.server.rounds import SplitStrategy
-from fedsplit.server.virtual.strategy import VirtualStrategy
 from fedsplit.server.warmup import PublicOnly, WarmUp, public_release, warm_up
 
 DELTA = 1e-5  # of the epsilon that results tell
@@ -95,13 +94,8 @@ class TrainingRun:
         FedsplitError
         """
         records = {device: len(self.source.device(device).train) for device in range(self.source.count)}
-        if isinstance(self.strategy, VirtualStrategy):
-            donors = self.settings.donors
-            self.strategy.check_startable({d: n for d, n in records.items() if n and d not in donors})
-        elif self.settings.protocol.deadline is not None:
-            raise ConfigError("protocol.deadline needs a [devices.profile] in a simulation: without it no time passes")
-        elif self.settings.devices.over_sampling > 1:
-            raise ConfigError("devices.over-sampling needs a [devices.profile] in a simulation: nobody is slower")
+        donors = self.settings.donors
+        self.strategy.pace.check_startable({d: n for d, n in records.items() if n and d not in donors})
 
     def train(self, grid: Grid) -> dict[str, Any]:
         """Train (from the last checkpoint, if there is one) and return what ``result.json`` holds."""
@@ -122,10 +116,8 @@ class TrainingRun:
             timeout=self.settings.protocol.timeout,
             evaluate_fn=self._after_round,
         )
-        self.result = self._result()
-        if isinstance(self.strategy, VirtualStrategy):
-            self.result["simulated"] = self.strategy.clock.summary()
-            self.strategy.clock.save_table(self.folder / DEVICES)
+        self.result = {**self._result(), **self.strategy.pace.result()}
+        self.strategy.pace.save_table(self.folder / DEVICES)
         with replacing(self.folder / RESULT) as new:
             new.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
         return self.result
@@ -146,16 +138,15 @@ class TrainingRun:
         options = WarmUp(chosen.epochs, chosen.lr, settings.protocol.batch_size, chosen.penalty)
         warm_up(self.model, self.public, self.source.task, policy, options, seed)
         public = public_release(self.model, self.public, policy, settings.protocol.dtype, seed)
-        if strategy.first_layer:
-            strategy.first_layer.weights = self.model.first_layer.initial_weights()
-        if settings.protocol.mode == "release-once":
+        strategy.first_layer.weights = self.model.first_layer.initial_weights()
+        if not strategy.options.mode.teaches:
             most = strategy.options.replay_bytes
             if most is not None and public.nbytes > most:
                 raise ConfigError(
                     f"trunk.replay-mb must be at least {public.nbytes / 1e6:.3g}, which public records take"
                 )
             strategy.progress.replay = {0: public}
-        strategy.compare = PublicOnly(strategy.trunk, public, settings.run.rounds).compare
+        strategy.learner.compare = PublicOnly(strategy.trunk, public, settings.run.rounds).compare
 
     def _after_round(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Flower's server-side evaluation hook, called after each round: note its metrics and write a checkpoint."""

@@ -26,7 +26,7 @@ from fedsplit.common.files import locked, replacing
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import MAXIMISED, Settings, TuneSettings, check_settings, flattened
 from fedsplit.runs.assembly import split_strategy
-from fedsplit.runs.engine import start_ray
+from fedsplit.runs.engine import running_ray
 from fedsplit.runs.folder import check_fresh
 from fedsplit.tuning.space import Space, usual_space
 from fedsplit.tuning.trial import AUDITED, Outcome, Plan, audited, run_trial, with_seed
@@ -130,7 +130,7 @@ class Study:
         RunError
             If no trial ran to its end within the constraints.
         """
-        with _alone(self.folder), _ray(parallel):
+        with _alone(self.folder), running_ray(cpus=parallel):
             self._run_trials(parallel, report)
             self._check_feasible()
             self._audit_front()
@@ -141,8 +141,7 @@ class Study:
     def _checked_space(self) -> Space:
         settings, tune = self.settings, self.tune
         if tune.space is None:
-            layer = Experiment(settings).model.first_layer
-            tables = usual_space(settings, layer.width, positive_only=layer.positive_only)
+            tables = usual_space(settings, Experiment(settings).model.first_layer)
         else:
             tables = tune.space
         space = Space.of(settings, tables)
@@ -357,12 +356,3 @@ def _alone(folder: Path) -> Iterator[None]:
         if not locked(file):
             raise ConfigError(f"another process works in {folder}")
         yield
-
-
-@contextmanager
-def _ray(cpus: int) -> Iterator[None]:
-    start_ray(cpus=cpus)
-    try:
-        yield
-    finally:
-        ray.shutdown()

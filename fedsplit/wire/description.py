@@ -5,18 +5,20 @@ reads it trusts nothing of it: a layer is first built without memory, so that it
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.data import Scaling
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
-from fedsplit.release.policies import Dropping
+from fedsplit.release.chosen import built_in, from_outside, numbers_of, with_noise
+from fedsplit.release.policies import BUILT_IN
+from fedsplit.release.policy import Policy
 
 LARGEST = 2**26
 """The most numbers that a record, a first layer's parameters or its outputs of a record may have."""
@@ -24,7 +26,8 @@ _LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1d": nn.Conv1d,
 _OF_LINEAR = ("in_features", "out_features")
 _OF_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 _OF_ACTIVATIONS = {"leaky_relu": ("negative_slope",), "gelu": ("approximate",)}
-_BUDGETS = {"none": (), "random": ("keep",), "bits": ("bits",)}  # of other policies: k
+Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[int, Field(ge=0, lt=2**31)]
 Slope = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
@@ -114,6 +117,44 @@ class Layer(Strict):
         return _LAYERS[self.kind](**arguments, bias=self.bias)
 
 
+class Dropping(Strict):
+    """A policy and its numbers; ``fields`` are those of one that does not come with fedsplit."""
+
+    policy: Annotated[str, Field(min_length=1, max_length=200)]
+    keep: Level = 1.0
+    k: Number = 0
+    bits: Number = 0
+    clip: Level = 0.0
+    noise: Level = 0.0
+    fields: dict[str, bool | int | float | str] | None = None
+
+    @classmethod
+    def of(cls, policy: Policy) -> Self:
+        """Return what stands for a policy."""
+        name, numbers = numbers_of(policy)
+        if name in BUILT_IN:
+            return cls(policy=name, **numbers)
+        noise = {key: numbers.pop(key) for key in ("clip", "noise") if key in numbers}
+        return cls(policy=name, fields=numbers, **noise)
+
+    @property
+    def outside(self) -> str | None:
+        """The ``module:Name`` of a policy that does not come with fedsplit."""
+        return None if self.fields is None else self.policy
+
+    def built(self, allow: Collection[str] = ()) -> Policy:
+        """Return the policy; raises ConfigError. Code from outside is imported only if it is allowed."""
+        if self.fields is None:
+            return built_in(**self.model_dump(exclude={"policy", "fields"}), name=self.policy)
+        if self.policy not in allow:
+            raise ConfigError(f"policy {self.policy!r} is code from outside, and not allowed")
+        return with_noise(from_outside(self.policy, self.fields), self.clip, self.noise)
+
+    @model_serializer(mode="wrap")
+    def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in whole(self).items() if value is not None}
+
+
 class Description(Strict):
     """What a device needs of a model, besides the first layer's weights.
 
@@ -138,21 +179,10 @@ class Description(Strict):
     dtype: Literal["float16", "float32"]
     scaling: Scaling
 
-    @model_validator(mode="after")
-    def _budget(self) -> Self:
-        given: Mapping[str, Any] = vars(self.dropping)
-        usual = vars(Dropping("none"))
-        own = ("policy", "clip", "noise", *_BUDGETS.get(self.dropping.policy, ("k",)))
-        if others := [name for name in usual if name not in own and given[name] != usual[name]]:
-            raise ValueError(f"dropping: policy {self.dropping.policy!r} takes no {others[0]}")
-        if not (math.isfinite(self.dropping.clip) and math.isfinite(self.dropping.noise)):
-            raise ValueError("dropping: clip and noise must be finite")
-        return self
-
-    def build(self) -> FirstLayer:
+    def build(self, policy: Policy) -> FirstLayer:
         """Return the first layer, which policy and scaling fit, with weights of 0; raises ConfigError."""
         layer, scaling = self.layer.build(), self.scaling
-        self.dropping.check_layer(layer.width, layer.positive_only)
+        policy.fits(layer)
         lengths = {len(scaling.subtract), len(scaling.divide)} - {1, layer.input_shape[0]}
         if 0.0 in scaling.divide or lengths or not np.isfinite([*scaling.subtract, *scaling.divide]).all():
             raise ConfigError(f"scaling does not fit records of shape {layer.input_shape}")

@@ -43,8 +43,8 @@ class AskedTerms(_Part):
     """How often records will be asked for: what a check of limits goes by before the first message.
 
     ``once``, ``chunk``, ``fraction`` and ``sampling`` as in :class:`fedsplit.plan.schedule.Schedule`.
-    ``frozen``: whether the first layer stays as it is. ``alone``: the name of its strategy, if that takes each device's
-    gradient by itself. ``donors``: devices that gave their records to everybody.
+    ``teaches``: whether gradients step the first layer. ``alone``: the name of its strategy, if that takes each
+    device's gradient by itself. ``donors``: devices that gave their records to everybody.
     """
 
     rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)]
@@ -53,7 +53,7 @@ class AskedTerms(_Part):
     fraction: Annotated[float, Field(gt=0, le=1)]
     sampling: Literal["uniform", "size", "fair"]
     evaluate_every: Annotated[int, Field(ge=0, lt=2**31)]
-    frozen: bool
+    teaches: bool
     alone: Word | None
     donors: tuple[Device, ...]
 
@@ -117,12 +117,14 @@ class Terms(_Part):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise _refusal(error) from None
-        except ConfigError as error:  # of the policy, which is no pydantic model
-            raise ConfigError(f"the run's terms: dropping: {str(error)[:_TOLD]}") from None
 
     def named(self) -> dict[str, str]:
         """Return what the terms name of the node's machine, code and folders, by setting."""
-        given = {"data.builder": self.data.builder, "data.folder": self.data.folder}
+        given = {
+            "data.builder": self.data.builder,
+            "data.folder": self.data.folder,
+            "dropping.policy": self.model.dropping.outside,
+        }
         return {setting: name for setting, name in given.items() if name is not None}
 
 

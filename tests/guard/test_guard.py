@@ -1174,7 +1174,7 @@ def test_a_run_goes_on_without_the_node_whose_ledger_is_lost(tmp_path: Path, cap
 
     result = simulate(settings, out=tmp_path / "run", report=lose)
     assert result["rounds"] == 4 and result["samples"] == 2 * 60 + 2 * 40 and result["test_accuracy"] is not None
-    said = " ".join(record.getMessage() for record in caplog.records if record.name == "fedsplit.server.rounds")
+    said = " ".join(record.getMessage() for record in caplog.records if record.name == "fedsplit.server.round")
     assert "nothing leaves" in said and "ledger" not in said  # which only the node's own log tells
 
 
@@ -1225,25 +1225,20 @@ def test_observing_lets_everything_leave_and_says_the_same(server: Start) -> Non
 # --- before a run --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def mnist() -> Iterator[Callable[[str], tuple[Settings, Any, FirstLayer]]]:
-    def opened(name: str) -> tuple[Settings, Any, FirstLayer]:
-        settings = load_settings(CONFIGS / f"{name}.toml", ["guard.mode=enforce"])
-        source = Experiment(settings).source
-        return settings, source, Experiment(settings).model.first_layer
-
-    yield opened
+def planned(settings: Settings) -> tuple[Any, ...]:
+    """Return the run as the preflight takes it, with the limits that the settings name."""
+    experiment = Experiment(settings)
+    return experiment.terms, experiment.source, experiment.model.first_layer, experiment.policy, experiment.limits
 
 
-def test_the_private_configuration_passes_the_preflight(mnist: Any) -> None:
-    settings, source, layer = mnist("mnist-private")
-    check_limits(Experiment(settings).terms, source, layer, Experiment(settings).limits)
+def test_the_private_configuration_passes_the_preflight() -> None:
+    check_limits(*planned(load_settings(CONFIGS / "mnist-private.toml", ["guard.mode=enforce"])))
 
 
-def test_the_published_configuration_is_refused_with_the_ways_out(mnist: Any) -> None:
-    settings, source, layer = mnist("mnist-paper")
+def test_the_published_configuration_is_refused_with_the_ways_out() -> None:
+    run = planned(load_settings(CONFIGS / "mnist-paper.toml", ["guard.mode=enforce"]))
     with pytest.raises(ConfigError) as caught:
-        check_limits(Experiment(settings).terms, source, layer, Experiment(settings).limits)
+        check_limits(*run)
     text = str(caught.value)
     assert "\n" not in text
     for said in ("up to 12 times, releases is 1", "'release-once' or 'single-pass'", "gradients is false", "'frozen'"):
@@ -1269,10 +1264,8 @@ FROZEN = {"first_layer": {"strategy": "frozen"}}
 def test_the_preflight_counts_what_would_leave(changes: dict[str, Any], refused: str, tmp_path: Path) -> None:
     """Of 20 records, seven at a time, three rounds are one pass."""
     settings = run_settings(tmp_path / "s", "equations = 1.0", **changes)
-    source = Experiment(settings).source
     try:
-        experiment = Experiment(settings)
-        check_limits(experiment.terms, source, experiment.model.first_layer, experiment.limits)
+        check_limits(*planned(settings))
     except ConfigError as error:
         assert refused and refused in str(error)
         assert ("times" in refused) == ("each record would" in str(error)) or "test" in refused
@@ -1302,13 +1295,11 @@ def test_the_preflight_says_what_a_robust_strategy_needs(
 ) -> None:
     changes = {"protocol": {**PIPELINED, "chunk": chunk}, "run": {"rounds": 1}, "first_layer": {"strategy": strategy}}
     settings = run_settings(tmp_path / "s", f"equations = 1.0\n{lines}", **changes)
-    experiment = Experiment(settings)
-    source, layer = experiment.source, experiment.model.first_layer
     if said is None:
-        check_limits(experiment.terms, source, layer, experiment.limits)
+        check_limits(*planned(settings))
         return
     with pytest.raises(ConfigError) as caught:
-        check_limits(experiment.terms, source, layer, experiment.limits)
+        check_limits(*planned(settings))
     assert said in str(caught.value) and ("alone" in str(caught.value)) == bool(said)
 
 

@@ -1,4 +1,4 @@
-"""What a server tells a node: a layer comes back as it was, and whatever is not as it must be is refused in one line."""
+"""What a server tells a node: a layer comes back as it was, and whatever cannot be is refused in one line."""
 
 import json
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from torch import nn
 from fedsplit.common.errors import ConfigError
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
 from fedsplit.plan.experiment import Experiment
+from fedsplit.release.policies import All
 from fedsplit.wire.description import LARGEST, Layer
 from fedsplit.wire.terms import MOST_ROUNDS, Terms
 
@@ -87,9 +88,10 @@ REFUSED = {
     "model.task": ["ranking"],
     "model.outputs": [0, 2**31, "three"],
     "model.dtype": ["float64"],
-    "model.dropping": [{"policy": "all"}, {"policy": "none", "bits": 1}, {"policy": "top-k", "k": 2, "keep": 0.5}],
-    "model.dropping.policy": ["top-k", "bits", "own:policy"],
-    "model.dropping.noise": [1.0, float("nan"), float("inf")],
+    "model.dropping.policy": ["", "x" * 201, 3],
+    "model.dropping.noise": [-1.0, float("nan"), float("inf")],
+    "model.dropping.k": [-1, 2**31, 1.5],
+    "model.dropping.fields": [{"k": [1]}, 3],
     "model.layer.kind": ["Embedding", "torch.nn.Linear", ["Linear"]],
     "model.layer.activation": ["softmax"],
     "model.layer.numbers": [{"inplace": True}, {"negative_slope": 1e9}, {"approximate": "some"}],
@@ -149,7 +151,7 @@ def test_a_layer_that_cannot_be_is_refused_before_it_takes_memory(
     terms = json.loads(honest)
     terms["model"]["layer"] |= layer
     with pytest.raises(ConfigError) as refused:
-        Terms.from_json(json.dumps(terms)).model.build()
+        Terms.from_json(json.dumps(terms)).model.build(All())
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -158,7 +160,34 @@ def test_a_scaling_that_does_not_fit_is_refused(changes: dict[str, Any], honest:
     terms = json.loads(honest)
     terms["model"]["scaling"] |= changes
     with pytest.raises(ConfigError, match="scaling does not fit records of shape"):
-        Terms.from_json(json.dumps(terms)).model.build()
+        Terms.from_json(json.dumps(terms)).model.build(All())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policy": "all"}, "policy must be one of none, random"),
+        ({"policy": "top-k"}, "k must be at least 1, got 0"),
+        ({"policy": "top-k", "k": 11}, "k must be at most 10"),
+        ({"policy": "bits", "bits": 9}, "bits must be in 1..8"),
+        ({"policy": "random", "keep": 0.0}, "keep must be in"),
+        ({"noise": 1.0}, "noise and clip must both be above 0"),
+        ({"policy": "own:Policy", "fields": {}}, "policy 'own:Policy' is code from outside, and not allowed"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(changes: dict[str, Any], said: str, honest: str) -> None:
+    terms = json.loads(honest)
+    terms["model"]["dropping"] |= changes
+    model = Terms.from_json(json.dumps(terms)).model
+    with pytest.raises(ConfigError, match=said):
+        model.build(model.dropping.built(["own:linear"]))
+
+
+def test_numbers_of_other_policies_change_nothing(honest: str) -> None:
+    """One bit is not judged as equations: a policy that sends whole values must not pass for it."""
+    terms = json.loads(honest)
+    terms["model"]["dropping"] |= {"bits": 1, "k": 3}
+    assert Terms.from_json(json.dumps(terms)).model.dropping.built() == All()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"seed": 1}\n{', "\x00", '"' + "x" * 2**20])

@@ -91,9 +91,9 @@ class Experiment:
         """What a node needs to know of the run; raises ConfigError."""
         settings, source, layer = self.settings, self.source, self.model.first_layer
         protocol = settings.protocol
-        return Terms.of(
-            model=Description(
-                task=source.task,  # type: ignore[arg-type]
+        return Terms.made(
+            model=Description.made(
+                task=source.task,
                 outputs=source.outputs,
                 layer=Layer.of(layer),
                 dropping=Dropping.of(self.policy),

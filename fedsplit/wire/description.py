@@ -6,11 +6,12 @@ reads it trusts nothing of it: a layer is first built without memory, so that it
 
 import math
 from collections.abc import Collection
+from reprlib import repr as shortened
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from torch import nn
 
 from fedsplit.common.errors import ConfigError
@@ -23,11 +24,14 @@ from fedsplit.release.policy import Policy
 LARGEST = 2**26
 """The most numbers that a record, a first layer's parameters or its outputs of a record may have."""
 _LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
+_TOLD = 300  # characters of an error's text
 _OF_LINEAR = ("in_features", "out_features")
 _OF_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 _OF_ACTIVATIONS = {"leaky_relu": ("negative_slope",), "gelu": ("approximate",)}
 Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
+Sizes = Annotated[tuple[int, ...], Field(max_length=8)]
+Word = Annotated[str, Field(min_length=1, max_length=200)]
 Slope = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
@@ -35,6 +39,21 @@ class Strict(BaseModel):
     """A frozen table that refuses unknown keys; infinite numbers are words in its JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+    @classmethod
+    def made(cls, **fields: Any) -> Self:
+        """Return a table of these fields; raises ConfigError in one line."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise refusal(error) from None
+
+
+def refusal(error: ValidationError) -> ConfigError:
+    """Say the first field that is not as it must be in one short line, whatever the text holds."""
+    first = error.errors(include_url=False)[0]
+    said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {shortened(first['input'])}"
+    return ConfigError(f"the run's terms: {' '.join(said.split())[:_TOLD]}")
 
 
 class Layer(Strict):
@@ -44,13 +63,13 @@ class Layer(Strict):
     """
 
     kind: Literal["Linear", "Conv1d", "Conv2d"]
-    arguments: dict[str, int | tuple[int, ...]]
+    arguments: dict[str, int | Sizes]
     bias: bool
     activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"]
     numbers: dict[Literal["negative_slope", "approximate"], Slope | Literal["none", "tanh"]] = Field(
         default_factory=dict
     )
-    input_shape: tuple[int, ...]
+    input_shape: Sizes
 
     @classmethod
     def of(cls, layer: FirstLayer) -> Self:
@@ -63,12 +82,12 @@ class Layer(Strict):
         (activation,) = found
         usual = ACTIVATIONS[activation]()
         given = {name: getattr(layer.activation, name) for name in _OF_ACTIVATIONS.get(activation, ())}
-        return cls(
-            kind=type(module).__name__,  # type: ignore[arg-type]
+        return cls.made(
+            kind=type(module).__name__,
             arguments={name: getattr(module, name) for name in names},
             bias=module.bias is not None,
-            activation=activation,  # type: ignore[arg-type]
-            numbers={name: value for name, value in given.items() if value != getattr(usual, name)},  # type: ignore[misc]
+            activation=activation,
+            numbers={name: value for name, value in given.items() if value != getattr(usual, name)},
             input_shape=layer.input_shape,
         )
 
@@ -86,9 +105,10 @@ class Layer(Strict):
                 module = self._module()
             activation = ACTIVATIONS[self.activation](**self.numbers)
             activation(torch.zeros(1))
+            outputs = self._most_outputs(module)
         except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError):
             raise ConfigError(f"layer: a {self.kind} with these arguments cannot be built") from None
-        largest = max(self._most_outputs(module), *(p.numel() for p in module.parameters()))
+        largest = max(outputs, *(p.numel() for p in module.parameters()))
         if largest > LARGEST:
             raise ConfigError(f"layer: must be of at most {LARGEST} numbers, got {largest}")
         module = module.to_empty(device="cpu")
@@ -109,7 +129,7 @@ class Layer(Strict):
         """Return how many outputs a record has at most: those of a convolution with a stride of 1."""
         if self.kind == "Linear":
             return int(module.out_features * math.prod(self.input_shape[:-1]))
-        wide = (n + 2 * p for n, p in zip(self.input_shape[1:], module.padding, strict=False))
+        wide = (n + 2 * p for n, p in zip(self.input_shape[1:], module.padding, strict=True))
         return int(module.out_channels * math.prod(wide))
 
     def _module(self) -> nn.Module:
@@ -120,22 +140,22 @@ class Layer(Strict):
 class Dropping(Strict):
     """A policy and its numbers; ``fields`` are those of one that does not come with fedsplit."""
 
-    policy: Annotated[str, Field(min_length=1, max_length=200)]
+    policy: Word
     keep: Level = 1.0
     k: Number = 0
     bits: Number = 0
     clip: Level = 0.0
     noise: Level = 0.0
-    fields: dict[str, bool | int | float | str] | None = None
+    fields: dict[Word, bool | int | float | Word] | None = None
 
     @classmethod
     def of(cls, policy: Policy) -> Self:
         """Return what stands for a policy."""
         name, numbers = numbers_of(policy)
         if name in BUILT_IN:
-            return cls(policy=name, **numbers)
+            return cls.made(policy=name, **numbers)
         noise = {key: numbers.pop(key) for key in ("clip", "noise") if key in numbers}
-        return cls(policy=name, fields=numbers, **noise)
+        return cls.made(policy=name, fields=numbers, **noise)
 
     @property
     def outside(self) -> str | None:

@@ -4,21 +4,18 @@ Neither trunk nor server are in it, nor weights, which come with each download. 
 field is checked, numbers have bounds, and code and folders are only named, for the node's owner to allow.
 """
 
-from reprlib import repr as shortened
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.wire.container import MAX_DEVICES
-from fedsplit.wire.description import Description, Strict
+from fedsplit.wire.description import Description, Strict, Word, refusal
 
 MOST_ROUNDS = 10**6
 _LONGEST = 2**20  # characters
-_TOLD = 300  # characters of an error's text
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Device = Annotated[int, Field(ge=0, lt=MAX_DEVICES)]
-Word = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class _Part(Strict):
@@ -90,14 +87,6 @@ class Terms(_Part):
     keyed: bool
     head: HeadTerms | None
 
-    @classmethod
-    def of(cls, **fields: Any) -> Self:
-        """Return terms of these fields; raises ConfigError as :meth:`from_json`."""
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise _refusal(error) from None
-
     def to_json(self) -> str:
         """Return the terms as one line, for :meth:`from_json`."""
         return self.model_dump_json()
@@ -116,7 +105,7 @@ class Terms(_Part):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise _refusal(error) from None
+            raise refusal(error) from None
 
     def named(self) -> dict[str, str]:
         """Return what the terms name of the node's machine, code and folders, by setting."""
@@ -126,10 +115,3 @@ class Terms(_Part):
             "dropping.policy": self.model.dropping.outside,
         }
         return {setting: name for setting, name in given.items() if name is not None}
-
-
-def _refusal(error: ValidationError) -> ConfigError:
-    """Say the first problem in one line, whatever the text holds."""
-    first = error.errors(include_url=False)[0]
-    said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {shortened(first['input'])}"
-    return ConfigError(f"the run's terms: {' '.join(said.split())[:_TOLD]}")

@@ -95,7 +95,8 @@ REFUSED = {
     "model.layer.kind": ["Embedding", "torch.nn.Linear", ["Linear"]],
     "model.layer.activation": ["softmax"],
     "model.layer.numbers": [{"inplace": True}, {"negative_slope": 1e9}, {"approximate": "some"}],
-    "model.layer.arguments": [{"in_features": "many"}, {"in_features": 1.5}],
+    "model.layer.arguments": [{"in_features": "many"}, {"in_features": 1.5}, {"in_features": [1] * 9}],
+    "model.layer.input_shape": [[1] * 9, 12, ["a"]],
     "model.scaling.low": [None, "low"],
 }
 
@@ -136,10 +137,13 @@ ARGUMENTS = {"in_features": 12, "out_features": 10}
         ({"input_shape": [2**20] * 4}, "input_shape must be of"),
         ({"kind": "Conv1d", "input_shape": [], "arguments": {
             "in_channels": 1, "out_channels": 1, "kernel_size": [3], "stride": [1], "padding": [0],
-            "dilation": [1], "groups": 1}}, "do not fit"),
+            "dilation": [1], "groups": 1}}, "cannot be built"),
         ({"kind": "Conv1d", "input_shape": [1, 8], "arguments": {
             "in_channels": 1, "out_channels": 1, "kernel_size": [3], "stride": [1], "padding": [10**9],
             "dilation": [1], "groups": 1}}, f"at most {LARGEST} numbers, got 2000000008"),
+        ({"kind": "Conv2d", "input_shape": [1, 8, 8], "arguments": {
+            "in_channels": 1, "out_channels": 1, "kernel_size": [3, 3], "stride": [1, 1], "padding": [20000],
+            "dilation": [1, 1], "groups": 1}}, "cannot be built"),
         ({"kind": "Conv1d", "input_shape": [1, 8], "arguments": {
             "in_channels": 1, "out_channels": 1, "kernel_size": [3], "stride": [0], "padding": [1],
             "dilation": [1], "groups": 0}}, "cannot be built"),

@@ -32,6 +32,7 @@ class _File(Description):
     """What ``device.json`` holds: the description, and the weights that belong to it."""
 
     format: Literal[1]
+    layer: Layer
     model: str
     sha256: str
 

@@ -45,7 +45,7 @@ def real_node(terms_json: str, folder: str, data: str | None = None) -> Node:
     home, terms = Home(Path(folder)), Terms.from_json(terms_json)
     check_allowed(terms.named(), home.allowed)
     policy = terms.model.dropping.built(home.allowed)
-    layer = terms.model.build(policy)
+    layer = terms.model.build(policy, home.allowed)
     source = open_records(terms) if data is None else open_own(data, home.devices, _absent(terms))
     if home.limits.enforce:
         check_limits(terms, source, layer, policy, home.limits, home.devices)

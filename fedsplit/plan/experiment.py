@@ -18,7 +18,7 @@ from fedsplit.model.zoo import build_model
 from fedsplit.plan.settings import Settings
 from fedsplit.plan.strategies import PER_DEVICE
 from fedsplit.release.policy import Policy
-from fedsplit.wire.description import Description, Dropping, Layer
+from fedsplit.wire.description import BuiltLayer, Description, Dropping, Layer
 from fedsplit.wire.terms import Terms
 
 
@@ -89,13 +89,13 @@ class Experiment:
     @cached_property
     def terms(self) -> Terms:
         """What a node needs to know of the run; raises ConfigError."""
-        settings, source, layer = self.settings, self.source, self.model.first_layer
+        settings, source = self.settings, self.source
         protocol = settings.protocol
         return Terms.made(
             model=Description.made(
                 task=source.task,
                 outputs=source.outputs,
-                layer=Layer.of(layer),
+                layer=self._layer_terms(),
                 dropping=Dropping.of(self.policy),
                 dtype=protocol.dtype,
                 scaling=source.scaling,
@@ -106,6 +106,13 @@ class Experiment:
             keyed=settings.dropping.mask == "keyed",
             head=self._head_terms() if protocol.labels == "at-home" else None,
         )
+
+    def _layer_terms(self) -> Layer | BuiltLayer:
+        layer, builder = self.model.first_layer, self.settings.model.builder
+        shipped = all(type(known).__module__.startswith("fedsplit.") for known in (layer.kind, layer.nonlinearity))
+        if builder is None or (shipped and layer.kind.describes):
+            return Layer.of(layer)
+        return BuiltLayer(builder=builder, input_shape=layer.input_shape)
 
     def _data_terms(self) -> dict[str, Any]:
         data, devices = self.settings.data, self.settings.devices

@@ -68,8 +68,9 @@ def _opened(simulated_json: str) -> tuple[Simulated, Policy, FirstLayer, Source]
     source = open_records(simulated.terms)
     if simulated.terms.data.name is None:
         source = replace(source, load=_cached(source.load))
-    policy = simulated.terms.model.dropping.built(simulated.terms.named().values())
-    return simulated, policy, simulated.terms.model.build(policy), source
+    named = simulated.terms.named().values()  # the settings' own
+    policy = simulated.terms.model.dropping.built(named)
+    return simulated, policy, simulated.terms.model.build(policy, named), source
 
 
 def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:

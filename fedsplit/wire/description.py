@@ -7,7 +7,7 @@ reads it trusts nothing of it: a layer is first built without memory, so that it
 import math
 from collections.abc import Collection
 from reprlib import repr as shortened
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -15,19 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from torch import nn
 
 from fedsplit.common.errors import ConfigError
+from fedsplit.common.plugins import resolve_function
 from fedsplit.data import Scaling
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.activations import ACTIVATIONS
+from fedsplit.model.kinds import kind_named
+from fedsplit.model.layer import FirstLayer
+from fedsplit.model.split import SplitModel
 from fedsplit.release.chosen import built_in, from_outside, numbers_of, with_noise
 from fedsplit.release.policies import BUILT_IN
 from fedsplit.release.policy import Policy
 
 LARGEST = 2**26
 """The most numbers that a record, a first layer's parameters or its outputs of a record may have."""
-_LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
 _TOLD = 300  # characters of an error's text
-_OF_LINEAR = ("in_features", "out_features")
-_OF_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-_OF_ACTIVATIONS = {"leaky_relu": ("negative_slope",), "gelu": ("approximate",)}
 Level = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
 Sizes = Annotated[tuple[int, ...], Field(max_length=8)]
@@ -59,39 +59,34 @@ def refusal(error: ValidationError) -> ConfigError:
 class Layer(Strict):
     """What a first layer is, besides its weights.
 
-    ``arguments`` are those of the torch module ``kind``; ``numbers`` those of the activation that differ from usual.
+    ``arguments`` are those that the kind is built of; ``numbers`` those of the activation where they are unusual.
     """
 
-    kind: Literal["Linear", "Conv1d", "Conv2d"]
-    arguments: dict[str, int | Sizes]
+    kind: Word
+    arguments: dict[Word, int | Sizes]
     bias: bool
-    activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"]
-    numbers: dict[Literal["negative_slope", "approximate"], Slope | Literal["none", "tanh"]] = Field(
-        default_factory=dict
-    )
+    activation: Word
+    numbers: dict[Word, Slope | Word] | None = None
     input_shape: Sizes
 
     @classmethod
     def of(cls, layer: FirstLayer) -> Self:
-        """Return what a layer is, besides its weights; raises ConfigError if its activation is a class of one's own."""
-        module: Any = layer.layer
-        names = _OF_LINEAR if isinstance(module, nn.Linear) else _OF_CONVOLUTION
-        found = [name for name, kind in ACTIVATIONS.items() if type(layer.activation) is kind]
-        if not found:
-            raise ConfigError(f"activation {type(layer.activation).__name__} cannot be described to devices")
-        (activation,) = found
-        usual = ACTIVATIONS[activation]()
-        given = {name: getattr(layer.activation, name) for name in _OF_ACTIVATIONS.get(activation, ())}
+        """Return what a layer is, besides its weights; raises ConfigError if its kind cannot be exported."""
         return cls.made(
-            kind=type(module).__name__,
-            arguments={name: getattr(module, name) for name in names},
-            bias=module.bias is not None,
-            activation=activation,
-            numbers={name: value for name, value in given.items() if value != getattr(usual, name)},
+            kind=layer.kind.name,
+            arguments=layer.kind.describe(),
+            bias="bias" in layer.shapes,
+            activation=layer.nonlinearity.name,
+            numbers=layer.nonlinearity.numbers or None,
             input_shape=layer.input_shape,
         )
 
-    def build(self) -> FirstLayer:
+    @property
+    def outside(self) -> str | None:
+        """There is no code in it."""
+        return None
+
+    def build(self, allow: Collection[str] = ()) -> FirstLayer:
         """Return the layer, with weights of 0: those to use come from elsewhere.
 
         Raises
@@ -99,13 +94,17 @@ class Layer(Strict):
         ConfigError
             If there is no such layer, or it is too large.
         """
-        self._check_arguments()
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"layer: activation {self.activation!r} is not known here")
+        if not all(0 < size <= LARGEST for size in self.input_shape) or math.prod(self.input_shape) > LARGEST:
+            raise ConfigError(f"layer: input_shape must be of 1..{LARGEST} numbers")
+        kind = kind_named(self.kind)
         try:
             with torch.device("meta"):  # parameters without memory
-                module = self._module()
-            activation = ACTIVATIONS[self.activation](**self.numbers)
+                module = kind.build(self._checked(), bias=self.bias)
+            activation = ACTIVATIONS[self.activation](**(self.numbers or {}))
             activation(torch.zeros(1))
-            outputs = self._most_outputs(module)
+            outputs = _most_outputs(module, self.input_shape)
         except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError):
             raise ConfigError(f"layer: a {self.kind} with these arguments cannot be built") from None
         largest = max(outputs, *(p.numel() for p in module.parameters()))
@@ -116,25 +115,50 @@ class Layer(Strict):
             nn.init.zeros_(parameter)
         return FirstLayer(module, activation, self.input_shape)
 
-    def _check_arguments(self) -> None:
-        taken = _OF_LINEAR if self.kind == "Linear" else _OF_CONVOLUTION
-        if set(self.arguments) != set(taken):
-            raise ConfigError(f"layer: a {self.kind} takes {', '.join(taken)}, and nothing else")
-        if unknown := set(self.numbers) - set(_OF_ACTIVATIONS.get(self.activation, ())):
-            raise ConfigError(f"layer: activation {self.activation} takes no {min(unknown)}")
-        if not all(0 < size <= LARGEST for size in self.input_shape) or math.prod(self.input_shape) > LARGEST:
-            raise ConfigError(f"layer: input_shape must be of 1..{LARGEST} numbers")
+    def _checked(self) -> dict[str, Any]:
+        if "device" in self.arguments or "dtype" in self.arguments:  # which torch's modules take, too
+            raise ValueError
+        return dict(self.arguments)
 
-    def _most_outputs(self, module: Any) -> int:
-        """Return how many outputs a record has at most: those of a convolution with a stride of 1."""
-        if self.kind == "Linear":
-            return int(module.out_features * math.prod(self.input_shape[:-1]))
-        wide = (n + 2 * p for n, p in zip(self.input_shape[1:], module.padding, strict=True))
-        return int(module.out_channels * math.prod(wide))
+    @model_serializer(mode="wrap")
+    def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _given(whole(self))
 
-    def _module(self) -> nn.Module:
-        arguments: dict[str, Any] = {**self.arguments}
-        return _LAYERS[self.kind](**arguments, bias=self.bias)
+
+class BuiltLayer(Strict):
+    """A first layer that no description says: ``builder`` is the ``module:function`` that returns the whole model."""
+
+    builder: Word
+    input_shape: Sizes
+
+    @property
+    def outside(self) -> str | None:
+        """The builder."""
+        return self.builder
+
+    def build(self, allow: Collection[str] = ()) -> FirstLayer:
+        """Return the layer of the model that the builder returns; raises ConfigError. Only allowed code runs."""
+        if self.builder not in allow:
+            raise ConfigError(f"model.builder {self.builder!r} is code from outside, and not allowed")
+        model = resolve_function(self.builder, "model.builder")()
+        if not isinstance(model, SplitModel) or model.first_layer.input_shape != self.input_shape:
+            raise ConfigError(f"model.builder {self.builder!r} must return a SplitModel of shape {self.input_shape}")
+        return model.first_layer
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is not given, so that files are as they were when there was no such key."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _most_outputs(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Return how many outputs a record has at most: those of a convolution with a stride of 1."""
+    if isinstance(module, nn.Linear):
+        return module.out_features * math.prod(shape[:-1])
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return 0  # of a kind from outside, whose code is here
+    padding = cast(tuple[int, ...], module.padding)
+    return module.out_channels * math.prod(n + 2 * p for n, p in zip(shape[1:], padding, strict=True))
 
 
 class Dropping(Strict):
@@ -172,7 +196,7 @@ class Dropping(Strict):
 
     @model_serializer(mode="wrap")
     def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in whole(self).items() if value is not None}
+        return _given(whole(self))
 
 
 class Description(Strict):
@@ -184,7 +208,7 @@ class Description(Strict):
         One of :data:`fedsplit.data.TASKS`.
     outputs : int
         As in :class:`fedsplit.data.Source`.
-    layer : Layer
+    layer : Layer or BuiltLayer
     dropping : Dropping
     dtype : str
         Of activations on the wire.
@@ -194,14 +218,14 @@ class Description(Strict):
 
     task: Literal["classification", "binary", "regression", "novelty"]
     outputs: Annotated[int, Field(ge=1, lt=2**31)]
-    layer: Layer
+    layer: Layer | BuiltLayer
     dropping: Dropping
     dtype: Literal["float16", "float32"]
     scaling: Scaling
 
-    def build(self, policy: Policy) -> FirstLayer:
-        """Return the first layer, which policy and scaling fit, with weights of 0; raises ConfigError."""
-        layer, scaling = self.layer.build(), self.scaling
+    def build(self, policy: Policy, allow: Collection[str] = ()) -> FirstLayer:
+        """Return the first layer, which policy and scaling fit; raises ConfigError. Its weights are not those to use."""
+        layer, scaling = self.layer.build(allow), self.scaling
         policy.fits(layer)
         lengths = {len(scaling.subtract), len(scaling.divide)} - {1, layer.input_shape[0]}
         if 0.0 in scaling.divide or lengths or not np.isfinite([*scaling.subtract, *scaling.divide]).all():

@@ -113,5 +113,6 @@ class Terms(_Part):
             "data.builder": self.data.builder,
             "data.folder": self.data.folder,
             "dropping.policy": self.model.dropping.outside,
+            "model.builder": self.model.layer.outside,
         }
         return {setting: name for setting, name in given.items() if name is not None}

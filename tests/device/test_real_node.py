@@ -46,6 +46,21 @@ def with_trunk(*trunk: nn.Module) -> SplitModel:
     return SplitModel.from_sequential(nn.Sequential(nn.Linear(12, 10), nn.ReLU(), *trunk), (12,))
 
 
+class Halved(nn.Module):
+    """A layer of one's own, which no description says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) / 2
+
+
+def halved_model() -> SplitModel:
+    return SplitModel.from_sequential(nn.Sequential(Halved(), nn.ReLU(), nn.Linear(10, 3)), (12,))
+
+
 def written(folder: Path, devices: list[int]) -> str:
     """Write devices' records as their owners have them."""
     folder.mkdir()
@@ -108,16 +123,19 @@ def ask(settings: Settings, rows: list[tuple[int, int, int, int]], number: int =
     return Download(1, number, 0, False, weights, np.array(rows), [])
 
 
-@pytest.mark.parametrize("builder", ["linear_model", "tanh_model", "gelu_model"])
+@pytest.mark.parametrize(
+    "builder", ["own:linear_model", "own:tanh_model", "own:gelu_model", "test_real_node:halved_model"]
+)
 def test_a_real_node_releases_what_a_simulated_one_does(builder: str, tmp_path: Path) -> None:
     """With the secret of a simulation, to the last byte."""
     settings = small_settings(
-        model={"builder": f"own:{builder}"},
+        model={"builder": builder},
         protocol={"dtype": "float16"},
         first_layer={"strategy": "frozen"},
         dropping={"policy": "at-most", "k": 4, "mask": "keyed"},
     )
-    home = made(tmp_path / "home", [1, 4], ("own:linear",))
+    named = "test_real_node:halved_model"  # which alone cannot be described
+    home = made(tmp_path / "home", [1, 4], ("own:linear", named) if builder == named else ("own:linear",))
     for device in (1, 4):
         (home.folder / f"secret-{device}").write_bytes(simulation_secret(settings.run.seed, device))
         (home.folder / f"secret-{device}").chmod(0o600)
@@ -160,6 +178,10 @@ def test_code_and_folders_are_the_owners_to_allow(tmp_path: Path) -> None:
         (changed(nobody, "data", builder="os:getcwd"), "data.builder 'os:getcwd'"),
         (changed(nobody, "data", folder="/etc"), "data.folder '/etc'"),
         (changed(nobody, "model", dropping={"policy": "own:P", "fields": {}}), "dropping.policy 'own:P'"),
+        (
+            changed(nobody, "model", layer={"builder": "own:gelu_model", "input_shape": [12]}),
+            "model.builder 'own:gelu_model'",
+        ),
     ):
         with pytest.raises(ConfigError, match=f"{said} is not among what the node's owner allows"):
             real_node(terms, str(home.folder))

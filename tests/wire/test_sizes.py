@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from payloads import ints, nothing_but, ones_for, some_kept
 
 from fedsplit.data import DeviceData
+from fedsplit.release.admitted import unguarded
 from fedsplit.wire.exchange import CutGradients, Download, Gradients, Upload
 from fedsplit.wire.release import Release
 from fedsplit.wire.sizes import Sizes
@@ -25,7 +26,9 @@ def a_release(seed: int, records: int, width: int, dtype: str, bits: int, column
     shape = (records,) if columns is None or not records else (records, columns)
     y = rng.integers(0, 5, shape) if columns is None or not records else rng.normal(size=shape).astype(np.float32)
     kept = some_kept(rng, records, width, 0.4, bits)
-    return Release.pack(kept, ints(*[7][:records]), ints(*[records][: min(1, records)]), y, dtype, bits)
+    return Release.pack(
+        unguarded(kept, "test"), ints(*[7][:records]), ints(*[records][: min(1, records)]), y, dtype, bits
+    )
 
 
 @settings(max_examples=150)

@@ -9,7 +9,8 @@ from conftest import small_settings
 from torch import nn
 
 from fedsplit.common.errors import ConfigError
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.activations import ACTIVATIONS
+from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.experiment import Experiment
 from fedsplit.release.policies import All
 from fedsplit.wire.description import LARGEST, Layer
@@ -92,9 +93,10 @@ REFUSED = {
     "model.dropping.noise": [-1.0, float("nan"), float("inf")],
     "model.dropping.k": [-1, 2**31, 1.5],
     "model.dropping.fields": [{"k": [1]}, 3],
-    "model.layer.kind": ["Embedding", "torch.nn.Linear", ["Linear"]],
-    "model.layer.activation": ["softmax"],
-    "model.layer.numbers": [{"inplace": True}, {"negative_slope": 1e9}, {"approximate": "some"}],
+    "model.layer.kind": ["", "x" * 201, ["Linear"]],
+    "model.layer.activation": ["", 3],
+    "model.layer.numbers": [{"negative_slope": 1e9}, {"negative_slope": float("nan")}, {"a": [1]}],
+    "model.layer.builder": ["own:linear_model"],
     "model.layer.arguments": [{"in_features": "many"}, {"in_features": 1.5}, {"in_features": [1] * 9}],
     "model.layer.input_shape": [[1] * 9, 12, ["a"]],
     "model.scaling.low": [None, "low"],
@@ -128,10 +130,14 @@ ARGUMENTS = {"in_features": 12, "out_features": 10}
         ({"arguments": {**ARGUMENTS, "out_features": 10**30}}, "cannot be built"),
         ({"arguments": {**ARGUMENTS, "out_features": -1}}, "cannot be built"),
         ({"arguments": {**ARGUMENTS, "in_features": 13}}, "do not fit"),
-        ({"arguments": {**ARGUMENTS, "device": 1}}, "takes in_features, out_features, and nothing else"),
-        ({"arguments": {"in_features": 12}}, "takes in_features, out_features, and nothing else"),
-        ({"numbers": {"negative_slope": 0.5}}, "activation relu takes no negative_slope"),
+        ({"arguments": {**ARGUMENTS, "device": 1}}, "cannot be built"),
+        ({"arguments": {"in_features": 12}}, "cannot be built"),
+        ({"numbers": {"negative_slope": 0.5}}, "cannot be built"),
         ({"activation": "gelu", "numbers": {"approximate": 0.5}}, "cannot be built"),
+        ({"activation": "gelu", "numbers": {"approximate": "some"}}, "cannot be built"),
+        ({"activation": "softmax"}, "activation 'softmax' is not known here"),
+        ({"kind": "Embedding"}, "first layers of kind 'Embedding' are not known here"),
+        ({"kind": "torch.nn:Linear"}, "first layers of kind 'torch.nn:Linear' are not known here"),
         ({"input_shape": [0]}, "input_shape must be of"),
         ({"input_shape": []}, "do not fit"),
         ({"input_shape": [2**20] * 4}, "input_shape must be of"),

@@ -21,6 +21,8 @@ from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing
 from fedsplit.data import Scaling
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks import TASKS, task_of
+from fedsplit.model.tasks.base import Task
 from fedsplit.release.policy import Policy
 from fedsplit.wire.description import Description, Dropping, Layer
 from fedsplit.wire.exchange import weights_digest
@@ -50,7 +52,7 @@ class Bundle:
         Of activations on the wire.
     scaling : Scaling
         From raw numbers to records.
-    task : str
+    task : Task
     outputs : int
     """
 
@@ -58,7 +60,7 @@ class Bundle:
     dropping: Policy
     dtype: str
     scaling: Scaling
-    task: str
+    task: Task
     outputs: int
 
     @property
@@ -77,7 +79,7 @@ class Bundle:
         description = _File(
             format=1,
             model=self.model,
-            task=self.task,  # type: ignore[arg-type]
+            task=self.task.name,
             outputs=self.outputs,
             layer=Layer.of(self.layer),
             dropping=Dropping.of(self.dropping),
@@ -108,7 +110,7 @@ class Bundle:
         ----------
         folder : Path
         allow : collection of str
-            The policies from outside, as ``module:Name``, whose code the device's owner lets run.
+            The policies and tasks from outside, as ``module:Name``, whose code the device's owner lets run.
 
         Raises
         ------
@@ -124,13 +126,16 @@ class Bundle:
             raise DataError(f"{folder / DESCRIPTION} is damaged, or of another version of fedsplit") from None
         if sha256(content).hexdigest() != found.sha256:
             raise DataError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
-        dropping = _policy(found.dropping, allow, folder / DESCRIPTION)
+        try:
+            dropping, task = found.dropping.built(allow), _task(found.task, allow)
+        except ConfigError as error:
+            raise DataError(f"{folder / DESCRIPTION}: {error}") from None
         try:
             layer = found.build(dropping)
             layer.load_weights(load(content))
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
             raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
-        bundle = cls(layer, dropping, found.dtype, found.scaling, found.task, found.outputs)
+        bundle = cls(layer, dropping, found.dtype, found.scaling, task, found.outputs)
         if not np.isfinite(bundle.weights).all():
             raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
         if bundle.model != found.model:
@@ -138,11 +143,10 @@ class Bundle:
         return bundle
 
 
-def _policy(found: Dropping, allow: Collection[str], path: Path) -> Policy:
-    try:
-        return found.built(allow)
-    except ConfigError as error:
-        raise DataError(f"{path}: {error}") from None
+def _task(name: str, allow: Collection[str]) -> Task:
+    if name not in TASKS and name not in allow:
+        raise ConfigError(f"task {name!r} is not among what the device's owner allows (allow in node.toml)")
+    return task_of(name)
 
 
 def model_name(weights: FloatArray) -> str:

@@ -18,6 +18,7 @@ from fedsplit.device.link import KINDS
 from fedsplit.device.node import Node
 from fedsplit.device.pending import NodeState
 from fedsplit.model.head import Head
+from fedsplit.model.tasks import task_of
 from fedsplit.plan.preflight import check_limits
 from fedsplit.wire.terms import Terms
 
@@ -66,7 +67,7 @@ def node_kind(terms: Terms) -> Callable[..., Node]:
     said: dict[str, Any] = {"dtype": model.dtype, "keyed": terms.keyed}
     if terms.head is None:
         return partial(Node, **said)
-    return partial(AtHomeNode, **said, head=Head(terms.head.features, model.outputs, terms.head.bias, model.task))
+    return partial(AtHomeNode, **said, head=Head(**terms.head.model_dump(), task=task_of(model.task)))
 
 
 def open_records(terms: Terms) -> Source:

@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal, Self, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 from torch import nn
 
 from fedsplit.common.errors import ConfigError
@@ -21,6 +29,7 @@ from fedsplit.model.activations import ACTIVATIONS
 from fedsplit.model.kinds import kind_named
 from fedsplit.model.layer import FirstLayer
 from fedsplit.model.split import SplitModel
+from fedsplit.model.tasks import TASKS, is_task_name
 from fedsplit.release.chosen import built_in, from_outside, numbers_of, with_noise
 from fedsplit.release.policies import BUILT_IN
 from fedsplit.release.policy import Policy
@@ -205,7 +214,7 @@ class Description(Strict):
     Attributes
     ----------
     task : str
-        One of :data:`fedsplit.data.TASKS`.
+        As in :func:`fedsplit.model.tasks.task_of`.
     outputs : int
         As in :class:`fedsplit.data.Source`.
     layer : Layer or BuiltLayer
@@ -216,15 +225,28 @@ class Description(Strict):
         From raw numbers to records.
     """
 
-    task: Literal["classification", "binary", "regression", "novelty"]
+    task: Word
     outputs: Annotated[int, Field(ge=1, lt=2**31)]
     layer: Layer | BuiltLayer
     dropping: Dropping
     dtype: Literal["float16", "float32"]
     scaling: Scaling
 
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if not is_task_name(task):
+            raise ValueError("there is no such task")
+        return task
+
+    def named(self) -> dict[str, str]:
+        """Return the code that it names as ``module:name``, by setting."""
+        task = None if self.task in TASKS else self.task
+        found = {"data.task": task, "dropping.policy": self.dropping.outside, "model.builder": self.layer.outside}
+        return {setting: name for setting, name in found.items() if name is not None}
+
     def build(self, policy: Policy, allow: Collection[str] = ()) -> FirstLayer:
-        """Return the first layer, which policy and scaling fit; raises ConfigError. Its weights are not those to use."""
+        """Return the first layer, which policy and scaling fit, not yet with its weights; raises ConfigError."""
         layer, scaling = self.layer.build(allow), self.scaling
         policy.fits(layer)
         lengths = {len(scaling.subtract), len(scaling.divide)} - {1, layer.input_shape[0]}

@@ -59,6 +59,7 @@ class HeadTerms(_Part):
     """The trunk's last layer, where it is computed beside the labels; see :class:`fedsplit.model.head.Head`."""
 
     features: Annotated[int, Field(ge=1, le=2**24)]
+    outputs: Annotated[int, Field(ge=1, le=2**24)]
     bias: bool
 
 
@@ -109,10 +110,5 @@ class Terms(_Part):
 
     def named(self) -> dict[str, str]:
         """Return what the terms name of the node's machine, code and folders, by setting."""
-        given = {
-            "data.builder": self.data.builder,
-            "data.folder": self.data.folder,
-            "dropping.policy": self.model.dropping.outside,
-            "model.builder": self.model.layer.outside,
-        }
-        return {setting: name for setting, name in given.items() if name is not None}
+        given = {"data.builder": self.data.builder, "data.folder": self.data.folder}
+        return {**self.model.named(), **{setting: name for setting, name in given.items() if name is not None}}

@@ -123,9 +123,10 @@ def ask(settings: Settings, rows: list[tuple[int, int, int, int]], number: int =
     return Download(1, number, 0, False, weights, np.array(rows), [])
 
 
-@pytest.mark.parametrize(
-    "builder", ["own:linear_model", "own:tanh_model", "own:gelu_model", "test_real_node:halved_model"]
-)
+HALVED = "test_real_node:halved_model"
+
+
+@pytest.mark.parametrize("builder", ["own:linear_model", "own:tanh_model", "own:gelu_model", HALVED])
 def test_a_real_node_releases_what_a_simulated_one_does(builder: str, tmp_path: Path) -> None:
     """With the secret of a simulation, to the last byte."""
     settings = small_settings(
@@ -134,8 +135,7 @@ def test_a_real_node_releases_what_a_simulated_one_does(builder: str, tmp_path: 
         first_layer={"strategy": "frozen"},
         dropping={"policy": "at-most", "k": 4, "mask": "keyed"},
     )
-    named = "test_real_node:halved_model"  # which alone cannot be described
-    home = made(tmp_path / "home", [1, 4], ("own:linear", named) if builder == named else ("own:linear",))
+    home = made(tmp_path / "home", [1, 4], ("own:linear", HALVED))
     for device in (1, 4):
         (home.folder / f"secret-{device}").write_bytes(simulation_secret(settings.run.seed, device))
         (home.folder / f"secret-{device}").chmod(0o600)
@@ -172,16 +172,15 @@ def changed(settings: Settings, section: str, **values: Any) -> str:
 
 def test_code_and_folders_are_the_owners_to_allow(tmp_path: Path) -> None:
     home = made(tmp_path / "home", [0], ("own:linear_model",))
+    built = {"builder": "own:gelu_model", "input_shape": [12]}
     nobody = small_settings(data={"builder": None, "shape": [12], "outputs": 3}, **FROZEN)
     for terms, said in (
         (changed(small_settings(**FROZEN), "data"), "data.builder 'own:linear'"),
         (changed(nobody, "data", builder="os:getcwd"), "data.builder 'os:getcwd'"),
         (changed(nobody, "data", folder="/etc"), "data.folder '/etc'"),
         (changed(nobody, "model", dropping={"policy": "own:P", "fields": {}}), "dropping.policy 'own:P'"),
-        (
-            changed(nobody, "model", layer={"builder": "own:gelu_model", "input_shape": [12]}),
-            "model.builder 'own:gelu_model'",
-        ),
+        (changed(nobody, "model", layer=built), "model.builder 'own:gelu_model'"),
+        (changed(nobody, "model", task="own:Task"), "data.task 'own:Task'"),
     ):
         with pytest.raises(ConfigError, match=f"{said} is not among what the node's owner allows"):
             real_node(terms, str(home.folder))

@@ -27,6 +27,7 @@ from fedsplit.runs.training import TrainingRun
 from fedsplit.server import attendance
 from fedsplit.server.checkpoint import load_checkpoint
 from fedsplit.wire import exchange as wire
+from fedsplit.wire.ledger import Reason
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -289,7 +290,7 @@ LIES: dict[str, tuple[Callable[[Message], Message], str]] = {
         "records: device 1 released 9, asked 10",
     ),
     "fewer records and another device's refusal": (
-        lambda r: fewer_records(r, [[2, wire.Reason.EQUATIONS, 1]]),
+        lambda r: fewer_records(r, [[2, Reason.EQUATIONS, 1]]),
         "records: device 1 released 9, asked 10",
     ),
     "more records than were asked for": (
@@ -486,7 +487,7 @@ def test_each_exchange_of_a_round_has_its_deadline_with_labels_at_home(exchange:
         return reply
 
     began = time.monotonic()
-    protocol = {"mode": "synchronous", "labels": "at-home", "batch-size": 1000, "timeout": 30.0, "deadline": 0.3}
+    protocol = {"mode": "synchronous", "labels": "at-home", "batch-size": 1000, "timeout": 30.0, "deadline": 1.0}
     run = train(tmp_path, silent, protocol=protocol)
     assert run.result is not None and run.result["rounds"] == 4
     assert len(asked) >= exchange and time.monotonic() - began < 30
@@ -569,7 +570,7 @@ def test_devices_that_another_node_has_are_refused_without_an_offence(
 
 
 def test_a_device_may_refuse_records_and_the_run_counts_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    refusal = [[1, wire.Reason.EQUATIONS, 1]]
+    refusal = [[1, Reason.EQUATIONS, 1]]
     run = train(tmp_path, in_round_2_of_node_1(lambda r: fewer_records(r, refusal)), first_layer={"strategy": "frozen"})
     assert "left out" not in caplog.text
     assert run.result is not None

@@ -71,7 +71,7 @@ REFUSED = {
     "seed": ["1", -1, 2**63, None, 1.5, ...],
     "more": [1],
     "keyed": [0, "no", ...],
-    "head": [{"features": 0, "bias": True}, {"features": 2**25, "bias": True}, {"features": 3}, 3],
+    "head": [{"features": 0, "outputs": 3, "bias": True}, {"features": 3, "outputs": 2**25, "bias": True}, {}, 3],
     "asked.rounds": [0, MOST_ROUNDS + 1, 10**400, True, ...],
     "asked.chunk": [0, "all", 2**31, 1.5],
     "asked.fraction": [0.0, 1.1, "1", float("nan")],

@@ -5,14 +5,14 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
-import homomorphic
 import numpy as np
 import pytest
 import torch
-from homomorphic import LeftOut, Product, ckks, measured, paillier, stages
 from torch import nn
 
 from fedsplit.model.split import SplitModel
+from simulations.encryption import homomorphic
+from simulations.encryption.homomorphic import LeftOut, Product, ckks, measured, paillier, stages
 
 
 def network(*shape: int) -> nn.Sequential:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from shaping import Link, shaped
+
+from simulations.shaped.proxy import Link, shaped
 
 pytestmark = pytest.mark.slow  # waits for links that are slow on purpose
 

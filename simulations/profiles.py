@@ -51,18 +51,19 @@ class Options:
         positional=True,
     )
     seeds: tuple[int, ...] = option((1, 2, 3), quick=(1,))
-    rounds: int = option(0, quick=2, help="of each run; 0: as its settings say")
     epochs: int = option(30, quick=3, help="of the training without dropping")
+    set: tuple[str, ...] = option(
+        (), quick=("run.rounds=2", "audit.targets=10"), help="KEY=VALUE, as in fedsplit simulate"
+    )
 
 
 def study(options: Options) -> Results:
     """Run, attack, and train without dropping."""
     quiet()
     jobs = [(config, seed) for config in options.configs for seed in options.seeds]
-    rounds = [f"run.rounds={options.rounds}"] if options.rounds else []
     rows = []
     for config, seed in progress(jobs, "running and attacking"):
-        settings = load_settings(config, [f"run.seed={seed}", "run.engine=inline", *rounds])
+        settings = load_settings(config, [f"run.seed={seed}", "run.engine=inline", *options.set])
         rows.append({**profile(settings), "undropped": without_dropping(settings, options.epochs)})
     return {"rows": rows}
 

@@ -61,7 +61,7 @@ def schemes(served: Served, raw: Raw, home: Home) -> list[Scheme]:
     """Return all schemes for records like ``raw``."""
     whole = Whole(served, raw)
     hidden = [_hidden(name, *cipher, whole) for name, cipher in _ciphers().items()]
-    return [Scheme("plaintext", lambda records: records.tobytes(), whole), *hidden, *_ours(served, home)]
+    return [Scheme("plaintext", lambda records: records.tobytes(), whole), *hidden, *_ours(served, raw, home)]
 
 
 def _hidden(name: str, seal: Seal, undo: Seal, whole: Whole) -> Scheme:
@@ -123,18 +123,20 @@ def _chunked() -> tuple[Seal, Seal]:
     return seal, undo
 
 
-def _ours(served: Served, home: Home) -> list[Scheme]:
+def _ours(served: Served, raw: Raw, home: Home) -> list[Scheme]:
     split, guarded = Split(served.bundle, home), Predictor(served.bundle, home, _nobody)
     session = AESGCM(AESGCM.generate_key(256))
 
     def trunk(payload: bytes) -> Outputs:
         return served.outputs([served.read(payload)])
 
-    return [
+    found = [
         Scheme(OURS, split, trunk),
         Scheme(f"{OURS} inside AES-GCM", lambda r: sealed(session, split(r)), lambda u: trunk(opened(session, u))),
-        Scheme(f"{OURS} with guard and ledger", lambda r: guarded.release(r)[0].to_bytes(), trunk),
     ]
+    if not guarded.release(raw)[1].any():  # limits that refuse a record leave nothing to measure
+        found.append(Scheme(f"{OURS} with guard and ledger", lambda r: guarded.release(r)[0].to_bytes(), trunk))
+    return found
 
 
 def _nobody(payload: bytes) -> Outputs:

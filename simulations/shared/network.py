@@ -6,7 +6,7 @@ import subprocess
 import time
 
 BRIDGE = "10.77.0"  # the first three numbers of the nodes' addresses
-START = 40.0  # seconds that a process may take to be there
+START = 90.0  # seconds that a process may take to be there
 
 
 def make_network() -> None:

@@ -234,3 +234,39 @@ def test_the_clock_is_compared_round_by_round() -> None:
     found = rows("shaped", {"rows": {"1 up": row}, "counted": {"long": seconds}})
     assert found[1] == ["1 up", "10.00", "9.60", ".94 (.92-.96)", "1.023"]
     assert found[3] == ["long exchanges", "4.6", "1.00"]
+
+
+def test_health_is_told_by_seed_person_and_novelty() -> None:
+    def row(seed: int, person: int, window: float, **more: Any) -> dict[str, Any]:
+        named = {"seed": seed, "layer": "donors", "policy": "private", "novel": 6, "method": "recordings", **more}
+        found = {"person": person, "calibrated": True, "window": window, "episode": 0.9, "precision": 0.7}
+        delays = {"alarms 10": 800.0, "found 10": 0.3, "delays 10": [10.0, None], "delays 100": [None]}
+        return {**named, **found, **delays, "alarms 100": 1200.0, "found 100": 0.5}
+
+    folds = [row(0, 8, 0.8), row(0, 9, 0.9), row(1, 8, 0.8), row(1, 9, 0.94)]
+    usual = [{**one, "calibrated": False, "window": 0.7} for one in folds]
+    leaked = [{"layer": "donors", "policy": "private", "psnr": 23.4, "identified": 0.18, "leverage": 0.0}]
+    cases = [{"case": "bleeding", "policy": "none", "seed": seed, "auc": 0.9, "right": seed == 0} for seed in (0, 1)]
+    found = rows("health", {"folds": folds + usual, "leakage": leaked, "cases": cases})
+    assert found[1][:4] == ["donors", "private: 1 bit of 400", "0.860 ± 0.127", "0.80..0.92"]
+    assert found[1][-3:] == ["23.4 dB", "0.18", "0.00"]
+    assert found[3] == ["donors", "private", *[""] * 6, "0.86 / 0.90"]
+    assert found[5] == ["recordings", "private", "0.860 ± 0.127", "0.900", "0.700", "0.700", "0.900"]
+    assert found[7:9] == [
+        ["donors", "private", "10", "800", "0.300", "0.50", "10 s"],
+        ["donors", "private", "100", "1200", "0.500", "0.00", "-"],
+    ]
+    assert found[10] == ["bleeding", "none", "0.900", "1 of 2"]
+
+
+def test_forecasts_are_beside_the_linear_model() -> None:
+    truth, whose = [1.0, -1.0, 2.0, -2.0], [36, 36, 37, 37]
+    leak = {"psnr": 25.5, "psnr_mean": 22.0, "identified": 0.16, "error": 1.33, "error_mean": 2.1}
+    private = {"seed": 0, "name": "private: 8 units", "forecast": truth, "leak": {**leak, "donors_alone_r2": 0.75}}
+    linear = {"seed": 0, "name": "ridge", "forecast": [0.0] * 4, "leak": None}
+    results = {"truth": truth, "whose": whose, "rows": [linear, private]}
+    found = rows("forecast", results)
+    assert found[1][:3] == ["ridge", "1.581", "0.000"] and found[1][4:] == [""] * 5
+    assert found[2][:6] == ["private: 8 units", "0.000", "1.000", "0.00–0.00", "+1.58 (+1.00..+2.00)", "2"]  # noqa: RUF001
+    assert found[2][6:] == ["25.5", "0.16", "1.33"]
+    assert "donors alone: RMSE 0.791, R² 0.750" in load("forecast").tables(results)

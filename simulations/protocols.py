@@ -28,7 +28,6 @@ import torch
 
 from fedsplit import simulate
 from fedsplit.common.seeds import scheduled
-from fedsplit.model.tasks import score, summed_loss
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
@@ -146,7 +145,7 @@ def centralised(settings: Settings, epochs: int) -> dict[str, float]:
         for group in central.optimizer.param_groups:
             group["lr"] = scheduled(settings.trunk.lr, settings.trunk.schedule, epoch, epochs)
         for rows in minibatches(np.random.default_rng([seed, epoch]).permutation(len(x)), settings.protocol.batch_size):
-            loss = summed_loss(central.source.task, central.forward(x[rows], epoch, rows), y[rows]) / len(rows)
+            loss = central.source.task.loss(central.forward(x[rows], epoch, rows), y[rows]) / len(rows)
             central.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             central.optimizer.step()
@@ -154,7 +153,7 @@ def centralised(settings: Settings, epochs: int) -> dict[str, float]:
     held = tested(central.source)
     with torch.no_grad():
         outputs = central.forward(torch.from_numpy(held.x), KEYED_ROUND, np.arange(len(held))).numpy()
-    return score(central.source.task, outputs, held.y)
+    return central.source.task.score(outputs, held.y)
 
 
 def tables(results: Results) -> str:

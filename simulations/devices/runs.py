@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from fedsplit import simulate
 from fedsplit.model.split import SplitModel
-from fedsplit.model.tasks import score
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.server.trunk import trunk_outputs
@@ -92,7 +91,7 @@ class Tested:
         released = public_release(model, self._records, self.experiment.policy, dtype, seed=0)
         outputs = trunk_outputs(model.trunk.eval(), model.first_layer.cut_shape, released)
         model.trunk.train()
-        return float(score(self.experiment.source.task, outputs, self._records.y)["test_accuracy"])
+        return float(self.experiment.source.task.score(outputs, self._records.y)["test_accuracy"])
 
 
 def figures(points: list[Point], counts: Counts, cost: Cost) -> dict[str, Any]:

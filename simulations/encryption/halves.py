@@ -10,15 +10,14 @@ from numpy.typing import NDArray
 from fedsplit.data import Scaling
 from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
+from fedsplit.guard.releaser import Releaser
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.experiment import Experiment
-from fedsplit.release.making import Chunk, forward
-from fedsplit.release.streams import KEYED_ROUND
+from fedsplit.release.making import Chunk
 from fedsplit.runs.folder import run_settings
 from fedsplit.service.served import Served
 from fedsplit.wire.exchange import weights_digest
 from fedsplit.wire.query import Query
-from fedsplit.wire.release import Release
 from simulations.shared.settings import tested
 
 Raw = NDArray[Any]
@@ -50,21 +49,18 @@ class Split:
     """The device's half without guard and ledger: scaling, first layer, dropping, packing."""
 
     def __init__(self, bundle: Bundle, home: Home) -> None:
-        self._bundle, self._weights, self._secret = bundle, bundle.weights, home.device_secret(home.devices[0])
+        secret = home.device_secret(home.devices[0])
+        self._releaser = Releaser(bundle.layer, bundle.dropping, bundle.dtype, lambda _: secret)
+        self._scaling, self._weights = bundle.scaling, bundle.weights
         self._layer = weights_digest(self._weights)
 
     def __call__(self, raw: Raw) -> bytes:
         """Return a packed query."""
-        bundle, n = self._bundle, len(raw)
-        x = bundle.scaling.apply(raw.astype(np.float64)).astype(np.float64)
-        count, index = np.array([n]), np.arange(n)
-        chunk = Chunk(np.array([0]), count, index, index[:, None], x, np.zeros(n))
-        parts = (bundle.layer, bundle.dropping, lambda _: self._secret, chunk, self._weights, KEYED_ROUND, b"")
-        kept = forward(*parts, want_slopes=False).kept
-        release = Release.pack(
-            kept, chunk.devices, count, np.zeros(n, np.int64), bundle.dtype, bundle.dropping.code.bits
-        )
-        return Query(self._layer, release).to_bytes()
+        n = len(raw)
+        x = self._scaling.apply(raw.astype(np.float64)).astype(np.float64)
+        index, nothing = np.arange(n), np.zeros(n, np.int64)
+        chunk = Chunk(np.array([0]), np.array([n]), index, index[:, None], x, nothing)
+        return Query(self._layer, self._releaser.unguarded(chunk, self._weights, "study")).to_bytes()
 
 
 def records_of(run: Path, served: Served) -> Raw:

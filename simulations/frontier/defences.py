@@ -16,7 +16,7 @@ from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records
 from fedsplit.model.layer import FirstLayer
 from fedsplit.model.split import SplitModel
-from fedsplit.model.tasks import summed_loss
+from fedsplit.model.tasks.base import Task
 from fedsplit.release.policy import Policy
 from fedsplit.server.warmup import WarmUp
 
@@ -97,14 +97,14 @@ class Binarised:
         assert isinstance(layer, nn.Linear)
         self._layer, self._trunk = layer, model.trunk
 
-    def train(self, records: Records, task: str, options: WarmUp, seed: int) -> None:
+    def train(self, records: Records, task: Task, options: WarmUp, seed: int) -> None:
         """Train both halves; the layer keeps its binary weights afterwards."""
         optimizer = torch.optim.Adam([*self._layer.parameters(), *self._trunk.parameters()], options.lr)
         x, y = torch.from_numpy(records.x).flatten(1), torch.from_numpy(records.y)
         for epoch in range(options.epochs):
             order = np.random.default_rng(seed_of(seed, "binarised", epoch)).permutation(len(x))
             for rows in np.array_split(order, max(1, len(x) // options.batch_size)):
-                loss = summed_loss(task, self._trunk(self._sent(x[rows])), y[rows]) / len(rows)
+                loss = task.loss(self._trunk(self._sent(x[rows])), y[rows]) / len(rows)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

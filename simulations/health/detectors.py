@@ -18,15 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsplit.guard.releaser import Releaser
 from fedsplit.model.layer import FirstLayer
-from fedsplit.release.making import Chunk, forward
+from fedsplit.model.tasks import task_of
+from fedsplit.release.making import Chunk
 from fedsplit.release.policy import Policy
-from fedsplit.release.streams import KEYED_ROUND, simulation_secret
+from fedsplit.release.streams import simulation_secret
 from fedsplit.server.batches import Batches, minibatches
 from fedsplit.server.novelty.space import Features, Normal, Space, features
 from fedsplit.server.novelty.trunk import NoveltyTrunk
 from fedsplit.server.trunk import Trunk, TrunkOptions
-from fedsplit.wire.release import Release
 
 Rows = NDArray[np.int64]
 OPTIONS = TrunkOptions("adam", 0.002, 0.0, 0.0, "cosine", 64, 1, thinning=0.5)  # as in wearables-novelty.toml
@@ -90,9 +91,9 @@ def released(
     devices, counts = np.unique(device, return_counts=True)
     index = np.concatenate([np.arange(n) for n in counts])
     chunk = Chunk(devices, counts, index, index[:, None], x, targets)
-    secret, weights = partial(simulation_secret, seed), layer.flatten(layer.initial_weights())
-    kept = forward(layer, dropping, secret, chunk, weights, KEYED_ROUND, b"health", want_slopes=False).kept
-    return Batches.join([Release.pack(kept, devices, counts, targets, "float16", dropping.code.bits)])
+    weights = layer.flatten(layer.initial_weights())
+    releaser = Releaser(layer, dropping, "float16", partial(simulation_secret, seed))
+    return Batches.join([releaser.unguarded(chunk, weights, "health")])
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def recordings(releases: Releases, rounds: int) -> Method:
     trunk = NoveltyTrunk(
         r.trunk(int(r.batches.devices.max() + 1) * r.outputs),
         r.cut_shape,
-        "novelty",
+        task_of("novelty"),
         r.outputs,
         OPTIONS,
         rounds,
@@ -168,7 +169,7 @@ def classifier(releases: Releases, rounds: int) -> dict[str, Method]:
     (Lee et al., NeurIPS 2018) and nearest neighbours (Sun et al., ICML 2022) of its features.
     """
     r = releases
-    trunk = Trunk(r.trunk(r.outputs), r.cut_shape, "classification", r.outputs, OPTIONS, rounds, r.seed)
+    trunk = Trunk(r.trunk(r.outputs), r.cut_shape, task_of("classification"), r.outputs, OPTIONS, rounds, r.seed)
     known = r.batches.take(r.training)
     for round_number in range(1, rounds + 1):
         trunk.train(known, 0, round_number)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fedsplit.common.seeds import scheduled
 from fedsplit.data import Records
 from fedsplit.model.split import SplitModel
-from fedsplit.model.tasks import summed_loss
+from fedsplit.model.tasks import task_of
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from simulations.shared import replicated
@@ -128,7 +128,7 @@ class _Server:
         cut = torch.cat([torch.from_numpy(np.array(each["cut"].numpy())) for each in received]).requires_grad_()
         labels = torch.from_numpy(np.concatenate([each["labels"].numpy() for each in received]))
         self._optimizer.zero_grad()
-        loss = summed_loss("classification", self._trunk(cut), labels) / len(cut)
+        loss = task_of("classification").loss(self._trunk(cut), labels) / len(cut)
         loss.backward()  # type: ignore[no-untyped-call]
         assert cut.grad is not None
         return cut.grad

@@ -2,7 +2,7 @@
 
 import gc
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
 from unittest.mock import patch
@@ -17,9 +17,6 @@ from fedsplit.flower.grid import InProcessGrid
 from fedsplit.plan.experiment import Experiment
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.client_app import client_app
-from fedsplit.server.learning import SharedLabels
-from fedsplit.server.pace import RealTime
-from fedsplit.server.rounds import SplitStrategy
 from simulations.shared.options import option
 from simulations.shared.results import Results
 from simulations.shared.workers import side_by_side
@@ -55,9 +52,7 @@ def study(options: Options) -> Results:
 def accuracy(seed: int, mode: str, partition: str, row: str, attack: str, rounds: int) -> float:
     """Train once; return the accuracy on the devices that test, who are honest."""
     experiment = Experiment(settings_for(seed, mode, partition, row, rounds))
-    strategy = split_strategy(experiment, run=1)
-    if ROWS[row][1]:
-        strategy = trimmed(strategy)
+    strategy = split_strategy(experiment, run=1, kind=TrimmedTrunk if ROWS[row][1] else None)
     with tempfile.TemporaryDirectory() as folder:
         app = client_app(experiment.settings.to_json(), f"{folder}/nodes")
         lying = HostileApp(app, attack, hostile(seed, attack), experiment.model.first_layer.size, seed)
@@ -75,11 +70,3 @@ def hostile(seed: int, attack: str) -> set[int]:
     """Return the devices that lie."""
     drawn = np.random.default_rng(seed_of(seed, "hostile devices")).permutation(DEVICES)[:HOSTILE]
     return set(drawn.tolist()) if attack != "none" else set()
-
-
-def trimmed(strategy: SplitStrategy) -> SplitStrategy:
-    """Return a strategy before its first round with a trimmed trunk in place of its own."""
-    own = strategy.trunk
-    trunk = TrimmedTrunk(own.module, own.cut_shape, own.task, own.outputs, own.options, own.rounds, own.seed)
-    parts = replace(strategy.parts, trunk=trunk)
-    return SplitStrategy(parts, RealTime(parts), SharedLabels(parts))

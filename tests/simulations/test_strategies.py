@@ -9,16 +9,15 @@ import pytest
 from fedsplit.plan.experiment import Experiment
 from fedsplit.runs.assembly import split_strategy
 from simulations.strategies.hostile import FACTOR, HostileApp, TrimmedTrunk
-from simulations.strategies.measuring import hostile, trimmed
+from simulations.strategies.measuring import hostile
 from simulations.strategies.report import tables
 from simulations.strategies.rows import ATTACKS, DEVICES, HOSTILE, ROWS, settings_for, told
 
 
 def test_a_trimmed_trunk_is_the_one_that_learns() -> None:
-    strategy = split_strategy(Experiment(settings_for(0, "pipelined", "iid", "FedAdam", 2)), run=1)
-    other = trimmed(strategy)
-    assert isinstance(other.trunk, TrimmedTrunk) and other.trunk is other.parts.trunk
-    assert other.trunk.module is strategy.trunk.module
+    experiment = Experiment(settings_for(0, "pipelined", "iid", "FedAdam", 2))
+    strategy = split_strategy(experiment, run=1, kind=TrimmedTrunk)
+    assert isinstance(strategy.trunk, TrimmedTrunk) and strategy.trunk is strategy.parts.trunk
 
 
 def test_as_many_lie_as_are_said_to() -> None:

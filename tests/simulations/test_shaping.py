@@ -1,4 +1,4 @@
-"""The proxy of simulations/shaped.py: it changes no byte, and nothing is faster than its link allows."""
+"""The proxy of the study `shaped`: it changes no byte, and nothing is faster than its link allows."""
 
 import socket
 import threading

@@ -42,6 +42,7 @@ from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.client_app import client_app
+from fedsplit.runs.nodes import Simulated
 from fedsplit.server.batches import Batches
 from fedsplit.server.trunk import Trunk
 from fedsplit.wire.exchange import Upload
@@ -166,7 +167,7 @@ def accuracy(job: Job) -> float:
     drawn = np.random.default_rng(seed_of(seed, "hostile devices")).permutation(DEVICES)[:HOSTILE]
     hostile = set(drawn.tolist()) if attack != "none" else set()
     with tempfile.TemporaryDirectory() as folder:
-        app = client_app(settings.to_json(), f"{folder}/nodes")
+        app = client_app(Simulated.of(Experiment(settings)).to_json(), f"{folder}/nodes")
         lying = HostileApp(app, attack, hostile, model.first_layer.size, seed)
         try:
             strategy.start(InProcessGrid(lying, source.count), ArrayRecord(), num_rounds=ROUNDS, timeout=60)

@@ -18,6 +18,7 @@ from fedsplit.plan.settings import Settings, check_settings
 
 if TYPE_CHECKING:
     from fedsplit.device.home import Home
+    from fedsplit.device.node import Node
     from fedsplit.service.served import Served
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -30,11 +31,17 @@ _LONGEST = 3600  # seconds for all tests together
 _RAY = ("test_engine", "test_simulation", "test_readme", "test_tune")  # each looks for what it has left running
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Keep a file's tests in one process, with ``-n``, and all that start Ray in the same one."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("ray" if name in _RAY else name))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if Path(file).stem in _RAY else file
+
+    return Files(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,6 +79,24 @@ def small_settings(**changes: dict[str, Any]) -> Settings:
     return check_settings(raw)
 
 
+def simulated_json(settings: Settings) -> str:
+    """Return what a simulation tells its nodes."""
+    from fedsplit.plan.experiment import Experiment
+    from fedsplit.runs.nodes import Simulated
+
+    return Simulated.of(Experiment(settings)).to_json()
+
+
+def new_node(settings: Settings, number: int, nodes: int, folder: Path) -> "Node":
+    """Return a simulated node whose first layer has the weights before training: to nodes they come in downloads."""
+    from fedsplit.plan.experiment import Experiment
+    from fedsplit.runs.nodes import simulated_node
+
+    node = simulated_node(simulated_json(settings), number, nodes, str(folder))
+    node.first_layer.load_weights(Experiment(settings).model.first_layer.initial_weights())
+    return node
+
+
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "run"
@@ -92,8 +117,9 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     from fedsplit.cli import main as cli
 
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("fedsplit", "flwr")}
+    level = logging.getLogger("fedsplit").level
     handlers = list(logging.getLogger("fedsplit").handlers)
+    filters = list(logging.getLogger("flwr").filters)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(*arguments: object) -> None:
@@ -106,8 +132,8 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield run
     logging.getLogger("fedsplit").handlers[:] = handlers
-    for logger, level in loggers.items():
-        logger.setLevel(level)
+    logging.getLogger("flwr").filters[:] = filters
+    logging.getLogger("fedsplit").setLevel(level)
     for number, handler in signals.items():
         signal.signal(number, handler)
 

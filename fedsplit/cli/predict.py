@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import typer
 
 from fedsplit.cli.console import stderr
+from fedsplit.cli.extras import need
 from fedsplit.common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def serve(
     ] = None,
 ) -> None:
     """Answer devices with predictions, from what dropping left of their records, or watch them for what is new."""
+    need("serve")
     import logging
 
     import uvicorn
@@ -153,11 +155,11 @@ def predict(
 
     if (server is None) == (offline is None):
         raise ConfigError("give either --server or --offline")
-    bundle = Bundle.load(device)
-    if bundle.task == "novelty":
+    own = Home(home)
+    bundle = Bundle.load(device, own.allowed)
+    if bundle.task.watches:
         raise ConfigError(f"the model in {device} watches devices: see fedsplit monitor")
     raw = read_records(records, bundle.layer.input_shape)
-    own = Home(home)
     own.check()
     if server is not None:
         found = Predictor(bundle, own, remote(server, bundle.model, ca, insecure=insecure)).predict(raw)

@@ -10,86 +10,32 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from torch import nn
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing
 from fedsplit.data import Scaling
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
-from fedsplit.release.chosen import built_in, from_outside, numbers_of, with_noise
-from fedsplit.release.policies import BUILT_IN
+from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks import TASKS, task_of
+from fedsplit.model.tasks.base import Task
 from fedsplit.release.policy import Policy
+from fedsplit.wire.description import Description, Dropping, Layer
 from fedsplit.wire.exchange import weights_digest
 
 DESCRIPTION, WEIGHTS = "device.json", "first_layer.safetensors"
-_LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
-_OF_LINEAR = ("in_features", "out_features")
-_OF_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+class _File(Description):
+    """What ``device.json`` holds: the description, and the weights that belong to it."""
 
-
-class Layer(_Strict):
-    """What a first layer is, besides its weights."""
-
-    kind: Literal["Linear", "Conv1d", "Conv2d"]
-    arguments: dict[str, int | tuple[int, ...]]
-    bias: bool
-    activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"]
-    input_shape: tuple[int, ...]
-
-
-class Dropping(_Strict):
-    """A policy and its numbers; ``fields`` are those of one that does not come with fedsplit."""
-
-    policy: str
-    keep: float = 1.0
-    k: int = 0
-    bits: int = 0
-    clip: float = 0.0
-    noise: float = 0.0
-    fields: dict[str, bool | int | float | str] | None = None
-
-    @classmethod
-    def of(cls, policy: Policy) -> "Dropping":
-        """Return what stands for a policy."""
-        name, numbers = numbers_of(policy)
-        if name in BUILT_IN:
-            return cls(policy=name, **numbers)
-        noise = {key: numbers.pop(key) for key in ("clip", "noise") if key in numbers}
-        return cls(policy=name, fields=numbers, **noise)
-
-    def built(self, allow: Collection[str] = ()) -> Policy:
-        """Return the policy; raises ConfigError. Code from outside is imported only if it is allowed."""
-        if self.fields is None:
-            return built_in(**self.model_dump(exclude={"policy", "fields"}), name=self.policy)
-        if self.policy not in allow:
-            raise ConfigError(f"policy {self.policy!r} is code from outside, and not allowed")
-        return with_noise(from_outside(self.policy, self.fields), self.clip, self.noise)
-
-    @model_serializer(mode="wrap")
-    def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in whole(self).items() if value is not None}
-
-
-class _Description(_Strict):
     format: Literal[1]
-    model: str
-    task: Literal["classification", "binary", "regression", "novelty"]
-    outputs: int
     layer: Layer
-    dropping: Dropping
-    dtype: Literal["float16", "float32"]
-    scaling: Scaling
+    model: str
     sha256: str
 
 
@@ -106,7 +52,7 @@ class Bundle:
         Of activations on the wire.
     scaling : Scaling
         From raw numbers to records.
-    task : str
+    task : Task
     outputs : int
     """
 
@@ -114,7 +60,7 @@ class Bundle:
     dropping: Policy
     dtype: str
     scaling: Scaling
-    task: str
+    task: Task
     outputs: int
 
     @property
@@ -130,12 +76,12 @@ class Bundle:
     def files(self) -> dict[str, bytes]:
         """Return the contents of the folder's files by their names; raises ConfigError if they cannot hold it."""
         weights = save(self.layer.initial_weights())
-        description = _Description(
+        description = _File(
             format=1,
             model=self.model,
-            task=self.task,  # type: ignore[arg-type]
+            task=self.task.name,
             outputs=self.outputs,
-            layer=described(self.layer),
+            layer=Layer.of(self.layer),
             dropping=Dropping.of(self.dropping),
             dtype=self.dtype,  # type: ignore[arg-type]
             scaling=self.scaling,
@@ -164,7 +110,7 @@ class Bundle:
         ----------
         folder : Path
         allow : collection of str
-            The policies from outside, as ``module:Name``, whose code the device's owner lets run.
+            The policies and tasks from outside, as ``module:Name``, whose code the device's owner lets run.
 
         Raises
         ------
@@ -172,7 +118,7 @@ class Bundle:
             If it is missing or damaged, its two files do not belong together, or it names code that is not allowed.
         """
         try:
-            found = _Description(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+            found = _File(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
             content = (folder / WEIGHTS).read_bytes()
         except OSError as error:
             raise DataError(f"{folder} holds no model for devices: {error.strerror}; see fedsplit export") from None
@@ -180,17 +126,16 @@ class Bundle:
             raise DataError(f"{folder / DESCRIPTION} is damaged, or of another version of fedsplit") from None
         if sha256(content).hexdigest() != found.sha256:
             raise DataError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
-        dropping = _policy(found.dropping, allow, folder / DESCRIPTION)
         try:
-            layer = _built(found.layer)
+            dropping, task = found.dropping.built(allow), _task(found.task, allow)
+        except ConfigError as error:
+            raise DataError(f"{folder / DESCRIPTION}: {error}") from None
+        try:
+            layer = found.build(dropping)
             layer.load_weights(load(content))
-            scaling = found.scaling
-            dropping.fits(layer)
-            if 0.0 in scaling.divide or scaling.apply(np.zeros((1, *layer.input_shape))).shape[1:] != layer.input_shape:
-                raise ValueError
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
             raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
-        bundle = cls(layer, dropping, found.dtype, scaling, found.task, found.outputs)
+        bundle = cls(layer, dropping, found.dtype, found.scaling, task, found.outputs)
         if not np.isfinite(bundle.weights).all():
             raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
         if bundle.model != found.model:
@@ -198,35 +143,12 @@ class Bundle:
         return bundle
 
 
-def _policy(found: Dropping, allow: Collection[str], path: Path) -> Policy:
-    try:
-        return found.built(allow)
-    except ConfigError as error:
-        raise DataError(f"{path}: {error}") from None
+def _task(name: str, allow: Collection[str]) -> Task:
+    if name not in TASKS and name not in allow:
+        raise ConfigError(f"task {name!r} is not among what the device's owner allows (allow in node.toml)")
+    return task_of(name)
 
 
 def model_name(weights: FloatArray) -> str:
     """Return the name of a model, from its first layer's flat parameters."""
     return f"{weights_digest(weights):016x}"
-
-
-def described(layer: FirstLayer) -> Layer:
-    """Return what a layer is, besides its weights; raises ConfigError if its activation has unusual numbers."""
-    module: Any = layer.layer
-    names = _OF_LINEAR if isinstance(module, nn.Linear) else _OF_CONVOLUTION
-    (activation,) = (name for name, kind in ACTIVATIONS.items() if type(layer.activation) is kind)
-    if repr(layer.activation) != repr(ACTIVATIONS[activation]()):
-        raise ConfigError(f"{layer.activation} cannot be exported: only activations with their usual numbers can")
-    return Layer(
-        kind=type(module).__name__,  # type: ignore[arg-type]
-        arguments={name: getattr(module, name) for name in names},
-        bias=module.bias is not None,
-        activation=activation,  # type: ignore[arg-type]
-        input_shape=layer.input_shape,
-    )
-
-
-def _built(found: Layer) -> FirstLayer:
-    arguments: dict[str, Any] = {**found.arguments}
-    module = _LAYERS[found.kind](**arguments, bias=found.bias)
-    return FirstLayer(module, ACTIVATIONS[found.activation](), found.input_shape)

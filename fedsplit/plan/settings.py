@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.common.tables import Section, one_line
+from fedsplit.model.tasks import TASKS
 from fedsplit.plan.combinations import refusal
 from fedsplit.plan.modes import MODES, Mode
 from fedsplit.plan.strategies import STRATEGIES
@@ -64,8 +65,8 @@ class DataSettings(Section):
     Or ``shape``, of one record, where real nodes have the records: then nobody else needs any.
     ``overlap``: whether the windows of ``wearables`` overlap by half or not at all.
     ``novel``: the class of a data set that nobody trains with, which makes it a task ``novelty``.
-    ``task`` and ``outputs`` (classes, columns of a regression target, or the most recordings that a device has for
-    ``novelty``) describe a user's own data.
+    ``task`` (see :func:`fedsplit.model.tasks.task_of`) and ``outputs`` (classes, columns of a regression target, or
+    the most recordings that a device has for ``novelty``) describe a user's own data.
     """
 
     name: str | None = None
@@ -74,7 +75,7 @@ class DataSettings(Section):
     shape: Annotated[list[Positive], Field(min_length=1)] | None = None
     overlap: bool = True
     novel: Annotated[int, Field(ge=0)] | None = None
-    task: Literal["classification", "binary", "regression", "novelty"] | None = None
+    task: Annotated[str, one_of(*TASKS, own="Name")] | None = None
     outputs: Positive | None = None
 
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import small_settings
+from conftest import new_node, small_settings
 from own import linear
 from payloads import ones_for
 
 from fedsplit import DeviceData
 from fedsplit.device.node import Node
-from fedsplit.runs.nodes import simulated_node
 from fedsplit.wire.exchange import CutGradients, Download
 
 DEVICES = 5
@@ -32,7 +31,7 @@ def node(folder: Path, dtype: str = "float32", number: int = 0, nodes: int = 1, 
         dropping=dropping,
         protocol={"dtype": dtype},
     )
-    return simulated_node(settings.to_json(), number, nodes, str(folder / "nodes"))
+    return new_node(settings, number, nodes, folder / "nodes")
 
 
 def ask(node: Node, round_number: int = 1, pending: tuple[CutGradients, ...] = ()) -> Download:
@@ -92,14 +91,14 @@ def test_a_device_that_fails_in_a_backward_half_loses_its_block(
     whole = one.exchange(ask(one, 2, (cut,)))
     assert whole.lost.tolist() == []
     assert whole.gradients.records.tolist() == [sum(len(linear(d, DEVICES).train) for d in range(DEVICES))]
-    load = one._data
+    load = one.records._data
 
     def failing(device: int) -> DeviceData:
         if device == 3:
             raise OSError("no such disk")
         return load(device)
 
-    monkeypatch.setattr(one, "_data", failing)
+    monkeypatch.setattr(one.records, "_data", failing)
     upload = one.exchange(ask(one, 3, (cut,)))
     assert upload.lost.tolist() == [1]
     assert upload.gradients.records.size == upload.gradients.sums.size == 0

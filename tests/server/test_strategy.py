@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_settings
+from conftest import simulated_json, small_settings
 from flwr.app import Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from references import largest_difference, moved, trained
@@ -19,6 +19,7 @@ from references import largest_difference, moved, trained
 from fedsplit.common.errors import RunError
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
+from fedsplit.release.admitted import unguarded
 from fedsplit.release.kept import Kept
 from fedsplit.runs.client_app import client_app
 from fedsplit.runs.folder import open_run_folder, read_nodes
@@ -66,7 +67,7 @@ def train(tmp_path: Path, change: Change, nodes: int = 5, **changes: dict[str, A
     folder = tmp_path / "run"
     open_run_folder(folder, settings, resume=False)
     run = TrainingRun(settings, folder)
-    grid = FaultyGrid(client_app(settings.to_json(), str(folder / "nodes")), nodes)
+    grid = FaultyGrid(client_app(simulated_json(settings), str(folder / "nodes")), nodes)
     grid.change = change
     grid.marker = run.strategy.progress.run.to_bytes(8, "little")
     run.train(grid)
@@ -246,7 +247,7 @@ def fewer_records(reply: Message, refused: list[list[int]]) -> Message:
     """Return the reply with the last of its device's ten records left out of the release."""
     release = release_of(reply)
     kept = kept_of(release).take(np.arange(10) < 9)
-    shorter = wire.Release.pack(kept, release.devices, np.array([9]), release.targets[:9], "float32")
+    shorter = wire.Release.pack(unguarded(kept, "test"), release.devices, np.array([9]), release.targets[:9], "float32")
     return changed(reply, release=shorter, refused=np.array(refused, dtype=np.int64).reshape(-1, 3))
 
 
@@ -254,7 +255,9 @@ def twice_the_records(reply: Message) -> Message:
     release = release_of(reply)
     kept = Kept.join([kept_of(release)] * 2, release.width)
     targets = np.concatenate([release.targets] * 2)
-    return changed(reply, release=wire.Release.pack(kept, release.devices, np.array([20]), targets, "float32"))
+    return changed(
+        reply, release=wire.Release.pack(unguarded(kept, "test"), release.devices, np.array([20]), targets, "float32")
+    )
 
 
 LIES: dict[str, tuple[Callable[[Message], Message], str]] = {
@@ -579,7 +582,9 @@ def test_all_of_a_devices_records_may_be_refused(tmp_path: Path, caplog: pytest.
     def refuses(reply: Message) -> Message:
         release = release_of(reply)
         kept = Kept.join([], release.width)
-        nothing = wire.Release.pack(kept, np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), "float32")
+        nothing = wire.Release.pack(
+            unguarded(kept, "test"), np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), "float32"
+        )
         return changed(reply, release=nothing, refused=np.array([[1, 99, 10]]))
 
     run = train(tmp_path, in_round_2_of_node_1(refuses), first_layer={"strategy": "frozen"})
@@ -635,5 +640,5 @@ def test_a_run_says_for_how_many_devices_it_waits(
     settings, folder = small_settings(protocol={"timeout": 600}), tmp_path / "run"
     open_run_folder(folder, settings, resume=False)
     run = TrainingRun(settings, folder)
-    assert run.train(Late(client_app(settings.to_json(), str(folder / "nodes")), 5))["nodes"] == 5
+    assert run.train(Late(client_app(simulated_json(settings), str(folder / "nodes")), 5))["nodes"] == 5
     assert there[0] == 3 and len(read_nodes(folder)) == 5 and caplog.text.count("devices are there") == 1

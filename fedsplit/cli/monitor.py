@@ -56,7 +56,8 @@ def monitor(
     from fedsplit.device.predictor import Predictor
     from fedsplit.wire.query import EPISODE, LONGEST, SHORTEST
 
-    bundle = Bundle.load(device)
+    own = Home(home)
+    bundle = Bundle.load(device, own.allowed)
     if bundle.task != "novelty":
         raise ConfigError(f"the model in {device} predicts: see fedsplit predict")
     if not 0 <= speed < float("inf"):
@@ -77,7 +78,6 @@ def monitor(
     stretches = read(recording)
     if all(len(records) < EPISODE for records, _ in stretches):
         raise DataError(f"{recording}: has no {EPISODE} consecutive records, which are judged together")
-    own = Home(home)
     own.check()
     service = remote(server, bundle.model, ca, insecure=insecure)
     watched = Monitor(Predictor(bundle, own, service), service, name)

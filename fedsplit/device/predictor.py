@@ -113,7 +113,8 @@ class Predictor:
         """
         from fedsplit.device.remote import Remote
 
-        bundle, own = Bundle.load(Path(device)), Home(Path(home))
+        own = Home(Path(home))
+        bundle = Bundle.load(Path(device), own.allowed)
         own.check()
         return cls(bundle, own, Remote(server, bundle.model, token, Path(authority) if authority else None))
 

@@ -12,11 +12,12 @@ from fedsplit.audit.transcript import Exchange, Subjects, exchanges
 from fedsplit.common.arrays import FloatArray, IntArray, unpack_bitmap
 from fedsplit.data import Records
 from fedsplit.guard.criterion import LayerMap
+from fedsplit.guard.releaser import Releaser
 from fedsplit.model.activations import Preimage
 from fedsplit.model.layer import FirstLayer
-from fedsplit.release.making import Chunk, forward
+from fedsplit.release.making import Chunk
 from fedsplit.release.policy import Policy
-from fedsplit.release.streams import KEYED_ROUND, simulation_secret
+from fedsplit.release.streams import simulation_secret
 from fedsplit.wire.release import Release
 
 Array = NDArray[np.float64]
@@ -128,8 +129,7 @@ def released_bytes(layer: FirstLayer, dropping: Policy, dtype: str, chunk: Chunk
 def _release(
     layer: FirstLayer, dropping: Policy, dtype: str, weights: FloatArray, chunk: Chunk, secret: bytes
 ) -> Release:
-    kept = forward(layer, dropping, lambda _: secret, chunk, weights, KEYED_ROUND, b"audit", want_slopes=False).kept
-    return Release.pack(kept, chunk.devices, chunk.records, chunk.y, dtype, dropping.code.bits)
+    return Releaser(layer, dropping, dtype, lambda _: secret).unguarded(chunk, weights, "audit")
 
 
 def dense(release: Release) -> tuple[NDArray[np.bool_], FloatArray]:
@@ -157,7 +157,7 @@ class _Sums:
             for block in exchange.download.pending:
                 if block.round_number not in lost and (node, block.round_number) in self._released:
                     of, release = self._released[node, block.round_number]
-                    part = release.take(np.isin(release.devices, block.devices))
+                    part = release.among(block.devices)
                     those = set(block.devices.tolist())
                     of = [name for name in of if name[0] in those]
                     for name, row in zip(of, self._delta(part, block.values()), strict=True):

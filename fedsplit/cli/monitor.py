@@ -58,7 +58,7 @@ def monitor(
 
     own = Home(home)
     bundle = Bundle.load(device, own.allowed)
-    if bundle.task != "novelty":
+    if not bundle.task.watches:
         raise ConfigError(f"the model in {device} predicts: see fedsplit predict")
     if not 0 <= speed < float("inf"):
         raise ConfigError(f"--speed must be at least 0, got {speed:g}")

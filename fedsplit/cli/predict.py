@@ -155,7 +155,7 @@ def predict(
         raise ConfigError("give either --server or --offline")
     own = Home(home)
     bundle = Bundle.load(device, own.allowed)
-    if bundle.task == "novelty":
+    if bundle.task.watches:
         raise ConfigError(f"the model in {device} watches devices: see fedsplit monitor")
     raw = read_records(records, bundle.layer.input_shape)
     own.check()

@@ -83,14 +83,14 @@ class Attacker:
         if not _on_a_page(bundle):
             why = "the page computes neither these nor kinds, numbers or policies of somebody's own"
             raise ConfigError(f"--demo is not for models with noise or GELU: {why}")
-        classes = bundle.outputs if bundle.task == "classification" else 2 if bundle.task == "binary" else 0
+        classes = bundle.task.targets(bundle.outputs).classes
         return cls(served, known, known_before(known, classes), classes)
 
     def attack(self, release: Release, dropping: Policy) -> dict[str, Any]:
         """Return what the attacks make of one record's release: numbers ``(n,)`` of the scaled record by attack."""
         bundle, shape = self.served.bundle, self.served.bundle.layer.input_shape
         outputs = self.served.outputs([release])
-        label = outputs.argmax(axis=1) if bundle.task == "classification" else (outputs[:, 0] > 0).astype(np.int64)
+        label = bundle.task.decide(outputs)
         labels = label if self.classes else None
         nothing, target = np.zeros((1, *shape), dtype=np.float32), np.arange(1)
         subjects = Subjects(nothing, label, target, target, nothing, target, self.public, False)

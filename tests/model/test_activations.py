@@ -91,5 +91,5 @@ def test_a_relu_of_ones_own_is_not_taken_for_relu() -> None:
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return input.sin()
 
-    with pytest.raises(ConfigError, match="activation must be one of relu, .*, got Odd"):
+    with pytest.raises(ConfigError, match=r"activation must be one of relu, .*, got Odd"):
         activation_of(Odd())

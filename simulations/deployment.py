@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 from fedsplit.device.home import Home
 from fedsplit.plan.settings import Settings, load_settings
-from fedsplit.runs.folder import read_nodes
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.simulation import simulate
 
 CONFIG = Path(__file__).parent.parent / "configs" / "wearables.toml"
@@ -227,7 +227,9 @@ def run_case(case: Case, folder: Path, namespaces: bool, seed: int) -> dict[str,
         if case.log and case.log not in log:
             raise RuntimeError(f"{case.name}: nobody said {case.log!r}")
         left, most = ledgers(trial, names)
-        there = "0-4" in [row["devices"] for row in read_nodes(folder / "run") if row["state"] == "connected"]
+        there = "0-4" in [
+            row["devices"] for row in RunFolder(folder / "run").node_rows() if row["state"] == "connected"
+        ]
         if there != case.returns:
             raise RuntimeError(f"{case.name}: the node should{'' if case.returns else ' not'} be there at the end")
     return {"case": case.name, "seen": seen, "outcome": outcome, "left": left, "most": most, **result}

@@ -42,7 +42,7 @@ from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.experiment import Experiment
 from fedsplit.release.making import Chunk, forward
 from fedsplit.release.streams import KEYED_ROUND
-from fedsplit.runs.folder import run_settings
+from fedsplit.runs.folder import RunFolder
 from fedsplit.service.served import Served
 from fedsplit.wire.exchange import weights_digest
 from fedsplit.wire.query import Query
@@ -205,7 +205,7 @@ def measure(found: list[Scheme], raw: Raw, repeats: int) -> dict[str, dict[str, 
 
 def attacked(run: Path, served: Served, seed: int = 0) -> dict[str, float]:
     """Return what the strongest attack makes of releases (dB), and the best guess without any."""
-    settings = run_settings(run)
+    settings = RunFolder(run).trained()
     source = Experiment(settings).source
     subjects = Subjects.choose(source, Experiment(settings).public, settings.donors, 100, seed)
     bundle = served.bundle
@@ -222,7 +222,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     served = Served.of_run(options.run)
-    settings = run_settings(options.run)
+    settings = RunFolder(options.run).trained()
     source = Experiment(settings).source
     test = np.concatenate([source.device(device).test.x for device in source.test_devices])
     raw = raw_records(served.bundle.scaling, test)

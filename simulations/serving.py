@@ -37,7 +37,7 @@ from fedsplit.common.certs import CA, CERTIFICATE, KEY, make_certificates
 from fedsplit.common.errors import WireError
 from fedsplit.device.home import Home
 from fedsplit.plan.experiment import Experiment
-from fedsplit.runs.folder import run_settings
+from fedsplit.runs.folder import RunFolder
 from fedsplit.service.app import service
 from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens, add_token
@@ -66,7 +66,7 @@ class Sealed(Served):
 
 def records_of(run: Path, served: Served) -> Any:
     """Return the raw test records of a run."""
-    source = Experiment(run_settings(run)).source
+    source = Experiment(RunFolder(run).trained()).source
     test = np.concatenate([source.device(device).test.x for device in source.test_devices])
     return raw_records(served.bundle.scaling, test)
 

@@ -21,10 +21,12 @@ from fedsplit.data import Records, Source
 from fedsplit.wire.exchange import Download, Upload
 
 MOST_CANDIDATES = 5000
+_EXCHANGES, _SUBJECTS = "exchanges", "subjects.npz"
 
 
 def record_exchange(folder: Path, node: int, download: Download, upload: Upload, index: IntArray) -> None:
     """Write one exchange of a simulated node; ``index`` are the released records' indices on their devices."""
+    folder = folder / _EXCHANGES
     folder.mkdir(parents=True, exist_ok=True)
     half = "release" if len(download.schedule) else f"gradient-{_asked(download):08x}"
     with replacing(folder / f"{download.round_number:06d}-{half}-{node:06d}.npz") as path, path.open("wb") as file:
@@ -100,11 +102,16 @@ class Subjects:
             known = replace(public, y=public.y % source.outputs)
         return cls(x[chosen], y[chosen], owner[chosen], index[chosen], x[candidates], place, known, public is None)
 
+    @staticmethod
+    def are_in(folder: Path) -> bool:
+        """Whether a run has chosen them already."""
+        return (folder / _SUBJECTS).exists()
+
     def save(self, folder: Path) -> None:
         """Write ``subjects.npz``."""
         folder.mkdir(parents=True, exist_ok=True)
         fields = {k: v for k, v in vars(self).items() if k != "public"}
-        with replacing(folder / "subjects.npz") as path, path.open("wb") as file:
+        with replacing(folder / _SUBJECTS) as path, path.open("wb") as file:
             np.savez_compressed(file, public_x=self.public.x, public_y=self.public.y, **fields)
 
     @classmethod
@@ -116,7 +123,7 @@ class Subjects:
         DataError
             If it is missing or damaged.
         """
-        path = folder / "subjects.npz"
+        path = folder / _SUBJECTS
         try:
             with np.load(path, allow_pickle=False) as file:
                 fields = {name: file[name] for name in file.files}
@@ -153,7 +160,7 @@ def exchanges(folder: Path, parameters: int) -> Iterator[Exchange]:
     DataError
         If there are none, or one is damaged.
     """
-    paths = sorted((folder / "exchanges").glob("*.npz"), key=lambda p: (p.name[:6], "gradient" in p.name, p.name))
+    paths = sorted((folder / _EXCHANGES).glob("*.npz"), key=lambda p: (p.name[:6], "gradient" in p.name, p.name))
     if not paths:
         raise DataError(f"{folder} holds no exchanges: only a run with [audit] targets can be audited")
     for path in paths:

@@ -138,17 +138,15 @@ def forget(
     folder: Annotated[Path, typer.Argument(help="The server's run folder.")],
 ) -> None:
     """Remove a device's releases from a run's replay store and checkpoint; what was learned from them stays."""
+    from fedsplit.runs.folder import RunFolder
     from fedsplit.server.checkpoint import forget_device
-    from fedsplit.service.fleet import FLEET
 
     removed = forget_device(folder, device)
     if not removed:
         raise ConfigError(f"{folder} holds no releases of device {device}: nothing was removed")
     print(f"removed {removed} records of device {device} from {folder}; what the weights have learned from them stays")
-    if (folder / FLEET).exists():
-        print(
-            f"what is normal for watched devices is in {folder / FLEET}, by their names: remove a device's file there"
-        )
+    if (fleet := RunFolder(folder).fleet).exists():
+        print(f"what is normal for watched devices is in {fleet}, by their names: remove a device's file there")
 
 
 def _quiet(verbose: bool) -> None:

@@ -107,7 +107,7 @@ def run(
     """Train over the nodes of a SuperLink, on its machine, with the settings of CONFIG."""
     from fedsplit.cli.report import result_table
     from fedsplit.plan.settings import AuditSettings, GuardSettings, default_folder, load_settings
-    from fedsplit.runs.folder import check_fresh
+    from fedsplit.runs.folder import RunFolder
     from fedsplit.runs.following import follow, forget_state
     from fedsplit.server.link import runs
 
@@ -125,7 +125,7 @@ def run(
     folder = (out or default_folder(settings)).resolve()
     modules = runs.own_modules(config.resolve().parent, [settings.model.builder, settings.data.builder])
     if not resume:
-        check_fresh(folder)
+        RunFolder(folder).check_fresh()
     forget_state(folder)
     number = runs.submit(settings.to_json(), superlink, folder, resume=resume, modules=modules)
 
@@ -154,10 +154,10 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show what the server has seen of each node: when, how much, and what it was refused."""
-    from fedsplit.runs.folder import read_nodes
+    from fedsplit.runs.folder import RunFolder
     from fedsplit.runs.following import ago
 
-    rows = read_nodes(folder)
+    rows = RunFolder(folder).node_rows()
     if as_json:
         print(json.dumps(rows))
         return

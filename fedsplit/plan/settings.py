@@ -17,6 +17,8 @@ from fedsplit.common.errors import ConfigError
 from fedsplit.common.tables import Section, one_line
 from fedsplit.plan.strategies import STRATEGIES
 
+INCIDENTAL = ("run.engine", "run.ray-address")
+"""Settings on which nothing depends that a run comes to: it may be resumed with others."""
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]

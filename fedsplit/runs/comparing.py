@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.plan.settings import load_settings
-from fedsplit.runs.folder import METRICS, RESULT
+from fedsplit.runs.folder import RunFolder
 
 Figures = dict[str, int | float]
 Point = tuple[float, float]
@@ -98,16 +98,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(label: str, folder: Path) -> Run:
-    if _text(folder / "config.toml") is None:
-        raise DataError(f"{folder} is not a run folder: it has no config.toml")
+    run = RunFolder(folder)
+    if _text(run.config) is None:
+        raise DataError(f"{folder} is not a run folder: it has no {run.config.name}")
     try:
-        settings = load_settings(folder / "config.toml")
+        settings = load_settings(run.config)
     except ConfigError as error:
         raise DataError(f"run {folder}: {error}") from None
-    rounds = list(_rounds(folder / METRICS))
-    result = _result(folder / RESULT)
+    rounds = list(_rounds(run.metrics))
+    result = _result(run.result)
     figures = _so_far(rounds) if result is None else result
-    return Run(label, folder, settings.flat(), result is not None, figures | _audit(folder / "audit.json"), rounds)
+    return Run(label, folder, settings.flat(), result is not None, figures | _audit(run.report), rounds)
 
 
 def _rounds(path: Path) -> Iterator[Figures]:
@@ -220,7 +221,9 @@ def notes(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         missing = [said for over, said in PANELS.items() if over != _OPTIONAL and not any(curves(run, over))]
         if missing:
-            found.append(f"{run.label} is not plotted over {' and '.join(missing)}: its {METRICS} holds none")
+            found.append(
+                f"{run.label} is not plotted over {' and '.join(missing)}: its {RunFolder.metrics.name} holds none"
+            )
     return found
 
 

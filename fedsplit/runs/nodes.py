@@ -22,6 +22,7 @@ from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.preflight import check_limits
 from fedsplit.plan.settings import Settings
 from fedsplit.release.streams import simulation_secret
+from fedsplit.runs.folder import RunFolder
 
 _KNOWN_DEVICES = 256  # of a real node: those whose records were compared with the ones it knows
 _CACHED_BYTES = 2**28  # of a user's own data, in each process of a run; packaged data sets are shared arrays
@@ -86,7 +87,7 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
                 ExposureAccountant.create(home(run) / f"ledger-{name}.npz", owner)
         return Guard(own_limits, ExposureAccountant(path, owner, durable=False), layer, enforce=enforce)
 
-    recorder = partial(record_exchange, Path(folder).parent / "audit" / "exchanges", partition)
+    recorder = partial(record_exchange, RunFolder(Path(folder).parent).recordings, partition)
     return _node_kind(experiment)(
         layer,
         experiment.policy,

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.common.errors import ConfigError
+from fedsplit.common.files import writing
 from fedsplit.runs.comparing import PANELS, Run, curves
+from fedsplit.runs.folder import RunFolder
 
 _AXES = {
     "round": "rounds",
@@ -19,12 +21,12 @@ _AXES = {
 _SCORES = {"_accuracy": "accuracy", "_r2": "R²"}
 
 
-def draw_curves(folder: Path) -> None:
+def draw_curves(folder: RunFolder) -> None:
     """Draw ``curves.png`` from ``metrics.jsonl``: loss and, for classes, accuracy over rounds, and simulated time."""
     # matplotlib's pyplot would pick up a display and keep figures alive: the object interface does neither
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in folder.rounds()]
     panels = [("loss", "round"), ("accuracy", "round")]
     if any("simulated_seconds" in m for m in lines):
         known = any(m.get(f"{side}_accuracy") is not None for m in lines for side in ("train", "test"))
@@ -39,7 +41,7 @@ def draw_curves(folder: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(frameon=False)
-    figure.savefig(folder / "curves.png", dpi=120)
+    figure.savefig(folder.curves, dpi=120)
 
 
 def draw_comparison(runs: Sequence[Run], path: Path) -> bool:
@@ -72,10 +74,8 @@ def draw_comparison(runs: Sequence[Run], path: Path) -> bool:
     legend = figure.legend(handles, labels, loc="outside lower center", frameon=False, title=title)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a folder's name may hold dollars
-    try:
+    with writing(f"plot {path}"):
         figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise ConfigError(f"plot {path} cannot be written: {error.strerror}") from None
     return True
 
 

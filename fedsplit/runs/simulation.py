@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from fedsplit.common.errors import ConfigError, EngineError, RunError
 from fedsplit.plan.settings import Settings, default_folder, load_settings
 from fedsplit.runs.engine import Start, engine
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.pictures import draw_curves
 
 if TYPE_CHECKING:
@@ -50,17 +51,17 @@ def simulate(
     if isinstance(config, Settings) and overrides:
         raise ConfigError("overrides are for a settings file, not for Settings")
     settings = config if isinstance(config, Settings) else load_settings(config, overrides)
-    folder = Path(out) if out is not None else default_folder(settings)
+    folder = RunFolder(Path(out) if out is not None else default_folder(settings))
     run: TrainingRun | None = None
     stopped_after = -1
     while True:
         try:
             with engine(settings.run) as start:
-                grid = _start_nodes(start, settings, folder / "nodes")
+                grid = _start_nodes(start, settings, folder.states)
                 run = run.again() if run else _prepared(settings, folder, report, resume=resume)
                 result = run.train(grid())
             draw_curves(folder)
-            shutil.rmtree(folder / "nodes", ignore_errors=True)  # patterns of chunks that nobody will ask for
+            shutil.rmtree(folder.states, ignore_errors=True)  # patterns of chunks that nobody will ask for
             return result
         except EngineError as error:
             done = run.rounds_done if run else 0
@@ -78,17 +79,16 @@ def _start_nodes(start: Start, settings: Settings, states: Path) -> Callable[[],
     return start(client_app(settings.to_json(), str(states.resolve())), Experiment(settings).nodes)
 
 
-def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resume: bool) -> "TrainingRun":
+def _prepared(settings: Settings, folder: RunFolder, report: "Report | None", *, resume: bool) -> "TrainingRun":
     """Return the run after all that can be refused before training; raises FedsplitError."""
     from fedsplit.plan.preflight import check_limits
     from fedsplit.runs.assembly import calibrated
-    from fedsplit.runs.folder import open_run_folder
     from fedsplit.runs.training import TrainingRun
 
     settings = calibrated(settings, folder if resume else None)
-    run = TrainingRun(settings, folder, report)
+    run = TrainingRun(settings, folder.path, report)
     run.check_startable()
     if settings.guard.mode == "enforce" and (own := run.experiment.limits).enforce:
         check_limits(settings, run.source, run.model.first_layer, own)
-    open_run_folder(folder, settings, resume=resume)
+    folder.open(settings, resume=resume)
     return run

@@ -24,7 +24,7 @@ from fedsplit.guard.accountant import epsilon
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.assembly import split_strategy
-from fedsplit.runs.folder import DEVICES, METRICS, NODES, RESULT
+from fedsplit.runs.folder import RunFolder
 from fedsplit.server.checkpoint import load_checkpoint, save_checkpoint
 from fedsplit.server.roster import Owners
 from fedsplit.server.rounds import SplitStrategy
@@ -43,7 +43,7 @@ class TrainingRun:
     ----------
     settings : Settings
     folder : Path
-        The run folder, opened by :func:`open_run_folder`.
+        The run folder, opened by :meth:`fedsplit.runs.folder.RunFolder.open`.
     report : callable, optional
         Called after every round with its metrics.
     owners : callable, optional
@@ -67,7 +67,7 @@ class TrainingRun:
         real: bool = False,
     ) -> None:
         self.settings = settings
-        self.folder = folder
+        self.folder = RunFolder(folder)
         self.experiment = experiment = Experiment(settings)
         self.source, self.model, self.public = experiment.source, experiment.model, experiment.public
         run = secrets.randbits(62)
@@ -82,7 +82,7 @@ class TrainingRun:
 
     def again(self) -> "TrainingRun":
         """Return the run as it began; its :meth:`train` goes on from the last checkpoint."""
-        run = TrainingRun(self.settings, self.folder, self._report)
+        run = TrainingRun(self.settings, self.folder.path, self._report)
         run.strategy.progress.run = self.strategy.progress.run
         run._created = self._created
         return run
@@ -107,7 +107,7 @@ class TrainingRun:
         """Train (from the last checkpoint, if there is one) and return what ``result.json`` holds."""
         self._choose_subjects()
         self._learn_from_public_records()
-        before = load_checkpoint(self.folder / "checkpoint", self.strategy)
+        before = load_checkpoint(self.folder.checkpoint, self.strategy)
         self._training = before or 0.0
         done = self.rounds_done = self.strategy.progress.round_number
         self._keep_metrics(done)
@@ -125,15 +125,15 @@ class TrainingRun:
         self.result = self._result()
         if isinstance(self.strategy, VirtualStrategy):
             self.result["simulated"] = self.strategy.clock.summary()
-            self.strategy.clock.save_table(self.folder / DEVICES)
-        with replacing(self.folder / RESULT) as new:
+            self.strategy.clock.save_table(self.folder.devices)
+        with replacing(self.folder.result) as new:
             new.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
         return self.result
 
     def _choose_subjects(self) -> None:
         """Note the originals of the records that an audit will attack."""
-        targets, folder = self.settings.audit.targets, self.folder / "audit"
-        if targets and not (folder / "subjects.npz").exists():
+        targets, folder = self.settings.audit.targets, self.folder.recordings
+        if targets and not Subjects.are_in(folder):
             donors = self.settings.donors
             Subjects.choose(self.source, self.public, donors, targets, self.settings.run.seed).save(folder)
 
@@ -167,9 +167,9 @@ class TrainingRun:
         metrics = {**self.strategy.metrics, **so_far, "seconds": round(now - self._round_start, 4)}
         self._round_start = now
         with self._writing():
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            with self.folder.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
-            save_checkpoint(self.folder / "checkpoint", self.strategy, self._training)
+            save_checkpoint(self.folder.checkpoint, self.strategy, self._training)
         self.rounds_done = self.strategy.progress.round_number
         self._note_nodes()
         if self._report:
@@ -177,7 +177,7 @@ class TrainingRun:
         return None
 
     def _note_nodes(self) -> None:
-        with self._writing(), replacing(self.folder / NODES) as new:
+        with self._writing(), replacing(self.folder.nodes) as new:
             new.write_text(json.dumps(self.strategy.roster.rows(), indent=2) + "\n", encoding="utf-8")
 
     @contextmanager
@@ -186,11 +186,11 @@ class TrainingRun:
             yield
         except OSError as error:
             left = f"the checkpoint of round {self.rounds_done} is the last" if self.rounds_done else "no round is done"
-            raise RunError(f"{self.folder} cannot be written ({error.strerror}): {left}") from None
+            raise RunError(f"{self.folder.path} cannot be written ({error.strerror}): {left}") from None
 
     def _keep_metrics(self, rounds: int) -> None:
         """Cut off metrics of rounds after the checkpoint: they will be written again."""
-        path = self.folder / METRICS
+        path = self.folder.metrics
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             with replacing(path) as new:

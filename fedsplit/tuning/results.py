@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
-from fedsplit.common.files import replacing
+from fedsplit.common.files import put
 from fedsplit.plan.settings import MAXIMISED, Settings
 from fedsplit.tuning.study import Point, Study
 from fedsplit.tuning.trial import AUDITED, Outcome
@@ -56,8 +56,7 @@ def export_front(study: Study) -> list[Point]:
         path, settings = folder / f"{place:02d}.toml", study.settings_of(point)
         run = settings.run.model_copy(update={"name": f"{settings.run.name}-{place:02d}"})
         text = settings.model_copy(update={"run": run}).to_toml()
-        with replacing(path) as new:
-            new.write_text(_heading(study, point, path, settings) + text, encoding="utf-8")
+        put(path, _heading(study, point, path, settings) + text)
         points.append(replace(point, config=path))
     return points
 
@@ -105,8 +104,7 @@ def write_results(study: Study, points: list[Point]) -> None:
         "importance": matters,
         "trials": trials,
     }
-    with replacing(study.folder / "tune.json") as new:
-        new.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    put(study.folder / "tune.json", json.dumps(found, indent=2) + "\n")
     _draw_front(study, points, study.folder / "front.png")
     _draw_importance(matters, study.folder / "importance.png")
 

@@ -22,18 +22,17 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.exceptions import RayError
 
 from fedsplit.common.errors import ConfigError, RunError
-from fedsplit.common.files import locked, replacing
+from fedsplit.common.files import alone, put
 from fedsplit.plan.experiment import Experiment
-from fedsplit.plan.settings import MAXIMISED, Settings, TuneSettings, check_settings, flattened
+from fedsplit.plan.settings import INCIDENTAL, MAXIMISED, Settings, TuneSettings, check_settings, flattened
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.engine import start_ray
-from fedsplit.runs.folder import check_fresh
+from fedsplit.runs.folder import RunFolder
 from fedsplit.tuning.space import Space, usual_space
 from fedsplit.tuning.trial import AUDITED, Outcome, Plan, audited, run_trial, with_seed
 
 log = logging.getLogger(__name__)
 STUDY = "study.db"
-_HEAVY = ("audit", "checkpoint", "releases")  # of a run folder, for audits
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Study:
         RunError
             If no trial ran to its end within the constraints.
         """
-        with _alone(self.folder), _ray(parallel):
+        with alone(self.folder / "study.lock", f"another process works in {self.folder}"), _ray(parallel):
             self._run_trials(parallel, report)
             self._check_feasible()
             self._audit_front()
@@ -156,14 +155,13 @@ class Study:
             raise ConfigError(f"out folder {folder}: SQLite's address cannot hold {odd[0]!r}")
         if resume and not there:
             raise ConfigError(f"nothing to resume: {folder / STUDY} does not exist")
-        try:
+        place = RunFolder(folder)
+        with place.writing():
             folder.mkdir(parents=True, exist_ok=True)
             if there and not resume:
                 raise ConfigError(f"out folder {folder} holds a study: --resume goes on with it")
             if not resume:
-                check_fresh(folder)
-        except OSError as error:
-            raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
+                place.check_fresh()
         directions: list[Any] = ["maximize" if name in MAXIMISED else "minimize" for name in self.plan.objectives]
         try:
             study = optuna.create_study(
@@ -183,14 +181,13 @@ class Study:
         """Refuse a study of other settings; only the number of trials may be another."""
         tune = {"tune": self.tune.model_dump(by_alias=True, exclude={"trials"})}
         new: dict[str, Any] = json.loads(json.dumps(flattened({**self.settings.tables(), **tune})))
-        for key in ("run.name", "run.engine", "run.ray-address"):  # which no trial depends on
+        for key in ("run.name", *INCIDENTAL):  # which no trial depends on
             new.pop(key, None)
         old = study.user_attrs.get("settings")
         if old is None:
             study.set_user_attr("settings", new)
-            with replacing(self.folder / "study.toml") as path:
-                tune = {"tune": self.tune.model_dump(by_alias=True, exclude_none=True)}
-                path.write_text(tomli_w.dumps({**self.settings.tables(), **tune}), encoding="utf-8")
+            tune = {"tune": self.tune.model_dump(by_alias=True, exclude_none=True)}
+            put(self.folder / "study.toml", tomli_w.dumps({**self.settings.tables(), **tune}))
             return
         if differing := sorted(key for key in old | new if old.get(key) != new.get(key)):
             key = differing[0]
@@ -251,9 +248,9 @@ class Study:
         kept = {point.number for point in self.front()}
         for trial in self.trials:
             if trial.number not in kept:
-                for folder in self._trial_folder(trial.number).glob("seed-*"):
-                    for name in _HEAVY:
-                        shutil.rmtree(folder / name, ignore_errors=True)
+                for folder in map(RunFolder, self._trial_folder(trial.number).glob("seed-*")):
+                    for heavy in (folder.recordings, folder.checkpoint, folder.releases):
+                        shutil.rmtree(heavy, ignore_errors=True)
 
     def _trial_folder(self, number: int) -> Path:
         return self.folder.resolve() / "trials" / f"{number:04d}"
@@ -349,14 +346,6 @@ def _audit_in_full(settings_json: str, folder: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     return audited(folder, Settings.from_json(settings_json), quick=False)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with (folder / "study.lock").open("w") as file:
-        if not locked(file):
-            raise ConfigError(f"another process works in {folder}")
-        yield
 
 
 @contextmanager

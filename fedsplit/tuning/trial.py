@@ -9,15 +9,15 @@ from statistics import fmean
 from typing import Any
 
 from fedsplit.common.errors import FedsplitError, RunError
-from fedsplit.common.files import replacing
+from fedsplit.common.files import put
 from fedsplit.plan.settings import MAXIMISED, Settings
+from fedsplit.runs.folder import RunFolder
 
 AUDITED = ("strongest_psnr", "identification")
 """Objectives that an audit tells."""
 _GROWING = ("bytes_up", "exchanges", "exposures_max", "simulated_seconds")  # while a run goes on
 _MARGINS = {"test_accuracy": 0.03, "test_auc": 0.03, "strongest_psnr": 1.0, "identification": 0.1}
 _RELATIVE = 0.1  # the margin of all others, of the value itself
-_DONE = "objectives.json"
 
 Values = Mapping[str, float]
 
@@ -151,8 +151,9 @@ def audited(folder: Path, settings: Settings, *, quick: bool) -> dict[str, float
 def _run_seed(settings: Settings, folder: Path, plan: Plan, before: Sequence[Values]) -> dict[str, float]:
     from fedsplit.runs.simulation import simulate
 
-    if (folder / _DONE).exists():
-        found: dict[str, float] = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+    done = RunFolder(folder).objectives
+    if done.exists():
+        found: dict[str, float] = json.loads(done.read_text(encoding="utf-8"))
         return found
     shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left
 
@@ -171,6 +172,5 @@ def _run_seed(settings: Settings, folder: Path, plan: Plan, before: Sequence[Val
     if missing := [name for name in plan.names if known.get(name) is None]:
         raise RunError(f"the run gave no {missing[0]}")
     found = {name: float(known[name]) for name in plan.names}
-    with replacing(folder / _DONE) as new:
-        new.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    put(done, json.dumps(found) + "\n")
     return found

@@ -23,7 +23,7 @@ from fedsplit.flower.grid import InProcessGrid
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.runs import simulation
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
 from fedsplit.server.checkpoint import load_checkpoint
 
@@ -196,13 +196,13 @@ def test_replay_keeps_within_its_limit_and_a_resumed_run_forgets_the_same(mode: 
             if server_round == 0:
                 return
             replay = self.strategy.progress.replay
-            files = sorted(path.name for path in (self.folder / "releases").glob("*.npz"))
+            files = sorted(path.name for path in self.folder.releases.glob("*.npz"))
             assert sum(b.nbytes for b in replay.values()) <= 1600
             assert files == sorted(f"{number:06d}-{len(b)}.npz" for number, b in replay.items())
             kept.append({number: len(b) for number, b in replay.items()})
 
     folder = tmp_path / "whole"
-    open_run_folder(folder, settings, resume=False)
+    RunFolder(folder).open(settings, resume=False)
     run = Watched(settings, folder)
     whole = run.train(InProcessGrid(client_app(settings.to_json(), str(folder / "nodes")), 5))
     last = kept[-1]

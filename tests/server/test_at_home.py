@@ -26,7 +26,7 @@ from fedsplit.flower.record import from_record, to_record
 from fedsplit.model.head import Head, cut_head
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.client_app import HOME, client_app
-from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.nodes import real_node, simulated_node
 from fedsplit.runs.training import TrainingRun
 from fedsplit.service.served import Served
@@ -203,7 +203,7 @@ class Wire(InProcessGrid):
 def run(
     settings: Settings, folder: Path, prepare: Callable[[Wire], None] = lambda wire: None
 ) -> tuple[TrainingRun, Wire]:
-    open_run_folder(folder, settings, resume=False)
+    RunFolder(folder).open(settings, resume=False)
     training = TrainingRun(settings, folder)
     wire = Wire(settings, folder / "nodes", -(-DEVICES // settings.devices.per_node))
     prepare(wire)

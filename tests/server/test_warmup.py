@@ -35,7 +35,7 @@ from fedsplit.release.policies import Dropping
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
 from fedsplit.runs import training
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
 from fedsplit.server.batches import Batches
 from fedsplit.server.trunk import Trunk, TrunkOptions
@@ -378,7 +378,7 @@ def watch(
     chosen: Settings, folder: Path, hidden: Sequence[int] = (), after: Callable[[int, Watched], None] | None = None
 ) -> tuple[TrainingRun, Watched, list[int]]:
     """Train; return the run, its grid and how many messages there had been after each round."""
-    open_run_folder(folder, chosen, resume=False)
+    RunFolder(folder).open(chosen, resume=False)
     exchanges: list[int] = []
 
     def report(metrics: dict[str, Any]) -> None:

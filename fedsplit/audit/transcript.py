@@ -5,7 +5,7 @@ records that are attacked, for scoring alone.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -31,7 +31,7 @@ def record_exchange(folder: Path, node: int, download: Download, upload: Upload,
     half = "release" if len(download.schedule) else f"gradient-{_asked(download):08x}"
     with replacing(folder / f"{download.round_number:06d}-{half}-{node:06d}.npz") as path, path.open("wb") as file:
         sent, got = (np.frombuffer(m.to_bytes(), dtype=np.uint8) for m in (upload, download))
-        np.savez_compressed(file, download=got, upload=sent, index=index, node=node)
+        np.savez_compressed(file, download=got, upload=sent, index=index, node=node, devices=_devices(download, upload))
 
 
 def _asked(download: Download) -> int:
@@ -40,6 +40,25 @@ def _asked(download: Download) -> int:
     for block in download.pending:
         asked = crc32(f"{block.round_number} {block.devices.tolist()}".encode() + block.codes.tobytes(), asked)
     return asked
+
+
+def _devices(download: Download, upload: Upload) -> IntArray:
+    """Return the devices that an exchange is about."""
+    asked = [download.schedule[:, 0], *(block.devices for block in download.pending)]
+    return np.unique(np.concatenate([*asked, upload.release.devices, upload.failed, upload.refused[:, 0]]))
+
+
+def may_hold(folder: Path, device: int) -> bool:
+    """Whether recordings have anything of a device; a file that does not say whose it is may have."""
+    return any(_may_hold(path, device) for path in folder.rglob("*") if path.is_file())
+
+
+def _may_hold(path: Path, device: int) -> bool:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return device in file["devices"]
+    except Exception:  # see Subjects.load; earlier versions did not say
+        return True
 
 
 def tested(source: Source) -> Records:
@@ -66,6 +85,8 @@ class Subjects:
         Disjoint from the candidates.
     stand_in : bool
         Whether the public records are really those of test devices, for want of others.
+    devices : int64 array (devices,)
+        Whose records any of the arrays has, as far as they are a device's.
     """
 
     x: FloatArray
@@ -76,6 +97,7 @@ class Subjects:
     place: IntArray
     public: Records
     stand_in: bool
+    devices: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @classmethod
     def choose(
@@ -100,7 +122,9 @@ class Subjects:
         known, place = tested(source) if public is None else public, np.arange(targets)
         if source.task == "novelty" and public is not None:  # told apart by their number, as the targets' releases are
             known = replace(public, y=public.y % source.outputs)
-        return cls(x[chosen], y[chosen], owner[chosen], index[chosen], x[candidates], place, known, public is None)
+        whose = np.union1d(owner[candidates], source.test_devices if public is None else donors).astype(np.int64)
+        at = (owner[chosen], index[chosen])
+        return cls(x[chosen], y[chosen], *at, x[candidates], place, known, public is None, whose)
 
     @staticmethod
     def are_in(folder: Path) -> bool:

@@ -8,12 +8,13 @@ import tomllib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedsplit.common.errors import ConfigError
+from fedsplit.common.figures import OBJECTIVES, figure
 from fedsplit.common.tables import Section, one_line
 from fedsplit.plan.strategies import STRATEGIES
 
@@ -308,27 +309,17 @@ class AuditSettings(Section):
     targets: Annotated[int, Field(ge=0)] = 0
 
 
-Objective = Literal[
-    "test_accuracy",
-    "test_auc",
-    "test_loss",
-    "strongest_psnr",
-    "identification",
-    "bytes_up",
-    "exchanges",
-    "seconds",
-    "simulated_seconds",
-    "exposures_max",
-]
-MAXIMISED = ("test_accuracy", "test_auc")
-"""Objectives of which more is better; of all others less is."""
+if TYPE_CHECKING:
+    Objective = str
+else:
+    Objective = Literal[OBJECTIVES]
 
 
 class TuneSettings(Section):
     """``[tune]``, for ``fedsplit tune``: what to look for, in which ``space`` of settings, in how many ``trials``.
 
     Each trial is run with so many ``seeds``, from ``run.seed`` on, and objectives are averaged over them.
-    ``constraints``: by objective, how much it may be at most (``test_accuracy`` and ``test_auc``: at least).
+    ``constraints``: by objective, how much it may be at most (at least, if more of it is better).
     ``space``: see :class:`fedsplit.tuning.space.Space`; without it, budgets of dropping and learning rates around those
     that are set.
     """
@@ -346,22 +337,11 @@ class TuneSettings(Section):
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError("objectives: none may come twice")
         for name, bound in self.constraints.items():
-            low, high = _POSSIBLE.get(name, (0.0, float("inf")))
-            if not low <= bound <= high:
-                side = "least" if name in MAXIMISED else "most"
-                raise ValueError(f"constraints.{name}: no run can have at {side} {bound:g}, it is in {low:g}..{high:g}")
+            known = figure(name)
+            if not known.least <= bound <= known.most:
+                possible = f"{known.least:g}..{known.most:g}"
+                raise ValueError(f"constraints.{name}: no run can have at {known.bound} {bound:g}, it is in {possible}")
         return self
-
-
-_POSSIBLE = {
-    "test_accuracy": (0.0, 1.0),
-    "test_auc": (0.0, 1.0),
-    "identification": (0.0, 1.0),
-    "bytes_up": (1.0, float("inf")),
-    "exchanges": (1.0, float("inf")),
-    "exposures_max": (1.0, float("inf")),
-    "strongest_psnr": (-float("inf"), float("inf")),
-}
 
 
 class Settings(Section):

@@ -140,6 +140,7 @@ def _write(folder: RunFolder, found: Audit, evidence: Evidence, settings: Settin
         "policy": settings.dropping.policy,
         "mode": settings.protocol.mode,
         **found.report,
+        "devices": evidence.subjects.devices.tolist(),
     }
     put(folder.report, json.dumps(report, indent=2) + "\n")
     shape = evidence.layer.input_shape

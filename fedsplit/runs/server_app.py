@@ -7,6 +7,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid.http_grid import HttpGrid
 
+from fedsplit.common.figures import told_first
 from fedsplit.plan.settings import Settings, default_folder
 from fedsplit.runs.assembly import calibrated
 from fedsplit.runs.client_app import STATE_FOLDER, run_settings
@@ -46,6 +47,6 @@ def main(grid: Grid, context: Context) -> None:
         result = run.train(grid)
     draw_curves(folder)  # whoever follows the run has its result already
     shutil.rmtree(STATE_FOLDER / f"{run.strategy.progress.run:x}", ignore_errors=True)
-    known = [name for name in ("test_accuracy", "test_auc", "test_r2") if result.get(name) is not None]
-    said = f"{known[0]} {result[known[0]]:.4f}, " if known else ""
+    first = told_first(result)
+    said = f"{first.name} {first.written(first.of(result))}, " if first else ""
     print(f"{said}written to {folder.path.resolve()}")

@@ -15,10 +15,11 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
+from fedsplit.common.figures import AUDITED, figure
 from fedsplit.common.files import put
-from fedsplit.plan.settings import MAXIMISED, Settings
+from fedsplit.plan.settings import Settings
 from fedsplit.tuning.study import Point, Study
-from fedsplit.tuning.trial import AUDITED, Outcome
+from fedsplit.tuning.trial import Outcome
 
 _FEW = 4  # trials, of which nothing can be said
 
@@ -116,7 +117,7 @@ def importance(study: Study) -> dict[str, dict[str, float]]:
     for place, name in enumerate(study.plan.objectives):
         if len(complete) < _FEW:
             continue
-        sign = -1 if name in MAXIMISED else 1  # it looks at what makes a value small
+        sign = figure(name).sign  # it looks at what makes a value small
         one = optuna.create_study()
         one.add_trials([_with_value(t, sign * t.values[place]) for t in complete])
         try:
@@ -140,8 +141,8 @@ def _draw_front(study: Study, points: list[Point], path: Path) -> None:
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]] or [("trial", names[0])]
     outcomes = [(t.number, Outcome(**t.user_attrs["outcome"])) for t in study.trials]
     on_front = {point.number: point for point in points}
-    figure = Figure(figsize=(5 * len(pairs), 4), layout="constrained")
-    for axis, (down, across) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+    picture = Figure(figsize=(5 * len(pairs), 4), layout="constrained")
+    for axis, (down, across) in zip(picture.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         x, y = (down, across) if down == "trial" else (across, down)
         values = [({"trial": number, **o.values}, number) for number, o in outcomes if o.values]
         others = [(v[x], v[y]) for v, number in values if number not in on_front]
@@ -154,10 +155,10 @@ def _draw_front(study: Study, points: list[Point], path: Path) -> None:
         for name, line in ((x, axis.axvline), (y, axis.axhline)):
             if name in study.plan.constraints:
                 line(study.plan.constraints[name], color="C3", linewidth=1, linestyle=":")
-        axis.set(xlabel=x, ylabel=y)
+        axis.set(xlabel=figure(x).title, ylabel=figure(y).title)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    picture.savefig(path, dpi=120)
 
 
 def _draw_importance(found: dict[str, dict[str, float]], path: Path) -> None:

@@ -22,14 +22,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.exceptions import RayError
 
 from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.common.figures import AUDITED, figure
 from fedsplit.common.files import alone, put
 from fedsplit.plan.experiment import Experiment
-from fedsplit.plan.settings import INCIDENTAL, MAXIMISED, Settings, TuneSettings, check_settings, flattened
+from fedsplit.plan.settings import INCIDENTAL, Settings, TuneSettings, check_settings, flattened
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.engine import start_ray
 from fedsplit.runs.folder import RunFolder
 from fedsplit.tuning.space import Space, usual_space
-from fedsplit.tuning.trial import AUDITED, Outcome, Plan, audited, run_trial, with_seed
+from fedsplit.tuning.trial import Outcome, Plan, audited, run_trial, with_seed
 
 log = logging.getLogger(__name__)
 STUDY = "study.db"
@@ -109,7 +110,7 @@ class Study:
 
         Of trials with the same figures there is one.
         """
-        signs = [-1 if name in MAXIMISED else 1 for name in self.plan.objectives]
+        signs = [figure(name).sign for name in self.plan.objectives]
         costs: dict[tuple[float, ...], FrozenTrial] = {}
         for trial in sorted(self.trials, key=lambda trial: -trial.number):  # the first of those that are alike stays
             values = Outcome(**trial.user_attrs["outcome"]).values
@@ -162,7 +163,7 @@ class Study:
                 raise ConfigError(f"out folder {folder} holds a study: --resume goes on with it")
             if not resume:
                 place.check_fresh()
-        directions: list[Any] = ["maximize" if name in MAXIMISED else "minimize" for name in self.plan.objectives]
+        directions: list[Any] = ["maximize" if figure(n).sign < 0 else "minimize" for n in self.plan.objectives]
         try:
             study = optuna.create_study(
                 storage=self.address,
@@ -261,12 +262,10 @@ class Study:
         outcomes = [Outcome(**trial.user_attrs["outcome"]) for trial in self.trials]
         for name, bound in self.plan.constraints.items():
             if values := [outcome.values[name] for outcome in outcomes if outcome.values]:
-                best = max(values) if name in MAXIMISED else min(values)
+                best = min(values, key=lambda value: value * figure(name).sign)
                 if self.plan.excess(name, best) > 0:
-                    side = "least" if name in MAXIMISED else "most"
-                    raise RunError(
-                        f"no trial keeps the constraints: {name} must be at {side} {bound:g}, the best had {best:.4g}"
-                    )
+                    said = f"{name} must be at {figure(name).bound} {bound:g}, the best had {best:.4g}"
+                    raise RunError(f"no trial keeps the constraints: {said}")
         why = next((outcome.stopped for outcome in outcomes if outcome.stopped), "no trial keeps all constraints")
         raise RunError(f"none of {len(outcomes)} trials is of use; the first: {why}")
 

@@ -18,8 +18,9 @@ from fedsplit.common.figures import OBJECTIVES, figure
 from fedsplit.common.tables import Section, one_line
 from fedsplit.plan.strategies import STRATEGIES
 
-INCIDENTAL = ("run.engine", "run.ray-address")
+INCIDENTAL = ("run.engine", "run.ray-address", "run.observers")
 """Settings on which nothing depends that a run comes to: it may be resumed with others."""
+Code = Annotated[str, Field(pattern=r"^[^:\s]+:[^:\s]+$")]  # module:Name
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
@@ -31,6 +32,8 @@ class RunSettings(Section):
 
     ``ray_address``: HOST:PORT of a Ray cluster that is there already, for the engine ``ray``; without it a private one
     is made.
+    ``observers``: a user's own (module:Class), which are told of the run; see
+    :class:`fedsplit.runs.observing.Observer`.
     """
 
     name: str = "run"
@@ -39,6 +42,7 @@ class RunSettings(Section):
     engine: Literal["ray", "inline"] = "ray"
     ray_address: Annotated[str, Field(pattern=r"^[^\s/:]+:[0-9]{1,5}$")] | None = None
     evaluate_every: Annotated[int, Field(ge=0)] = 0
+    observers: list[Code] = Field(default_factory=list)
 
 
 class DataSettings(Section):

@@ -13,7 +13,6 @@ from fedsplit.runs.assembly import calibrated
 from fedsplit.runs.client_app import STATE_FOLDER, run_settings
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.following import working
-from fedsplit.runs.pictures import draw_curves
 from fedsplit.runs.training import TrainingRun
 from fedsplit.server.link.folder import ServerFolder
 from fedsplit.server.link.replies import DeploymentGrid
@@ -45,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
             run.check_startable()
         folder.open(settings, resume=resume)
         result = run.train(grid)
-    draw_curves(folder)  # whoever follows the run has its result already
+    run.finish()  # whoever follows the run has its result already
     shutil.rmtree(STATE_FOLDER / f"{run.strategy.progress.run:x}", ignore_errors=True)
     first = told_first(result)
     said = f"{first.name} {first.written(first.of(result))}, " if first else ""

@@ -12,10 +12,10 @@ from fedsplit.common.errors import ConfigError, EngineError, RunError
 from fedsplit.plan.settings import Settings, default_folder, load_settings
 from fedsplit.runs.engine import Start, engine
 from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.pictures import draw_curves
 
 if TYPE_CHECKING:
-    from fedsplit.runs.training import Report, TrainingRun
+    from fedsplit.runs.observing import Report
+    from fedsplit.runs.training import TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def simulate(
                 grid = _start_nodes(start, settings, folder.states)
                 run = run.again() if run else _prepared(settings, folder, report, resume=resume)
                 result = run.train(grid())
-            draw_curves(folder)
             shutil.rmtree(folder.states, ignore_errors=True)  # patterns of chunks that nobody will ask for
+            run.finish()
             return result
         except EngineError as error:
             done = run.rounds_done if run else 0

@@ -33,7 +33,7 @@ from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.release.policies import Dropping
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
-from fedsplit.runs import training
+from fedsplit.runs import observing
 from fedsplit.runs.client_app import client_app
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
@@ -574,11 +574,11 @@ def test_what_left_before_its_round_was_saved_leaves_as_the_same_bytes(
             raise KeyboardInterrupt
         save(*args)
 
-    save = training.save_checkpoint
-    monkeypatch.setattr(training, "save_checkpoint", kill)
+    save = observing.save_checkpoint
+    monkeypatch.setattr(observing, "save_checkpoint", kill)
     with pytest.raises(KeyboardInterrupt):
         simulate(chosen, out=tmp_path / "cut")
-    monkeypatch.setattr(training, "save_checkpoint", save)
+    monkeypatch.setattr(observing, "save_checkpoint", save)
     resumed = simulate(chosen, out=tmp_path / "cut", resume=True)
     # what is nothing new is not refused a second time, so that its refusals are in no answer that was kept
     assert_same_end(whole, resumed, tmp_path, [name for name in COMPARED if name != "guard"])

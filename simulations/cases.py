@@ -13,12 +13,12 @@ from fedsplit.common.seeds import seed_of
 from fedsplit.data import packaged
 from fedsplit.data.loading import installed_file, verified_bytes
 from fedsplit.model.zoo import build_model
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policy import Policy
 from fedsplit.server.novelty.space import Space
 from fedsplit.server.novelty.trunk import auc
 
 
-def tumours(dropping: Dropping, width: int, seed: int) -> dict[str, Any]:
+def tumours(dropping: Policy, width: int, seed: int) -> dict[str, Any]:
     """Take malignant tumours for the novelty; half of the benign ones are normal.
 
     Nothing says who the patients are, so that there is neither a device's own calibration nor an episode.
@@ -42,7 +42,7 @@ BLEEDING_SHA256 = "fe26577b94896943e8205d04d56bf2511fe05c008df535a1ec3826adff359
 NORMAL, BEAT, HOP = 1200, 200, 4  # samples that are known to be normal, of a window (about a period), and between two
 
 
-def bleeding(dropping: Dropping, width: int, seed: int) -> dict[str, Any] | None:
+def bleeding(dropping: Policy, width: int, seed: int) -> dict[str, Any] | None:
     """Look for the one anomaly of a pressure curve (UCR anomaly archive, 135: InternalBleeding16) in its releases.
 
     As the archive does it: found is what scores highest, right if it lies within 100 samples of the anomaly. Scores are

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.making import Chunk, forward
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policy import Policy
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
 from fedsplit.server.batches import Batches, minibatches
 from fedsplit.server.novelty.space import Features, Normal, Space, features
@@ -78,7 +78,7 @@ class Releases:
         return dense / np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-6)
 
 
-def released(layer: FirstLayer, dropping: Dropping, x: Features, device: Rows, targets: Rows, seed: int) -> Batches:
+def released(layer: FirstLayer, dropping: Policy, x: Features, device: Rows, targets: Rows, seed: int) -> Batches:
     """Return what devices release of all their records, which come device by device."""
     devices, counts = np.unique(device, return_counts=True)
     index = np.concatenate([np.arange(n) for n in counts])

@@ -48,7 +48,8 @@ from fedsplit.data import pigs as pigs_data
 from fedsplit.model.split import SplitModel
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings, load_settings
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import All
+from fedsplit.release.policy import Policy
 from fedsplit.runs.auditing import audit_run
 from fedsplit.server.trunk import trunk_outputs
 from fedsplit.server.warmup import WarmUp, public_release, warm_up
@@ -142,14 +143,14 @@ def overlapping(devices: Whose | tuple[int, ...]) -> tuple[Records, Whose]:
 
 def central(settings: Settings, pigs: Pigs) -> Float:
     """Return forecasts of the whole network trained on raw windows, without any cut."""
-    model, everything = Experiment(settings).model, Dropping("none")
+    model, everything = Experiment(settings).model, All()
     assert settings.public is not None
     options = WarmUp(CENTRAL_EPOCHS, settings.public.lr, settings.protocol.batch_size, penalty=0.0)
     warm_up(model, pigs.train, "regression", everything, options, settings.run.seed)
     return forecasts(model, pigs.test, everything, "float32", settings.run.seed)
 
 
-def forecasts(model: SplitModel, records: Records, policy: Dropping, dtype: str, seed: int) -> Float:
+def forecasts(model: SplitModel, records: Records, policy: Policy, dtype: str, seed: int) -> Float:
     """Return what a trunk makes of what is released of some records."""
     batches = public_release(model, records, policy, dtype, seed)
     return trunk_outputs(model.trunk.eval(), model.first_layer.cut_shape, batches)[:, 0].astype(np.float64)
@@ -186,7 +187,7 @@ def run(settings: Settings, pigs: Pigs) -> tuple[dict[str, Float], dict[str, Any
 
 
 def stronger(
-    model: SplitModel, policy: Dropping, dtype: str, subjects: Subjects, donors: tuple[int, ...], seed: int
+    model: SplitModel, policy: Policy, dtype: str, subjects: Subjects, donors: tuple[int, ...], seed: int
 ) -> dict[str, float]:
     """Attack with all windows of the donors, overlapping, and with what was forecast; return errors in mmHg."""
     public, _ = overlapping(donors)

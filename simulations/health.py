@@ -57,7 +57,8 @@ from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records, wearables
 from fedsplit.model.split import SplitModel
 from fedsplit.model.zoo import build_model
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import All, Bits, Random, TopK
+from fedsplit.release.policy import Policy as DroppingPolicy
 from fedsplit.server.novelty.detector import Detector
 from fedsplit.server.novelty.space import Features, Space
 from fedsplit.server.novelty.trunk import Judged, auc, judge
@@ -74,15 +75,15 @@ PRIVATE, LIBRARY, UNTRAINED = "private", "recordings", "recordings, untrained"
 class Policy:
     """What is dropped, and the first layer's channels, of 50 outputs each."""
 
-    dropping: Dropping
+    dropping: DroppingPolicy
     width: int = 16
 
 
 POLICIES = {
-    "none": Policy(Dropping("none")),
-    PRIVATE: Policy(Dropping("bits", bits=1), width=8),
-    "top-48": Policy(Dropping("top-k", k=48)),
-    "paper": Policy(Dropping("random", keep=0.25)),
+    "none": Policy(All()),
+    PRIVATE: Policy(Bits(1), width=8),
+    "top-48": Policy(TopK(48)),
+    "paper": Policy(Random(0.25)),
 }
 CELLS = {  # of the study: first layer and policy, and whether every seed is attacked or the first alone
     ("donors", "none"): False,

@@ -22,7 +22,7 @@ from fedsplit import simulate
 from fedsplit.data import Records
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, load_settings
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import All
 from fedsplit.runs.auditing import audit_run
 from fedsplit.server.trunk import Trunk, TrunkOptions
 from fedsplit.server.warmup import WarmUp, public_release, warm_up
@@ -69,7 +69,7 @@ def _without_dropping(settings: Settings, seed: int) -> float:
     records = Records(np.concatenate([r.x for r in parts]), np.concatenate([r.y for r in parts]))
     tests = [source.device(d).test for d in source.test_devices]
     test = Records(np.concatenate([r.x for r in tests]), np.concatenate([r.y for r in tests]))
-    everything = Dropping("none")
+    everything = All()
     warm_up(model, records, source.task, everything, WarmUp(30, 2e-3, settings.protocol.batch_size, 0.0), seed)
     options = TrunkOptions("adam", 1e-3, 0.0, 0.0, "constant", 64, 1)
     trunk = Trunk(model.trunk, model.first_layer.cut_shape, source.task, source.outputs, options, 1, seed)

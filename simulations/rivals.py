@@ -17,7 +17,7 @@ from fedsplit.flower.grid import InProcessGrid
 from fedsplit.model.split import SplitModel
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import All
 from fedsplit.server.batches import minibatches
 from fedsplit.server.virtual.clock import VirtualClock, Work
 from fedsplit.server.warmup import WarmUp, warm_up
@@ -119,7 +119,7 @@ def train_fedavg(
     source, model = experiment.source, experiment.model
     if (public := experiment.public) is not None and settings.public is not None:
         options = WarmUp(settings.public.epochs, settings.public.lr, settings.protocol.batch_size, penalty=0.0)
-        warm_up(model, public, source.task, Dropping("none"), options, settings.run.seed)
+        warm_up(model, public, source.task, All(), options, settings.run.seed)
     net = whole(model)
 
     def evaluate(number: int, arrays: ArrayRecord) -> None:

@@ -26,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 torch.set_num_threads(1)  # tests share the machine, and threads that wait for each other make them many times slower
 
+_LONGEST = 3600  # seconds for all tests together
 _RAY = ("test_engine", "test_simulation", "test_readme", "test_tune")  # each looks for what it has left running
 
 
@@ -34,6 +35,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         name = item.path.stem
         item.add_marker(pytest.mark.xdist_group("ray" if name in _RAY else name))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """End a run whose processes neither end nor say anything; these have pytest-timeout's alarm for each test."""
+    if not hasattr(config, "workerinput"):
+        signal.signal(signal.SIGALRM, lambda *_: pytest.exit(f"not done after {_LONGEST} seconds", returncode=1))
+        signal.alarm(_LONGEST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str) -> None:
+    """End the run when one of its processes has died: the other one would go on for as long as it has tests."""
+    pytest.exit(f"the process of {crashitem} died", returncode=1)
 
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -4,7 +4,7 @@ import numpy as np
 
 from fedsplit.common.arrays import sum_groups
 from fedsplit.release.kept import Kept
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import Bits
 from fedsplit.wire.exchange import CutGradients, Download, Gradients, Upload, weights_digest
 from fedsplit.wire.ledger import Ledger
 from fedsplit.wire.release import Release
@@ -24,7 +24,7 @@ def some_kept(rng: np.random.Generator, records: int, width: int, keep: float = 
     """Outputs of very different sizes; with ``bits`` the levels of a relu's."""
     x = (rng.normal(size=(records, width)) * 10.0 ** rng.integers(-9, 9, (records, 1))).astype(np.float32)
     if bits:
-        x = Dropping("bits", bits=bits).coded(np.maximum(x, 0))
+        x = Bits(bits).coded(np.maximum(x, 0))
     return Kept.of(x, rng.random((records, width)) < keep, zeros_count=not bits)
 
 

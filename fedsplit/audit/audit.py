@@ -228,7 +228,7 @@ def _criterion(evidence: Evidence, targets: IntArray) -> dict[str, Any]:
     """Return the exact criterion over all releases of the targets together."""
     layer, n = evidence.layer, int(np.prod(evidence.layer.input_shape))
     stacked = []
-    for seen in evidence.seen if evidence.dropping.bits != 1 else ():
+    for seen in evidence.seen if evidence.dropping.code.exact else ():
         pattern = np.zeros((len(targets), layer.width), dtype=bool)
         mine = seen.targets < len(targets)
         pattern[seen.targets[mine]] = seen.pattern[mine]

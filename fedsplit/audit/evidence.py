@@ -15,7 +15,7 @@ from fedsplit.data import Records
 from fedsplit.guard.criterion import LayerMap
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.making import Chunk, forward
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policy import Policy
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
 from fedsplit.wire.release import Release
 
@@ -75,7 +75,7 @@ class Evidence:
     """Everything that an audit attacks with."""
 
     layer: FirstLayer
-    dropping: Dropping
+    dropping: Policy
     dtype: str
     subjects: Subjects
     seen: Sequence[Seen]
@@ -91,7 +91,7 @@ class Evidence:
         return self.layer.pre_activations(self.layer.unflatten(weights), nothing).flatten().numpy().astype(np.float64)
 
 
-def recorded(folder: Path, layer: FirstLayer, dropping: Dropping, dtype: str) -> Evidence:
+def recorded(folder: Path, layer: FirstLayer, dropping: Policy, dtype: str) -> Evidence:
     """Read what a finished run has recorded; raises DataError."""
     subjects = Subjects.load(folder)
     place = {(d, i): t for t, (d, i) in enumerate(zip(subjects.device.tolist(), subjects.index.tolist(), strict=True))}
@@ -108,7 +108,7 @@ def recorded(folder: Path, layer: FirstLayer, dropping: Dropping, dtype: str) ->
     return Evidence(layer, dropping, dtype, subjects, seen, sums.groups(place))
 
 
-def rehearsed(layer: FirstLayer, dropping: Dropping, dtype: str, subjects: Subjects, seed: int) -> Evidence:
+def rehearsed(layer: FirstLayer, dropping: Policy, dtype: str, subjects: Subjects, seed: int) -> Evidence:
     """Return what one release of the targets under the layer's own weights would show, before any training."""
     weights = layer.flatten(layer.initial_weights())
     pattern, values = released(layer, dropping, dtype, weights, subjects.x, seed)
@@ -117,24 +117,24 @@ def rehearsed(layer: FirstLayer, dropping: Dropping, dtype: str, subjects: Subje
 
 
 def released(
-    layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray, x: FloatArray, seed: int
+    layer: FirstLayer, dropping: Policy, dtype: str, weights: FloatArray, x: FloatArray, seed: int
 ) -> tuple[NDArray[np.bool_], FloatArray]:
     """Return pattern and values ``(records, width)`` that some records would release."""
     chunk = Chunk.of(0, Records(x, np.zeros(len(x), dtype=np.int64)))
     return dense(_release(layer, dropping, dtype, weights, chunk, simulation_secret(seed, 0)))
 
 
-def released_bytes(layer: FirstLayer, dropping: Dropping, dtype: str, chunk: Chunk, secret: bytes) -> tuple[bytes, int]:
+def released_bytes(layer: FirstLayer, dropping: Policy, dtype: str, chunk: Chunk, secret: bytes) -> tuple[bytes, int]:
     """Return a device's release under the layer's own weights as it would stand on the wire, and the outputs in it."""
     release = _release(layer, dropping, dtype, layer.flatten(layer.initial_weights()), chunk, secret)
     return b"".join(np.ascontiguousarray(array).tobytes() for array in release.arrays()), int(release.counts.sum())
 
 
 def _release(
-    layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray, chunk: Chunk, secret: bytes
+    layer: FirstLayer, dropping: Policy, dtype: str, weights: FloatArray, chunk: Chunk, secret: bytes
 ) -> Release:
     kept = forward(layer, dropping, lambda _: secret, chunk, weights, KEYED_ROUND, b"audit", want_slopes=False).kept
-    return Release.pack(kept, chunk.devices, chunk.records, chunk.y, dtype, dropping.bits)
+    return Release.pack(kept, chunk.devices, chunk.records, chunk.y, dtype, dropping.code.bits)
 
 
 def dense(release: Release) -> tuple[NDArray[np.bool_], FloatArray]:
@@ -237,22 +237,17 @@ def equations(evidence: Evidence, targets: IntArray) -> Equations:
 def _one(
     evidence: Evidence, rows: Array, bias: Array, pattern: NDArray[np.bool_], values: FloatArray, invert: Any
 ) -> tuple[Array, Array, Array, Array, Array]:
-    dropping, sent = evidence.dropping, values[pattern].astype(np.float64)
+    policy, code = evidence.dropping, evidence.dropping.code
+    sent, limit = values[pattern].astype(np.float64), policy.silence(evidence.layer).limit(pattern, values)
     left, right = np.zeros((0, rows.shape[1])), np.zeros(0)
-    if evidence.layer.positive_only and not dropping.noise:
-        if dropping.policy in ("none", "units", "bits"):
-            left, right = rows[~pattern], -bias[~pattern]
-        elif dropping.policy == "top-k":
-            least = sent.min() if len(sent) == dropping.k else 0.0
-            left, right = rows[~pattern], least - bias[~pattern]
-    if dropping.bits == 1:
+    if evidence.layer.positive_only:
+        known = ~pattern & np.isfinite(limit)
+        left, right = rows[known], limit[known] - bias[known]
+    if not code.exact:
         left, right = np.concatenate([left, -rows[pattern]]), np.concatenate([right, bias[pattern]])
         return np.zeros((0, rows.shape[1])), np.zeros(0), np.zeros(0), left, right
-    if dropping.bits:
-        step = 2.0 ** (1 - dropping.bits)  # a level stands for what lies between it and the one below
-        return rows[pattern], sent - step / 2 - bias[pattern], np.full(len(sent), step / 12**0.5), left, right
-    rounding = {"float16": 2.0**-11, "float32": 2.0**-24}[evidence.dtype]
     with np.errstate(divide="ignore", invalid="ignore"):
-        rhs = np.nan_to_num(invert(sent), posinf=10, neginf=-10) - bias[pattern]
-    noise = np.hypot(rounding * np.abs(sent) + 1e-6, dropping.noise * dropping.clip)
+        rhs = np.nan_to_num(invert(code.centre(sent)), posinf=10, neginf=-10) - bias[pattern]
+    deviation = policy.noisy.deviation if policy.noisy is not None else 0.0
+    noise = np.hypot(code.error(sent, evidence.dtype) + 1e-6, deviation)
     return rows[pattern], rhs, noise, left, right

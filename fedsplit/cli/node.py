@@ -149,7 +149,7 @@ def ledger(
 ) -> None:
     """Show what has left of this node's records, against its limits."""
     from fedsplit.device.home import ASKED, LEDGERS, Home
-    from fedsplit.guard.accountant import epsilon
+    from fedsplit.guard.gaussian import epsilon
 
     home = Home(folder)
     for name in LEDGERS:

@@ -106,6 +106,7 @@ def run(
 ) -> None:
     """Train over the nodes of a SuperLink, on its machine, with the settings of CONFIG."""
     from fedsplit.cli.report import result_table
+    from fedsplit.plan.named_code import names_code
     from fedsplit.plan.settings import AuditSettings, GuardSettings, default_folder, load_settings
     from fedsplit.runs.folder import RunFolder
     from fedsplit.runs.following import follow, forget_state
@@ -123,7 +124,7 @@ def run(
         said = "[guard], [audit] and [devices.profile] are for simulations: left out"
         stderr.print(said, markup=False, highlight=False)
     folder = (out or default_folder(settings)).resolve()
-    modules = runs.own_modules(config.resolve().parent, [settings.model.builder, settings.data.builder])
+    modules = runs.own_modules(names_code(settings).values(), [Path.cwd(), config.resolve().parent])
     if not resume:
         RunFolder(folder).check_fresh()
     forget_state(folder)

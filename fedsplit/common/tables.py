@@ -20,6 +20,7 @@ def one_line(error: ValidationError, root: type[BaseModel]) -> str:
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     steps = [str(step) for step in first["loc"]]
+    steps += [first["ctx"]["key"]] if "key" in first.get("ctx", {}) else []  # a section that looks at its keys itself
     known: list[str] = []  # the location without pydantic's names for the branches of a union
     for step in steps:
         if step not in _allowed_keys(root, known) and first["type"] != "extra_forbidden":
@@ -62,5 +63,5 @@ def _allowed_values(root: type[BaseModel], steps: Sequence[str]) -> str:
     if model is None:
         return ""
     annotation = next((f.annotation for f in model.model_fields.values() if f.alias == steps[-1]), None)
-    values = getattr(annotation, "__args__", ())
-    return ", ".join(repr(v) for v in values if isinstance(v, str))
+    options = [value for option in (annotation, *get_args(annotation)) for value in get_args(option)]
+    return ", ".join(repr(v) for v in options if isinstance(v, str))

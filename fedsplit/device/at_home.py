@@ -12,10 +12,9 @@ from fedsplit.device.pending import NodeState, Pending
 from fedsplit.model.head import Head
 from fedsplit.release.making import Chunk
 from fedsplit.wire.exchange import Download, Upload, weights_digest
-from fedsplit.wire.head import HeadDownload, HeadUpload, Rows
+from fedsplit.wire.head import FEWEST, HeadDownload, HeadUpload, Rows
 
 log = logging.getLogger(__name__)
-_FEWEST = 2  # records: of a single one the gradient of the head's bias is that at its outputs, which is the label
 
 
 class AtHomeNode(Node):
@@ -49,7 +48,8 @@ class AtHomeNode(Node):
     def apply_head(self, download: HeadDownload, *, test: bool) -> HeadUpload:
         """Compute loss and gradients of what was released in a round; of test records the sums alone leave.
 
-        Nothing leaves of fewer than two records.
+        Nothing leaves if a device has fewer than :data:`FEWEST` records among them: what the server is told of some
+        of a node's devices and of others could be subtracted, so none may be told of one record.
 
         Raises
         ------
@@ -79,6 +79,7 @@ class AtHomeNode(Node):
 
     def _targets(self, pending: Pending | None, download: HeadDownload, *, test: bool) -> NDArray[Any] | None:
         """Return the labels of the records that are asked about; None if they are not those that were released."""
+        pending = pending and pending.among(download.devices)  # the server may not have heard of all
         if pending is None or not (
             weights_digest(pending.weights) == download.digest
             and np.array_equal(pending.devices, download.devices)
@@ -86,7 +87,7 @@ class AtHomeNode(Node):
         ):
             log.warning("round %d: labels are asked of records that were not released", download.round_number)
             return None
-        if len(pending.index) < _FEWEST:
+        if not len(pending.records) or pending.records.min() < FEWEST:
             log.warning("round %d: a single record's label stays out of the sums", download.round_number)
             return None
         ends = np.cumsum(pending.records)[:-1]

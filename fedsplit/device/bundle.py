@@ -5,7 +5,7 @@ Other files in it, such as ``first_layer.onnx``, are not read.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
@@ -23,7 +23,9 @@ from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing, writing
 from fedsplit.data import Scaling
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
-from fedsplit.release.policies import Dropping
+from fedsplit.release.chosen import built_in, from_outside, numbers_of, with_noise
+from fedsplit.release.policies import BUILT_IN
+from fedsplit.release.policy import Policy
 from fedsplit.wire.exchange import weights_digest
 
 DESCRIPTION, WEIGHTS = "device.json", "first_layer.safetensors"
@@ -46,6 +48,39 @@ class Layer(_Strict):
     input_shape: tuple[int, ...]
 
 
+class Dropping(_Strict):
+    """A policy and its numbers; ``fields`` are those of one that does not come with fedsplit."""
+
+    policy: str
+    keep: float = 1.0
+    k: int = 0
+    bits: int = 0
+    clip: float = 0.0
+    noise: float = 0.0
+    fields: dict[str, bool | int | float | str] | None = None
+
+    @classmethod
+    def of(cls, policy: Policy) -> "Dropping":
+        """Return what stands for a policy."""
+        name, numbers = numbers_of(policy)
+        if name in BUILT_IN:
+            return cls(policy=name, **numbers)
+        noise = {key: numbers.pop(key) for key in ("clip", "noise") if key in numbers}
+        return cls(policy=name, fields=numbers, **noise)
+
+    def built(self, allow: Collection[str] = ()) -> Policy:
+        """Return the policy; raises ConfigError. Code from outside is imported only if it is allowed."""
+        if self.fields is None:
+            return built_in(**self.model_dump(exclude={"policy", "fields"}), name=self.policy)
+        if self.policy not in allow:
+            raise ConfigError(f"policy {self.policy!r} is code from outside, and not allowed")
+        return with_noise(from_outside(self.policy, self.fields), self.clip, self.noise)
+
+    @model_serializer(mode="wrap")
+    def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in whole(self).items() if value is not None}
+
+
 class _Description(_Strict):
     format: Literal[1]
     model: str
@@ -66,7 +101,7 @@ class Bundle:
     ----------
     layer : FirstLayer
         With the trained weights.
-    dropping : Dropping
+    dropping : Policy
     dtype : str
         Of activations on the wire.
     scaling : Scaling
@@ -76,7 +111,7 @@ class Bundle:
     """
 
     layer: FirstLayer
-    dropping: Dropping
+    dropping: Policy
     dtype: str
     scaling: Scaling
     task: str
@@ -101,7 +136,7 @@ class Bundle:
             task=self.task,  # type: ignore[arg-type]
             outputs=self.outputs,
             layer=described(self.layer),
-            dropping=self.dropping,
+            dropping=Dropping.of(self.dropping),
             dtype=self.dtype,  # type: ignore[arg-type]
             scaling=self.scaling,
             sha256=sha256(weights).hexdigest(),
@@ -120,13 +155,19 @@ class Bundle:
                     new.write_bytes(content)
 
     @classmethod
-    def load(cls, folder: Path) -> "Bundle":
+    def load(cls, folder: Path, allow: Collection[str] = ()) -> "Bundle":
         """Read a folder.
+
+        Parameters
+        ----------
+        folder : Path
+        allow : collection of str
+            The policies from outside, as ``module:Name``, whose code the device's owner lets run.
 
         Raises
         ------
         DataError
-            If it is missing or damaged, or its two files do not belong together.
+            If it is missing or damaged, its two files do not belong together, or it names code that is not allowed.
         """
         try:
             found = _Description(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
@@ -137,11 +178,12 @@ class Bundle:
             raise DataError(f"{folder / DESCRIPTION} is damaged, or of another version of fedsplit") from None
         if sha256(content).hexdigest() != found.sha256:
             raise DataError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
+        dropping = _policy(found.dropping, allow, folder / DESCRIPTION)
         try:
             layer = _built(found.layer)
             layer.load_weights(load(content))
-            scaling, dropping = found.scaling, found.dropping
-            dropping.check_layer(layer.width, layer.positive_only)
+            scaling = found.scaling
+            dropping.fits(layer)
             if 0.0 in scaling.divide or scaling.apply(np.zeros((1, *layer.input_shape))).shape[1:] != layer.input_shape:
                 raise ValueError
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
@@ -152,6 +194,13 @@ class Bundle:
         if bundle.model != found.model:
             raise DataError(f"{folder / WEIGHTS} is not of the model {found.model}")
         return bundle
+
+
+def _policy(found: Dropping, allow: Collection[str], path: Path) -> Policy:
+    try:
+        return found.built(allow)
+    except ConfigError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def model_name(weights: FloatArray) -> str:

@@ -26,9 +26,10 @@ from fedsplit.common.certs import make_key_pair, write_private
 from fedsplit.common.errors import ConfigError, StateError
 from fedsplit.common.files import alone, writing
 from fedsplit.data import DeviceData, Records
-from fedsplit.guard.accountant import ExposureAccountant, load_sealed, save_sealed
+from fedsplit.guard.accountant import ExposureAccountant
 from fedsplit.guard.guard import Guard
 from fedsplit.guard.limits import SHIPPED, Limits, load_limits
+from fedsplit.guard.sealed import load_sealed, save_sealed
 from fedsplit.model.layer import FirstLayer
 from fedsplit.wire.container import MAX_DEVICES
 

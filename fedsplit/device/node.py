@@ -21,7 +21,7 @@ from fedsplit.guard.guard import Guard, Proposal, Summed, release_cost, release_
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.kept import Kept
 from fedsplit.release.making import BLOCK, Chunk, Outputs, forward
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policy import Policy, name_of
 from fedsplit.release.streams import KEYED_ROUND, record_order
 from fedsplit.wire.exchange import CutGradients, Download, Gradients, Registration, Upload, weights_digest
 from fedsplit.wire.ledger import Ledger, Reason
@@ -40,7 +40,7 @@ class Node:
     ----------
     first_layer : FirstLayer
         Its initial weights are not used: they come with each download.
-    dropping : Dropping
+    dropping : Policy
     device_ids : sequence of int, ascending
     data : callable
         Returns a device's records by its id; an exception makes that device sit out, no other.
@@ -61,7 +61,7 @@ class Node:
     def __init__(
         self,
         first_layer: FirstLayer,
-        dropping: Dropping,
+        dropping: Policy,
         device_ids: Sequence[int],
         data: Callable[[int], DeviceData],
         secret: Callable[[int], bytes],
@@ -83,7 +83,7 @@ class Node:
         self._guard = guard
         self._record = record
         # everything besides weights, masks and record that decides what is sent
-        self._policy = f"{dropping} {'' if dropping.bits else dtype}"
+        self._policy = f"{name_of(dropping)} {dtype if dropping.code.floats else ''}"
 
     def register(self) -> Registration:
         """Return the node's devices and how many records each holds."""
@@ -142,7 +142,7 @@ class Node:
         nonce: int,
     ) -> Upload:
         labels = self._labels(chunk)
-        release = Release.pack(kept, chunk.devices, chunk.records, labels, self.dtype, self.dropping.bits)
+        release = Release.pack(kept, chunk.devices, chunk.records, labels, self.dtype, self.dropping.code.bits)
         rows = np.array(refused, dtype=np.int64).reshape(-1, 3)
         ledger = Ledger(guard.accountant.exposures(), **vars(guard.accountant.most()))
         return Upload(release, gradients, lost, failed, rows, ledger, nonce)
@@ -228,7 +228,7 @@ class Node:
             bitmap=kept.bitmap,
             active=outputs.active,
             cost=release_cost(kept, self.first_layer, self.dropping, self.dtype, download.weights),
-            exact=self.dropping.bits != 1,
+            exact=self.dropping.code.exact,
         )
         codes = guard.admit(proposal)
         counted = np.unique(np.stack([chunk.owners, codes])[:, codes != 0], axis=1, return_counts=True)

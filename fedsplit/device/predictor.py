@@ -19,6 +19,7 @@ from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import ASKED, Home
 from fedsplit.guard.guard import Proposal, release_cost, release_name
 from fedsplit.release.making import Chunk, Outputs, forward
+from fedsplit.release.policy import name_of
 from fedsplit.release.streams import KEYED_ROUND
 from fedsplit.wire.exchange import weights_digest
 from fedsplit.wire.ledger import Reason
@@ -151,7 +152,9 @@ class Predictor:
         """Return what may leave of some records, written down already, and why others may not; see :meth:`predict`."""
         bundle = self._bundle
         chunk, names = self._chunk(raw)
-        name = release_name(bundle.layer, self._weights, f"{bundle.dropping} {bundle.dtype} predict", KEYED_ROUND)
+        name = release_name(
+            bundle.layer, self._weights, f"{name_of(bundle.dropping)} {bundle.dtype} predict", KEYED_ROUND
+        )
         outputs = forward(
             bundle.layer,
             bundle.dropping,
@@ -165,7 +168,7 @@ class Predictor:
         refused = self._admit(chunk, names, outputs, name)
         kept = outputs.kept.take(refused == 0)
         none, count = np.zeros(len(kept.counts), dtype=np.int64), np.array([len(kept.counts)])
-        release = Release.pack(kept, chunk.devices, count, none, bundle.dtype, bundle.dropping.bits)
+        release = Release.pack(kept, chunk.devices, count, none, bundle.dtype, bundle.dropping.code.bits)
         return Query(weights_digest(self._weights), release), refused
 
     def _chunk(self, raw: NDArray[Any]) -> tuple[Chunk, IntArray]:
@@ -220,7 +223,7 @@ class Predictor:
             bitmap=kept.bitmap,
             active=outputs.active,
             cost=release_cost(kept, bundle.layer, bundle.dropping, bundle.dtype, self._weights),
-            exact=bundle.dropping.bits != 1,
+            exact=bundle.dropping.code.exact,
         )
         codes = guard.admit(proposal.take(first))[place]
         return codes if guard.enforce else np.zeros_like(codes)

@@ -7,12 +7,9 @@ be told from inside.)
 """
 
 import fcntl
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import StateError
-from fedsplit.common.files import replacing
+from fedsplit.guard.sealed import load_sealed, save_sealed
 
 Float64 = NDArray[np.float64]
 
@@ -74,6 +71,8 @@ _TABLE: dict[str, type[np.generic]] = {
     "fisher": np.float64,
     "leverage": np.float64,
 }
+
+
 _REFUSAL = np.dtype([("record", np.int64), ("release", np.uint8, 32)])
 _NONE: dict[str, float] = dict.fromkeys(_TABLE, 0) | {"leverage": np.nan}
 
@@ -89,27 +88,6 @@ class Spent:
     precision: float
     fisher: float
     leverage: float
-
-
-def epsilon(precision: float, delta: float) -> float:
-    """Return the epsilon of Gaussian releases whose precisions add up to ``precision``.
-
-    Releases of noise multipliers s_i compose exactly into one of 1/s^2 = sum 1/s_i^2; infinite if any had no noise.
-    """
-    if precision == 0 or math.isinf(precision):
-        return precision
-    from dp_accounting import get_epsilon_gaussian
-
-    return float(get_epsilon_gaussian(precision**-0.5, delta))
-
-
-def largest_precision(epsilon: float | None, delta: float) -> float:
-    """Return the sum of precisions that :func:`epsilon` allows; without a limit anything."""
-    if epsilon is None or math.isinf(epsilon):
-        return math.inf
-    from dp_accounting import get_sigma_gaussian
-
-    return float(get_sigma_gaussian(epsilon, delta) ** -2)
 
 
 class ExposureAccountant:
@@ -329,37 +307,9 @@ class ExposureAccountant:
             os.close(folder)
 
 
-def save_sealed(path: Path, *, durable: bool = True, **arrays: NDArray[Any] | np.generic) -> bytes:
-    """Write arrays and the SHA-256 of all that is written behind them, in one step; return the hash."""
-    body = BytesIO()
-    np.savez(body, **arrays)  # type: ignore[arg-type]
-    digest = sha256(body.getvalue()).digest()
-    with replacing(path) as new, new.open("wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(body.getvalue() + digest)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    return digest
-
-
-def load_sealed(path: Path) -> tuple[dict[str, NDArray[Any]], bytes]:
-    """Undo :func:`save_sealed`; ValueError if a single bit has changed (zip checks less), OSError if unreadable."""
-    content = path.read_bytes()
-    if sha256(content[:-32]).digest() != content[-32:]:
-        raise ValueError(f"{path} is damaged")
-    with np.load(BytesIO(content), allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}, content[-32:]
-
-
 def _join(names: list[bytes]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(names), dtype=np.uint8).reshape(-1, 32)
 
 
 def _split(names: NDArray[np.uint8]) -> list[bytes]:
     return [name.tobytes() for name in names]
-
-
-def gaussian_precision(noise: float) -> float:
-    """Return the precision of one release with noise of ``noise * clip``: replacing a record moves it by 2 clip."""
-    return 4 / noise**2 if noise else math.inf

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.guard.accountant import load_sealed, save_sealed
 from fedsplit.guard.history import history_folder
+from fedsplit.guard.sealed import load_sealed, save_sealed
 
 _BY_RECORD = {  # arrays with a row for each record or segment, and where its number stands
     "names": ("names", "releases", "equations", "bits", "gradient", "precision", "fisher", "leverage"),

@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.common.arrays import FloatArray, IntArray, unpack_bitmap
-from fedsplit.guard.accountant import Cost, ExposureAccountant, gaussian_precision, largest_precision
+from fedsplit.guard.accountant import Cost, ExposureAccountant
 from fedsplit.guard.criterion import LayerMap, coordinates
+from fedsplit.guard.gaussian import gaussian_precision, largest_precision
 from fedsplit.guard.gradient import Joint, joint
 from fedsplit.guard.history import History, Sum
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.kept import Kept
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policy import Policy
 from fedsplit.wire.ledger import Reason
 
 Float64 = NDArray[np.float64]
@@ -119,20 +120,19 @@ def release_name(layer: FirstLayer, weights: FloatArray, policy: str, mask_round
     return sha256(sha256(weights.tobytes()).digest() + text).digest()
 
 
-def release_cost(kept: Kept, layer: FirstLayer, dropping: Dropping, dtype: str, weights: FloatArray) -> Cost:
+def release_cost(kept: Kept, layer: FirstLayer, dropping: Policy, dtype: str, weights: FloatArray) -> Cost:
     """Return what releases tell of their records, without leverage."""
-    each = {0: 8 * np.dtype(dtype).itemsize, 1: 0}.get(dropping.bits, dropping.bits)
-    exponent = 16 if dtype == "float16" and not dropping.bits else 0
+    code, noisy = dropping.code, dropping.noisy
     fisher: Float64 | float = np.inf
-    if dropping.noise:
-        variance = (dropping.noise * dropping.clip) ** 2 * np.prod(layer.input_shape)
+    if noisy is not None:
+        variance = noisy.deviation**2 * np.prod(layer.input_shape)
         rows = np.square(LayerMap(layer, layer.unflatten(weights)).rows(np.arange(layer.width))).sum(axis=1)
         fisher = unpack_bitmap(kept.bitmap, layer.width) @ rows / variance
     return Cost.of(
         len(kept.counts),
-        equations=kept.counts if dropping.bits != 1 else 0,
-        bits=layer.width + each * kept.counts + exponent,
-        precision=gaussian_precision(dropping.noise),
+        equations=kept.counts if code.exact else 0,
+        bits=layer.width + code.sent_bits(dtype) * kept.counts + code.record_bits(dtype),
+        precision=gaussian_precision(noisy.noise if noisy is not None else 0),
         fisher=fisher,
         leverage=np.nan,
     )

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from fedsplit.common.arrays import FloatArray, IntArray, unpack_bitmap
 from fedsplit.common.errors import StateError
-from fedsplit.guard.accountant import ExposureAccountant, load_sealed, save_sealed
+from fedsplit.guard.accountant import ExposureAccountant
 from fedsplit.guard.criterion import LayerMap
+from fedsplit.guard.sealed import load_sealed, save_sealed
 from fedsplit.model.layer import FirstLayer
 
 Mask = NDArray[np.bool_]

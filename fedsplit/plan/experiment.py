@@ -15,7 +15,7 @@ from fedsplit.model.head import cut_head
 from fedsplit.model.split import SplitModel
 from fedsplit.model.zoo import build_model
 from fedsplit.plan.settings import Settings
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policy import Policy
 
 
 class Experiment:
@@ -52,9 +52,9 @@ class Experiment:
             novel=data.novel,
             shape=tuple(data.shape) if data.shape else None,
         )
-        if source.task == "novelty" and (mode := self.settings.protocol.mode) != "release-once":
+        if source.task == "novelty" and (mode := self.settings.protocol.facts).teaches:
             raise ConfigError(
-                f"a novelty task is for protocol.mode 'release-once', not {mode!r}: only releases of one "
+                f"a novelty task is for protocol.mode 'release-once', not {mode.name!r}: only releases of one "
                 "first layer tell what is normal"
             )
         return source
@@ -74,21 +74,13 @@ class Experiment:
         self._check_fit(built)
         if self.settings.protocol.labels == "at-home":
             cut_head(built.trunk)  # raises
-        self.policy.check_layer(built.first_layer.width, built.first_layer.positive_only)
+        self.policy.fits(built.first_layer)
         return built
 
     @cached_property
-    def policy(self) -> Dropping:
-        """The dropping policy."""
-        chosen = self.settings.dropping
-        return Dropping(
-            chosen.policy,
-            keep=chosen.keep or 1.0,
-            k=chosen.k or 0,
-            bits=chosen.bits or 0,
-            clip=chosen.clip or 0.0,
-            noise=chosen.noise or 0.0,
-        )
+    def policy(self) -> Policy:
+        """The dropping policy; raises ConfigError."""
+        return self.settings.dropping.built()
 
     @cached_property
     def public(self) -> Records | None:

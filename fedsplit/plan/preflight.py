@@ -10,12 +10,13 @@ import numpy as np
 from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import ConfigError
 from fedsplit.data import Records, Source
-from fedsplit.guard.accountant import epsilon, gaussian_precision, largest_precision
+from fedsplit.guard.gaussian import epsilon, gaussian_precision, largest_precision
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.schedule import Schedule
 from fedsplit.plan.settings import Settings
 from fedsplit.plan.strategies import PER_DEVICE
+from fedsplit.release.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,23 @@ class _Plan:
     train: dict[int, Records]
     test: list[Records]
 
-    @property
-    def frozen(self) -> bool:
-        return self.settings.first_layer.strategy == "frozen" or self.settings.protocol.mode == "release-once"
+    @cached_property
+    def policy(self) -> Policy:
+        return self.settings.dropping.built()
 
     @cached_property
     def passes(self) -> int:
         """The most times that something new of a training record would leave."""
-        protocol, dropping, run = self.settings.protocol, self.settings.dropping, self.settings.run
-        keyed = dropping.mask == "keyed" or (dropping.policy not in ("random", "at-most") and not dropping.noise)
-        if protocol.once or (self.frozen and keyed):
+        protocol, run = self.settings.protocol, self.settings.run
+        keyed = self.settings.dropping.mask == "keyed" or self.policy.deterministic
+        if protocol.facts.once or (keyed and not self.settings.teaches):
             return 1  # the same weights and masks give the same bytes
         devices = self.settings.devices
         fraction = devices.fraction
         counts = {d: len(records) for d, records in self.train.items()}
         if fraction == 1.0:  # devices of one size are asked alike
             counts = {d: n for n, d in {n: d for d, n in counts.items()}.items()}
-        schedule = Schedule(protocol.once, protocol.chunk, fraction, run.rounds, run.seed, devices.sampling)
+        schedule = Schedule(protocol.facts.once, protocol.chunk, fraction, run.rounds, run.seed, devices.sampling)
         schedule.set_counts(counts)
         seen: dict[int, set[int]] = {}
         for round_number in range(1, run.rounds + 1):
@@ -66,7 +67,7 @@ class _Plan:
         rounds, every = self.settings.run.rounds, self.settings.run.evaluate_every
         if not self.test:
             return 0
-        return 1 if every == 0 or self.frozen else math.ceil(rounds / every)
+        return 1 if every == 0 or not self.settings.teaches else math.ceil(rounds / every)
 
 
 def check_limits(
@@ -120,7 +121,7 @@ def _overlap(plan: _Plan) -> str:
     for parts, times in ((plan.train.values(), plan.passes), (plan.test, plan.evaluations)):
         shared = max((_sharing(r.segments) for r in parts if r.segments is not None), default=1)
         # of records that share numbers one may leave, unless what leaves are single bits
-        if shared > 1 and (plan.settings.dropping.bits != 1 or shared * times > plan.limits.releases):
+        if shared > 1 and (plan.policy.code.exact or shared * times > plan.limits.releases):
             return f"up to {shared} records share a segment, and would not all be released (use data.overlap = false)"
     return ""
 
@@ -135,7 +136,7 @@ def _evaluations(plan: _Plan) -> str:
 
 
 def _gradients(plan: _Plan) -> str:
-    if plan.frozen:
+    if not plan.settings.teaches:
         return ""
     strategy, least, asked = plan.settings.first_layer.strategy, plan.limits.gradient_records, plan.most_asked
     alone = strategy in PER_DEVICE
@@ -154,12 +155,9 @@ def _gradients(plan: _Plan) -> str:
 
 
 def _equations(plan: _Plan) -> str:
-    dropping, limit, width = plan.settings.dropping, plan.limits.equations, plan.layer.width
-    numbers, keep = math.prod(plan.layer.input_shape), dropping.keep or 1.0
-    random = min(keep * width + 5 * math.sqrt(keep * (1 - keep) * width), width)  # which hardly a record exceeds
-    kept = {"none": width, "random": random, "bits": width}.get(dropping.policy, dropping.k or 0)
-    most = kept * max(plan.passes, plan.evaluations)
-    if dropping.bits == 1 or most <= limit * numbers:
+    limit, numbers = plan.limits.equations, math.prod(plan.layer.input_shape)
+    most = plan.policy.most_equations(plan.layer.width) * max(plan.passes, plan.evaluations)
+    if most <= limit * numbers:
         return ""
     return (
         f"a record of {numbers} numbers could give {most:.0f} equations, equations is {limit:g} "
@@ -168,14 +166,14 @@ def _equations(plan: _Plan) -> str:
 
 
 def _epsilon(plan: _Plan) -> str:
-    limits, noise = plan.limits, plan.settings.dropping.noise
+    limits, noisy = plan.limits, plan.policy.noisy
     if limits.epsilon is None:
         return ""
-    if not noise:
+    if noisy is None:
         return (
             f"without noise epsilon is unbounded, it must be at most {limits.epsilon:g} (set dropping.clip and noise)"
         )
-    precision = max(plan.passes, plan.evaluations) * gaussian_precision(noise)
+    precision = max(plan.passes, plan.evaluations) * gaussian_precision(noisy.noise)
     if precision <= largest_precision(limits.epsilon, limits.delta):
         return ""
     reached = epsilon(precision, limits.delta)

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.common.figures import OBJECTIVES, figure
 from fedsplit.common.tables import Section, one_line
+from fedsplit.plan.modes import MODES, Mode
 from fedsplit.plan.strategies import STRATEGIES
+from fedsplit.release.chosen import built_in, from_outside, takes, with_noise
+from fedsplit.release.policies import BUILT_IN
+from fedsplit.release.policy import Policy
 
 INCIDENTAL = ("run.engine", "run.ray-address", "run.observers")
 """Settings on which nothing depends that a run comes to: it may be resumed with others."""
@@ -163,12 +168,15 @@ class ModelSettings(Section):
 
 
 class DroppingSettings(Section):
-    """``[dropping]``: the policy and its budget; see :class:`fedsplit.release.policies.Dropping`.
+    """``[dropping]``: the policy and its numbers; see :mod:`fedsplit.release.policies`.
 
+    ``policy``: one that comes with fedsplit or ``module:Name`` of somebody's own, whose fields are then keys, too.
     ``mask = "keyed"`` keeps the same outputs of a record in all rounds; prediction is always keyed.
     """
 
-    policy: Literal["none", "random", "at-most", "top-k", "units", "bits"]
+    model_config = ConfigDict(extra="allow")
+
+    policy: Literal["none", "random", "at-most", "top-k", "units", "bits"] | Annotated[str, Field(pattern=".:.")]
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     k: Positive | None = None
     bits: Annotated[int, Field(ge=1, le=8)] | None = None
@@ -176,17 +184,44 @@ class DroppingSettings(Section):
     noise: Rate | None = None
     mask: Literal["fresh", "keyed"] = "fresh"
 
+    @property
+    def own(self) -> bool:
+        """Whether the policy is somebody's own."""
+        return self.policy not in BUILT_IN
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What is given of the policy's fields."""
+        given = {key: getattr(self, key) for key in ("keep", "k", "bits")} | (self.model_extra or {})
+        return {key: value for key, value in given.items() if value is not None}
+
+    def built(self) -> Policy:
+        """Return the policy; raises ConfigError. One from outside is imported here, and not before."""
+        policy = from_outside(self.policy, self.numbers) if self.own else built_in(self.policy, **self.numbers)
+        return with_noise(policy, self.clip or 0.0, self.noise or 0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, raw: Any) -> Any:
+        keys = {field.alias for field in cls.model_fields.values()}
+        if isinstance(raw, dict) and raw.get("policy") in BUILT_IN and (unknown := sorted(set(raw) - keys)):
+            raise PydanticCustomError("extra_forbidden", "unknown key", {"key": unknown[0]})
+        return raw
+
     @model_validator(mode="after")
     def _budget(self) -> "DroppingSettings":
-        needs = {"none": None, "random": "keep", "bits": "bits"}.get(self.policy, "k")
-        given = [key for key in ("keep", "k", "bits") if getattr(self, key) is not None]
-        if given != ([needs] if needs else []):
-            takes = needs or "none of keep, k and bits"
-            raise ValueError(f"policy {self.policy!r} takes {takes}, got {' and '.join(given) or 'none'}")
         if (self.clip is None) != (self.noise is None):
             raise ValueError("clip and noise go together: noise needs a bound, and a bound is there for noise")
-        if self.noise and self.policy in ("top-k", "bits"):
-            raise ValueError(f"noise is not for policy {self.policy!r}: what it sends would tell of the record")
+        if self.own:
+            return self
+        needs, given = takes(self.policy), tuple(self.numbers)
+        if given != needs:
+            taken = " and ".join(needs) or "none of keep, k and bits"
+            raise ValueError(f"policy {self.policy!r} takes {taken}, got {' and '.join(given) or 'none'}")
+        try:
+            self.built()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return self
 
 
@@ -231,9 +266,9 @@ class ProtocolSettings(Section):
         return self
 
     @property
-    def once(self) -> bool:
-        """Whether every record is released at most once."""
-        return self.mode in ("single-pass", "release-once")
+    def facts(self) -> Mode:
+        """What the mode is."""
+        return MODES[self.mode]
 
 
 class FirstLayerSettings(Section):
@@ -369,18 +404,23 @@ class Settings(Section):
         """The devices that give their records to everybody; they take no part as devices."""
         return tuple(sorted(set(self.public.devices or ()))) if self.public else ()
 
+    @property
+    def teaches(self) -> bool:
+        """Whether devices' gradients step the first layer."""
+        return self.first_layer.strategy != "frozen" and self.protocol.facts.teaches
+
     @model_validator(mode="after")
     def _together(self) -> "Settings":
-        if self.protocol.once and self.run.evaluate_every:
+        if self.protocol.facts.once and self.run.evaluate_every:
             mode = self.protocol.mode
             raise ValueError(f"run.evaluate-every must be 0 in mode {mode!r}: test records are exposed once too")
-        if self.protocol.mode == "release-once" and not (self.public and self.public.epochs):
+        if not self.protocol.facts.teaches and not (self.public and self.public.epochs):
             raise ValueError("protocol.mode 'release-once' needs a [public] section with epochs of at least 1")
-        if self.trunk.replay_mb is not None and not self.protocol.once:
+        if self.trunk.replay_mb is not None and not self.protocol.facts.replays:
             raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
         if self.devices.profile and self.protocol.labels == "at-home":
             raise ValueError("devices.profile: there is no virtual clock for protocol.labels 'at-home'")
-        releases_alone = self.first_layer.strategy == "frozen" or self.protocol.mode in ("release-once", "synchronous")
+        releases_alone = not self.teaches or not self.protocol.facts.delay
         if self.devices.profile and self.guard.mode == "enforce" and not releases_alone:
             # on a virtual clock releases come before the gradients that they come after elsewhere, and to a guard the
             # order matters

@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.common.arrays import FloatArray, IntArray
+from fedsplit.common.errors import ConfigError
 from fedsplit.data import Records
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.kept import Kept
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import Noisy
+from fedsplit.release.policy import Policy
 
 BLOCK = 1024  # records computed at once: bounds the dense activations in memory
 Secret = Callable[[int], bytes]
@@ -70,7 +72,7 @@ class Outputs:
 
 def forward(
     layer: FirstLayer,
-    dropping: Dropping,
+    dropping: Policy,
     secret: Secret,
     chunk: Chunk,
     weights: FloatArray,
@@ -102,6 +104,11 @@ def forward(
             [draw(secret(d), slice(*r)) for d, *r in zip(devices.tolist(), starts.tolist(), stops, strict=True)]
         )
 
+    def with_noise(noisy: Noisy, outputs: FloatArray, mask: NDArray[np.bool_], rows: slice) -> tuple[FloatArray, ...]:
+        scales, index = noisy.scales(outputs, mask), chunk.index[rows]
+        noise = drawn(rows, lambda key, r: noisy.gaussian(key, noise_name, mask_round, index[r], layer.width))
+        return outputs * scales + noise, scales
+
     def block(rows: slice) -> Outputs:
         index = chunk.index[rows]
         pre = layer.pre_activations(layer.unflatten(weights), chunk.x[rows]).flatten(1)
@@ -109,22 +116,29 @@ def forward(
         active = (outputs > 0).mean(axis=1)
         outputs = dropping.coded(outputs)
         mask = drawn(rows, lambda key, r: dropping.mask(outputs[r], key, mask_round, index[r]))
+        _check_shape(outputs, mask, (len(index), layer.width))
         scales = np.ones((len(outputs), 1), dtype=np.float32)
-        if dropping.noise:
-            scales = dropping.scales(outputs, mask)
-            noise = drawn(rows, lambda key, r: dropping.gaussian(key, noise_name, mask_round, index[r], layer.width))
-            outputs = outputs * scales + noise
-        # with noise all outputs of the mask are sent, since a missing one would tell that it was zero
-        kept = Kept.of(outputs, mask, zeros_count=bool(dropping.noise) or not layer.positive_only)
+        if noisy is not None:
+            outputs, scales = with_noise(noisy, outputs, mask, rows)
+        kept = Kept.of(outputs, mask, zeros_count=dropping.zeros_count or not layer.positive_only)
         slopes = np.zeros(0, dtype=np.float32)
-        if want_slopes and (dropping.noise or not layer.unit_slope):
+        if want_slopes and (noisy is not None or not layer.unit_slope):
             slopes = (layer.derivative(pre.numpy()) * scales)[mask]
         return Outputs(kept, slopes, active)
 
-    owners = chunk.owners
+    owners, noisy = chunk.owners, dropping.noisy
     blocks = [block(slice(start, start + BLOCK)) for start in range(0, len(chunk.x), BLOCK)]
     return Outputs(
         Kept.join([b.kept for b in blocks], layer.width),
         np.concatenate([b.slopes for b in blocks] or [np.zeros(0, np.float32)]),
         np.concatenate([b.active for b in blocks] or [np.zeros(0)]),
     )
+
+
+def _check_shape(outputs: FloatArray, mask: NDArray[np.bool_], shape: tuple[int, int]) -> None:
+    """Refuse what a policy from outside makes of outputs, if a pattern could not be told from it."""
+    if outputs.shape != shape or outputs.dtype != np.float32 or mask.shape != shape or mask.dtype != np.bool_:
+        raise ConfigError(
+            f"the policy must return float32 outputs and a bool mask of shape {shape}, got {outputs.dtype} of "
+            f"{outputs.shape} and {mask.dtype} of {mask.shape}"
+        )

@@ -1,26 +1,25 @@
 """From settings to the server's strategy."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import Any
-
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.schedule import Schedule
 from fedsplit.plan.settings import ProfileSettings, Settings
 from fedsplit.runs.folder import RunFolder
-from fedsplit.server.aggregation import FirstLayerServer, build_strategy
-from fedsplit.server.at_home import AtHomeStrategy
+from fedsplit.server.aggregation import Aggregation, FirstLayerServer, Frozen, build_strategy
+from fedsplit.server.answers import UNLABELLED
+from fedsplit.server.at_home import LabelsAtHome
 from fedsplit.server.body import Body
+from fedsplit.server.learning import SharedLabels
 from fedsplit.server.novelty.trunk import NoveltyTrunk
-from fedsplit.server.progress import ProtocolOptions
+from fedsplit.server.pace import RealTime
+from fedsplit.server.parts import Parts
+from fedsplit.server.progress import Progress, ProtocolOptions
 from fedsplit.server.roster import Owners, Roster
 from fedsplit.server.rounds import SplitStrategy
 from fedsplit.server.trunk import Trunk, TrunkOptions
 from fedsplit.server.virtual.calibration import record_seconds
 from fedsplit.server.virtual.clock import VirtualClock
+from fedsplit.server.virtual.pace import OnClock
 from fedsplit.server.virtual.profile import Profile
-from fedsplit.server.virtual.strategy import VirtualStrategy
 from fedsplit.wire.sizes import Sizes
 
 
@@ -35,67 +34,96 @@ def split_strategy(
 
     With ``secret_noise`` what the first layer's strategy draws does not follow from the seed, which nodes know.
     """
-    settings, source, model = experiment.settings, experiment.source, experiment.model
-    chosen, protocol, seed, rounds = settings.first_layer, settings.protocol, settings.run.seed, settings.run.rounds
-    layer = model.first_layer
-    first_layer = None
-    if chosen.strategy != "frozen" and protocol.mode != "release-once":
-        strategy = build_strategy(chosen.strategy, chosen.args)
-        first_layer = FirstLayerServer(
-            strategy,
-            layer.initial_weights(),
-            chosen.lr,
-            chosen.schedule,
-            rounds,
-            seed=None if secret_noise else seed,
-        )
-    trunk_options = TrunkOptions(
-        **settings.trunk.model_dump(exclude={"replay_mb"}), batch_size=protocol.batch_size, epochs=protocol.trunk_epochs
-    )
-    at_home = protocol.labels == "at-home"
+    settings, source = experiment.settings, experiment.source
+    at_home = settings.protocol.labels == "at-home"
     half = Body if at_home else NoveltyTrunk if source.task == "novelty" else Trunk
-    trunk = half(model.trunk, layer.cut_shape, source.task, source.outputs, trunk_options, rounds, seed)
-    options = ProtocolOptions(
-        mode=protocol.mode,
-        rounds=rounds,
+    trunk = _trunk(experiment, half)
+    parts = Parts(
+        trunk=trunk,
+        first_layer=_aggregation(experiment, secret_noise=secret_noise),
+        layer=experiment.model.first_layer,
+        schedule=_schedule(settings),
+        roster=Roster(source.count, settings.protocol.max_offences, owners),
+        options=_options(experiment),
+        progress=Progress(run),
+        targets=UNLABELLED if at_home else source.task,
+    )
+    profile = settings.devices.profile
+    pace = _on_clock(experiment, profile, parts) if profile else RealTime(parts)
+    learner = LabelsAtHome(parts, trunk, pace) if isinstance(trunk, Body) else SharedLabels(parts)
+    return SplitStrategy(parts, pace, learner)
+
+
+def _trunk(experiment: Experiment, half: type[Trunk]) -> Trunk:
+    settings, source, model = experiment.settings, experiment.source, experiment.model
+    options = TrunkOptions(
+        **settings.trunk.model_dump(exclude={"replay_mb"}),
+        batch_size=settings.protocol.batch_size,
+        epochs=settings.protocol.trunk_epochs,
+    )
+    shape, run = model.first_layer.cut_shape, settings.run
+    return half(model.trunk, shape, source.task, source.outputs, options, run.rounds, run.seed)
+
+
+def _aggregation(experiment: Experiment, *, secret_noise: bool) -> Aggregation:
+    settings, weights = experiment.settings, experiment.model.first_layer.initial_weights()
+    if not settings.teaches:
+        return Frozen(weights)
+    chosen, run = settings.first_layer, settings.run
+    strategy, seed = build_strategy(chosen.strategy, chosen.args), None if secret_noise else run.seed
+    return FirstLayerServer(strategy, weights, chosen.lr, chosen.schedule, run.rounds, seed=seed)
+
+
+def _schedule(settings: Settings) -> Schedule:
+    protocol, devices, run = settings.protocol, settings.devices, settings.run
+    return Schedule(
+        protocol.facts.once,
+        protocol.chunk,
+        devices.fraction,
+        run.rounds,
+        run.seed,
+        devices.sampling,
+        devices.over_sampling,
+    )
+
+
+def _options(experiment: Experiment) -> ProtocolOptions:
+    settings, source = experiment.settings, experiment.source
+    protocol, mode, replay_mb = settings.protocol, settings.protocol.facts, settings.trunk.replay_mb
+    on_clock = settings.devices.profile is not None  # whose matter are the least devices and the deadline
+    same = settings.dropping.mask == "keyed" or experiment.policy.deterministic
+    return ProtocolOptions(
+        mode=mode,
+        rounds=settings.run.rounds,
         dtype=protocol.dtype,
         max_staleness=protocol.max_staleness,
         staleness_weight=protocol.staleness_weight,
-        min_nodes=protocol.min_nodes,
+        min_nodes=1 if on_clock else protocol.min_nodes,
         timeout=protocol.timeout,
         max_offences=protocol.max_offences,
         devices=source.count,
         test_devices=source.test_devices,
         evaluate_every=settings.run.evaluate_every,
         donors=settings.donors,
-        deadline=protocol.deadline,
-        asks_again=protocol.mode == "release-once"
-        and (settings.dropping.mask == "keyed" or experiment.policy.deterministic),
-        replay_bytes=None if settings.trunk.replay_mb is None else int(settings.trunk.replay_mb * 1e6),
+        deadline=None if on_clock else protocol.deadline,
+        asks_again=not mode.teaches and same,
+        replay_bytes=None if replay_mb is None else int(replay_mb * 1e6),
     )
-    devices = settings.devices
-    schedule = Schedule(
-        protocol.once, protocol.chunk, devices.fraction, rounds, seed, devices.sampling, devices.over_sampling
-    )
-    roster = Roster(source.count, protocol.max_offences, owners)
-    kind: Callable[..., SplitStrategy] = AtHomeStrategy if at_home else SplitStrategy
-    if devices.profile:
-        options = replace(options, min_nodes=1, deadline=None)  # which are the clock's matter
-        kind = partial(VirtualStrategy, **_virtual(experiment, devices.profile))
-    return kind(trunk, first_layer, layer, schedule, options, run, roster=roster)
 
 
-def _virtual(experiment: Experiment, profile: ProfileSettings) -> dict[str, Any]:
-    settings, source, layer = experiment.settings, experiment.source, experiment.model.first_layer
-    protocol, seed, policy = settings.protocol, settings.run.seed, experiment.policy
-    limit = min(protocol.timeout, protocol.deadline or protocol.timeout)
-    columns = source.outputs if source.task == "regression" else None
-    return {
-        "clock": VirtualClock(Profile.of(profile, source.count, seed), limit, seed),
-        "sizes": Sizes(layer.size, layer.width, 2 if protocol.dtype == "float16" else 4, policy.bits, columns),
-        "record_seconds": _record_seconds(experiment, profile),
-        "min_devices": protocol.min_nodes,
-    }
+def _on_clock(experiment: Experiment, profile: ProfileSettings, parts: Parts) -> OnClock:
+    protocol, source, seed = experiment.settings.protocol, experiment.source, experiment.settings.run.seed
+    columns = 0 if protocol.labels == "at-home" else source.outputs if source.task == "regression" else None
+    value = 2 if protocol.dtype == "float16" else 4
+    return OnClock(
+        parts,
+        VirtualClock(
+            Profile.of(profile, source.count, seed), min(protocol.timeout, protocol.deadline or protocol.timeout), seed
+        ),
+        Sizes(parts.layer.size, parts.layer.width, value, experiment.policy.code.bits, columns),
+        _record_seconds(experiment, profile),
+        protocol.min_nodes,
+    )
 
 
 def _record_seconds(experiment: Experiment, profile: ProfileSettings) -> tuple[float, float]:

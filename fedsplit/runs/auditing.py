@@ -131,7 +131,7 @@ def preview_record(
     secret = simulation_secret(seed, device) if node is None else node.device_secret(device)
     chunk = Chunk(np.array([device]), np.ones(1, np.int64), at, at[:, None], one.x, one.y)
     payload, sent = released_bytes(layer, policy, dtype, chunk, secret)
-    return Preview(payload, sent, layer.width, policy.bits, found.report)
+    return Preview(payload, sent, layer.width, policy.code.bits, found.report)
 
 
 def _write(folder: RunFolder, found: Audit, evidence: Evidence, settings: Settings) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from fedsplit.common.errors import ConfigError
 from fedsplit.plan.experiment import Experiment
 from fedsplit.runs.folder import RunFolder
 from fedsplit.server.rounds import SplitStrategy
-from fedsplit.server.virtual.strategy import VirtualStrategy
 from fedsplit.server.warmup import PublicOnly, WarmUp, public_release, warm_up
 
 
@@ -18,12 +17,7 @@ def check_startable(experiment: Experiment, strategy: SplitStrategy) -> None:
     """
     source, settings = experiment.source, experiment.settings
     records = {device: len(source.device(device).train) for device in range(source.count)}
-    if isinstance(strategy, VirtualStrategy):
-        strategy.check_startable({d: n for d, n in records.items() if n and d not in settings.donors})
-    elif settings.protocol.deadline is not None:
-        raise ConfigError("protocol.deadline needs a [devices.profile] in a simulation: without it no time passes")
-    elif settings.devices.over_sampling > 1:
-        raise ConfigError("devices.over-sampling needs a [devices.profile] in a simulation: nobody is slower")
+    strategy.pace.check_startable({d: n for d, n in records.items() if n and d not in settings.donors})
 
 
 def choose_subjects(experiment: Experiment, folder: RunFolder) -> None:
@@ -45,11 +39,10 @@ def learn_from_public_records(experiment: Experiment, strategy: SplitStrategy) -
     options = WarmUp(chosen.epochs, chosen.lr, settings.protocol.batch_size, chosen.penalty)
     warm_up(model, records, experiment.source.task, policy, options, seed)
     public = public_release(model, records, policy, settings.protocol.dtype, seed)
-    if strategy.first_layer:
-        strategy.first_layer.weights = model.first_layer.initial_weights()
-    if settings.protocol.mode == "release-once":
+    strategy.first_layer.weights = model.first_layer.initial_weights()
+    if not strategy.options.mode.teaches:
         most = strategy.options.replay_bytes
         if most is not None and public.nbytes > most:
             raise ConfigError(f"trunk.replay-mb must be at least {public.nbytes / 1e6:.3g}, which public records take")
         strategy.progress.replay = {0: public}
-    strategy.compare = PublicOnly(strategy.trunk, public, settings.run.rounds).compare
+    strategy.learner.compare = PublicOnly(strategy.trunk, public, settings.run.rounds).compare

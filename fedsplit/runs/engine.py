@@ -5,12 +5,14 @@ Nothing here imports torch, so that Ray starts while the rest of fedsplit is bei
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import Queue
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -50,7 +52,10 @@ def engine(settings: RunSettings) -> Iterator[Start]:
 
 
 class _Flower(threading.Thread):
-    """Flower's simulation runtime, in a thread.
+    """Flower's simulation runtime, in a thread that starts Ray and leaves it again.
+
+    Ray is called from Flower's threads only. It ends the whole process if another thread calls it while it is being
+    left, and on Linux its own processes are killed as soon as the thread that started them ends.
 
     Parameters
     ----------
@@ -62,10 +67,10 @@ class _Flower(threading.Thread):
         super().__init__(name="flower-simulation", daemon=True)
         self.failure = "Flower's simulation runtime ended"
         self._address = address
-        self._on_ray = False
         self._nodes: Queue[tuple[ClientApp, int] | None] = Queue()
         self._grids: Queue[Grid | None] = Queue()
-        self._tried, self._finished = threading.Event(), threading.Event()
+        self._finished = threading.Event()
+        self._sigterm = signal.getsignal(signal.SIGTERM)
 
     def start_nodes(self, app: ClientApp, nodes: int) -> Callable[[], Grid]:
         """Start some nodes; return the function that waits for their grid."""
@@ -75,6 +80,7 @@ class _Flower(threading.Thread):
     def _grid(self) -> Grid:
         """Wait for the nodes' grid; raises RunError."""
         grid = self._grids.get()
+        _set_sigterm(self._sigterm)
         if grid is None:
             raise RunError(self.failure)
         return _RayGrid(grid, self)
@@ -83,26 +89,15 @@ class _Flower(threading.Thread):
         """Stop Flower's runtime and leave Ray; what actors are still at is not waited for."""
         self._finished.set()
         self._nodes.put(None)
-        self._tried.wait()  # for a Ray that is still starting could not be stopped
-        self.join(_PATIENCE)
-        if self._on_ray:
-            import ray
-
-            if self.is_alive():
-                _kill_actors()  # which ends Flower's waiting for them; shutting down would not
-                self.join(_PATIENCE)
-            ray.shutdown()
+        self.join()
+        _set_sigterm(self._sigterm)
 
     def run(self) -> None:
         """Start Ray, then Flower's runtime as soon as its nodes are known."""
         try:
-            try:
-                start_ray(self._address)
-                self._on_ray = True
-            finally:
-                self._tried.set()
-            if (nodes := self._nodes.get()) is not None and not self._finished.is_set():
-                self._simulate(*nodes)
+            with running_ray(self._address):
+                if (nodes := self._nodes.get()) is not None and not self._finished.is_set():
+                    self._simulate(*nodes)
         except RunError as error:
             self.failure = str(error)
         except BaseException as error:  # Flower exits, too, where it does not like something
@@ -121,6 +116,7 @@ class _Flower(threading.Thread):
         def main(grid: Grid, context: Context) -> None:
             self._grids.put(grid)
             self._finished.wait()
+            _kill_actors()  # which ends Flower's waiting for them: it leaves Ray after this function has returned
 
         run_simulation(
             server_app,
@@ -159,20 +155,45 @@ class _RayGrid(PollingGrid):
 
 def _kill_actors() -> None:
     """Kill all actors of this process; Flower has the handles for which Ray has a public function."""
+    import ray
     from ray import ActorID
     from ray._private import state
     from ray._private.worker import global_worker
-    from ray.exceptions import RaySystemError
 
-    try:
-        for identifier in state.actors(job_id=global_worker.current_job_id, actor_state_name="ALIVE"):
+    if not ray.is_initialized():
+        return  # Flower could not start its actors, and has left Ray by itself
+    for identifier, actor in state.actors(job_id=global_worker.current_job_id).items():
+        if actor["State"] != "DEAD":
             global_worker.core_worker.kill_actor(ActorID.from_hex(identifier), True)  # type: ignore[attr-defined]
-    except (RaySystemError, AttributeError):
-        pass  # Flower has just left Ray by itself
 
 
-def start_ray(address: str | None = None, cpus: int | None = None) -> None:
-    """Start a private Ray (with so many CPUs, or this machine's), or join the one at an address; raises RunError."""
+@contextmanager
+def running_ray(address: str | None = None, cpus: int | None = None) -> Iterator[None]:
+    """Start a private Ray (with so many CPUs, or this machine's) or join the one at an address; leave it in the end.
+
+    Raises
+    ------
+    RunError
+        If Ray does not start.
+    """
+    sigterm = signal.getsignal(signal.SIGTERM)
+    _start_ray(address, cpus)
+    import ray
+
+    _set_sigterm(sigterm)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_sigterm(handler: Any) -> None:
+    """Put back what Python does at SIGTERM: Ray's own handler prints a stack trace of its C++ code first."""
+    if threading.current_thread() is threading.main_thread():  # Python takes it from no other
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _start_ray(address: str | None, cpus: int | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later versions of Ray do; saves a warning
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

@@ -19,6 +19,7 @@ from fedsplit.guard.accountant import ExposureAccountant
 from fedsplit.guard.guard import Guard
 from fedsplit.model.head import Head
 from fedsplit.plan.experiment import Experiment
+from fedsplit.plan.named_code import names_code
 from fedsplit.plan.preflight import check_limits
 from fedsplit.plan.settings import Settings
 from fedsplit.release.streams import simulation_secret
@@ -142,7 +143,7 @@ def _node_kind(experiment: Experiment) -> Callable[..., Node]:
 
 def _check_allowed(settings: Settings, allowed: Sequence[str]) -> None:
     """Refuse settings, which are the server's, that name code or files of this machine; raises ConfigError."""
-    data, model = settings.data, settings.model
-    for key, name in {"model.builder": model.builder, "data.builder": data.builder, "data.folder": data.folder}.items():
-        if name is not None and name not in allowed:
+    folder = {"data.folder": settings.data.folder} if settings.data.folder is not None else {}
+    for key, name in {**names_code(settings, on_nodes=True), **folder}.items():
+        if name not in allowed:
             raise ConfigError(f"{key} {name!r} is not among what the node's owner allows (allow in node.toml)")

@@ -9,7 +9,7 @@ import flwr
 import numpy as np
 import torch
 
-from fedsplit.guard.accountant import epsilon
+from fedsplit.guard.gaussian import epsilon
 from fedsplit.server.progress import Progress
 
 DELTA = 1e-5  # of the epsilon that results tell

@@ -34,7 +34,6 @@ from fedsplit.runs.outcome import Stopwatch, outcome
 from fedsplit.server.checkpoint import load_checkpoint
 from fedsplit.server.roster import Owners
 from fedsplit.server.rounds import SplitStrategy
-from fedsplit.server.virtual.strategy import VirtualStrategy
 
 _SO_FAR = ("exchanges", "bytes_up", "bytes_down", "exposures_max")  # totals that each round's metrics hold
 
@@ -161,9 +160,7 @@ class TrainingRun:
             nodes=len(strategy.nodes) or self.experiment.nodes,
             seed=settings.run.seed,
         )
-        result |= self._added
-        if isinstance(strategy, VirtualStrategy):
-            result["simulated"] = strategy.clock.summary()
-            strategy.clock.save_table(self.folder.devices)
+        result |= self._added | strategy.pace.result()
+        strategy.pace.save_table(self.folder.devices)
         put(self.folder.result, json.dumps(result, indent=2) + "\n")
         return result

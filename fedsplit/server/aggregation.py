@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -81,6 +81,58 @@ def _parameters(kind: type) -> set[str]:
     return set(inspect.signature(kind).parameters)
 
 
+class Aggregation(Protocol):
+    """Holds the first layer's weights, and steps them.
+
+    Attributes
+    ----------
+    weights : dict of float32 arrays
+    teaches : bool
+        Whether it takes devices' gradients.
+    per_device : bool
+        Whether it needs one contribution per device, as opposed to one of each node.
+    """
+
+    weights: "Weights"
+
+    @property
+    def teaches(self) -> bool: ...  # noqa: D102
+
+    @property
+    def per_device(self) -> bool: ...  # noqa: D102
+
+    def step(  # noqa: D102
+        self, round_number: int, contributions: Sequence[tuple[Gradient, int]], stream: str = "first-layer"
+    ) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...  # noqa: D102
+
+    def load_state(self, weights: "Weights", state: Mapping[str, Any]) -> None: ...  # noqa: D102
+
+
+class Frozen:
+    """A first layer that stays as it is."""
+
+    teaches = False
+    per_device = False
+
+    def __init__(self, weights: "Weights") -> None:
+        self.weights = weights
+
+    def step(
+        self, round_number: int, contributions: Sequence[tuple[Gradient, int]], stream: str = "first-layer"
+    ) -> None:
+        """Do nothing."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold besides the weights: nothing."""
+        return {}
+
+    def load_state(self, weights: "Weights", state: Mapping[str, Any]) -> None:
+        """Restore the weights."""
+        self.weights = {n: weights[n] for n in self.weights}
+
+
 class _Stub:
     """Stands in for a Grid while a strategy configures messages that are never sent."""
 
@@ -94,7 +146,7 @@ class _Stub:
 
 
 class FirstLayerServer:
-    """Steps the shared first layer.
+    """Steps the shared first layer by a Flower strategy.
 
     Each contribution becomes a pseudo-model ``W - lr * sum / count`` with weight ``count``, which the strategy
     aggregates like any client's model; in float64, so that the grouping of contributions does not show in the weights.
@@ -126,6 +178,7 @@ class FirstLayerServer:
     ) -> None:
         self.strategy = strategy
         self.weights = weights
+        self.teaches = True
         self.lr = lr
         self.schedule = schedule
         self.rounds = rounds

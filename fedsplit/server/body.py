@@ -33,6 +33,8 @@ class Body(Trunk):
     """
 
     _open: _Step | None = None
+    _random: Tensor | None = None
+    """State of torch's generator after a step, with which the round's next one goes on."""
 
     @cached_property
     def _cut(self) -> tuple[nn.Sequential, nn.Linear]:
@@ -48,8 +50,10 @@ class Body(Trunk):
         """The head's parameters as one float32 vector; see :class:`fedsplit.model.head.Head`."""
         return np.concatenate([p.detach().numpy().ravel() for p in self._cut[1].parameters()]).astype(np.float32)
 
-    def train_features(self, batches: Batches, round_number: int) -> FloatArray:
+    def train_features(self, batches: Batches, round_number: int, epoch: int = 0) -> FloatArray:
         """Return the features ``(records, features)`` that the body makes of a round's records, and begin a step.
+
+        ``epoch`` counts the round's steps from 0.
 
         Raises
         ------
@@ -58,12 +62,16 @@ class Body(Trunk):
         """
         self._begin(round_number)
         # as in Trunk.train: the same order and the same random numbers
-        rows = np.random.default_rng(seed_of(self.seed, "order", round_number, 0)).permutation(len(batches))
+        rows = np.random.default_rng(seed_of(self.seed, "order", round_number, epoch)).permutation(len(batches))
         outputs, cells, positions = batches.dense(rows)
         cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, "trunk", round_number))
+            if epoch == 0 or self._random is None:
+                torch.manual_seed(seed_of(self.seed, "trunk", round_number))
+            else:
+                torch.set_rng_state(self._random)
             found = self._cut[0](thinned(cut, self.options.thinning))
+            self._random = torch.get_rng_state()
         self._open = _Step(rows, cells, positions, cut, found)
         features = np.empty(tuple(found.shape), dtype=np.float32)
         features[rows] = found.detach().numpy()

@@ -54,10 +54,9 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
     new, old = folder.with_name(NEW), folder.with_name(OLD)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    (new / "first_layer.safetensors").write_bytes(save_arrays(strategy.weights))
+    (new / "first_layer.safetensors").write_bytes(save_arrays(strategy.first_layer.weights))
     for name, content in strategy.trunk.files().items():
         (new / name).write_bytes(content)
-    first_layer = strategy.first_layer.state() if strategy.first_layer else {}
     state = {
         "run": progress.run,
         "round": progress.round_number,
@@ -66,10 +65,10 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
         "totals": asdict(progress.totals),
         "position": strategy.schedule.position,
         "heard": strategy.schedule.heard,
-        "clock": strategy.clock_state(),
+        "pace": strategy.pace.state(),
         "pending": [_plain(block) for block in progress.pending],
         "trunk": strategy.trunk.state(),
-        "first_layer": first_layer,
+        "first_layer": strategy.first_layer.state(),
         "offences": strategy.roster.offences,
         "seconds": seconds,
     }
@@ -187,13 +186,10 @@ def _restore(folder: Path, strategy: SplitStrategy) -> float:
     strategy.trunk.load_state(load_tensors(folder / "trunk.safetensors"), state["trunk"])
     weights = load_arrays(folder / "first_layer.safetensors")
     replay = _load_replay(_replay_folder(folder), state["replayed"])
-    if strategy.first_layer:
-        strategy.first_layer.load_state(weights, state["first_layer"])
-    else:
-        strategy.layer.load_weights(weights)
+    strategy.first_layer.load_state(weights, state["first_layer"])
     strategy.schedule.position = state["position"]
-    strategy.schedule.heard = state.get("heard", {})  # which earlier versions did not count
-    strategy.load_clock(state.get("clock", {}))
+    strategy.schedule.heard = state["heard"]
+    strategy.pace.load_state(state["pace"])
     pending = [_pending_block(block) for block in state["pending"]]
     strategy.roster.offences = state["offences"]
     strategy.resume(

@@ -3,8 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsplit.server.answers import PendingBlock
+import numpy as np
+
+from fedsplit.plan.modes import Mode
 from fedsplit.server.batches import Batches
+from fedsplit.server.pending import Pending
+from fedsplit.wire.exchange import Upload
+from fedsplit.wire.ledger import Reason
 
 
 @dataclass(frozen=True)
@@ -13,8 +18,7 @@ class ProtocolOptions:
 
     Attributes
     ----------
-    mode : str
-        ``synchronous``, ``pipelined`` or ``single-pass``.
+    mode : Mode
     rounds : int
     dtype : str
         Of cut gradients on the wire: ``float16`` or ``float32``.
@@ -45,7 +49,7 @@ class ProtocolOptions:
         Whether records whose release has not come are asked for once more, because the same would leave.
     """
 
-    mode: str
+    mode: Mode
     rounds: int
     dtype: str
     max_staleness: int
@@ -60,11 +64,6 @@ class ProtocolOptions:
     replay_bytes: int | None = None
     deadline: float | None = None
     asks_again: bool = False
-
-    @property
-    def replays(self) -> bool:
-        """Whether the trunk learns in every round from all that has been released so far."""
-        return self.mode in ("single-pass", "release-once")
 
 
 @dataclass
@@ -90,6 +89,22 @@ class Totals:
     refused: dict[str, int] = field(default_factory=dict)
     test_refused: dict[str, int] = field(default_factory=dict)
 
+    def add(self, upload: Upload, width: int, *, test: bool) -> None:
+        """Count an upload; ``width`` is the first layer's."""
+        self.dense_bytes_up += 4 * width * len(upload.release.targets)
+        self.failures += len(upload.failed)
+        exposures = int(upload.ledger.exposures)
+        if test:
+            self.test_exposures_max = max(self.test_exposures_max, exposures)
+        else:
+            self.exposures_max = max(self.exposures_max, exposures)
+            most = self.ledger
+            self.ledger = {k: float(np.fmax(v, most.get(k, np.nan))) for k, v in upload.ledger._asdict().items()}
+        counts = self.test_refused if test else self.refused
+        for _, reason, records in upload.refused.tolist():
+            name = Reason(reason).name.lower() if reason in list(Reason) else f"reason {reason}"
+            counts[name] = counts.get(name, 0) + records
+
 
 @dataclass
 class Progress:
@@ -100,7 +115,7 @@ class Progress:
 
     run: int
     round_number: int = 0
-    pending: list[PendingBlock] = field(default_factory=list)
+    pending: Pending = field(default_factory=list)
     replay: dict[int, Batches] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     totals: Totals = field(default_factory=Totals)

@@ -20,7 +20,7 @@ from fedsplit.data import Records
 from fedsplit.model.split import SplitModel
 from fedsplit.model.tasks import correct, summed_loss
 from fedsplit.release.making import Chunk, forward
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policy import Policy
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
 from fedsplit.server.batches import Batches, minibatches
 from fedsplit.server.novelty.trunk import NoveltyTrunk
@@ -51,7 +51,7 @@ class WarmUp:
     penalty: float
 
 
-def warm_up(model: SplitModel, public: Records, task: str, dropping: Dropping, options: WarmUp, seed: int) -> None:
+def warm_up(model: SplitModel, public: Records, task: str, dropping: Policy, options: WarmUp, seed: int) -> None:
     """Train both halves in place on public records, dropping as the devices will.
 
     Raises
@@ -86,7 +86,7 @@ def warm_up(model: SplitModel, public: Records, task: str, dropping: Dropping, o
 
 
 def _dropped(
-    model: SplitModel, x: Tensor, rows: NDArray[np.int64], dropping: Dropping, secret: bytes, mask_round: int
+    model: SplitModel, x: Tensor, rows: NDArray[np.int64], dropping: Policy, secret: bytes, mask_round: int
 ) -> Tensor:
     """Return a batch's outputs ``(batch, *cut_shape)`` as a device would send them.
 
@@ -100,13 +100,13 @@ def _dropped(
     coded = dropping.coded(values)
     mask = dropping.mask(coded, secret, KEYED_ROUND if dropping.deterministic else mask_round, rows)
     sent = outputs
-    if dropping.bits:
+    if coded is not values:
         near = pre.clamp(-1, float(coded.max(initial=0)) + 1)
         sent = near + (torch.from_numpy(coded) - near).detach()
-    if dropping.noise:
+    if (noisy := dropping.noisy) is not None:
         noise = np.random.default_rng(seed_of(mask_round, int(rows[0]))).normal(size=values.shape)
-        scales = torch.from_numpy(dropping.scales(values, mask))
-        sent = sent * scales + torch.from_numpy(noise.astype(np.float32)) * dropping.noise * dropping.clip
+        scales = torch.from_numpy(noisy.scales(values, mask))
+        sent = sent * scales + torch.from_numpy(noise.astype(np.float32)) * noisy.noise * noisy.clip
     kept: Tensor = sent * torch.from_numpy(mask)
     return kept.reshape(-1, *first.cut_shape)
 
@@ -141,7 +141,7 @@ def principal_factors(x: FloatArray, components: int = 128) -> Tensor:
     return factors
 
 
-def public_release(model: SplitModel, public: Records, dropping: Dropping, dtype: str, seed: int) -> Batches:
+def public_release(model: SplitModel, public: Records, dropping: Policy, dtype: str, seed: int) -> Batches:
     """Return the public records as if a device had released them, for the trunk to learn from beside the others'."""
     secret = simulation_secret(seed, PUBLIC)
     chunk = Chunk.of(PUBLIC, public)
@@ -150,7 +150,7 @@ def public_release(model: SplitModel, public: Records, dropping: Dropping, dtype
     kept = forward(
         model.first_layer, dropping, lambda _: secret, chunk, weights, KEYED_ROUND, name, want_slopes=False
     ).kept
-    release = Release.pack(kept, chunk.devices, chunk.records, public.y, dtype, dropping.bits)
+    release = Release.pack(kept, chunk.devices, chunk.records, public.y, dtype, dropping.code.bits)
     return Batches.join([release])
 
 

@@ -23,7 +23,9 @@ from fedsplit.common.errors import ConfigError, WireError
 from fedsplit.data import Records
 from fedsplit.device.bundle import DESCRIPTION, WEIGHTS
 from fedsplit.plan.experiment import Experiment
-from fedsplit.release.policies import Dropping
+from fedsplit.release.chosen import built_in
+from fedsplit.release.policies import BUILT_IN
+from fedsplit.release.policy import Policy
 from fedsplit.runs.folder import RunFolder
 from fedsplit.service.app import body_of
 from fedsplit.service.pages import add_page
@@ -76,12 +78,14 @@ class Attacker:
         rows = np.random.default_rng(0).permutation(len(public.x))[:_MOST_PUBLIC]
         known = Records(public.x[rows], public.y[rows])
         bundle = served.bundle
-        if bundle.dropping.noise or "GELU" in bundle.layer.description:
-            raise ConfigError("--demo is not for models with noise or GELU: the page cannot compute them")
+        if type(bundle.dropping) not in BUILT_IN.values() or "GELU" in bundle.layer.description:
+            raise ConfigError(
+                "--demo is not for models with noise or GELU or a policy from outside: no page computes them"
+            )
         classes = bundle.outputs if bundle.task == "classification" else 2 if bundle.task == "binary" else 0
         return cls(served, known, known_before(known, classes), classes)
 
-    def attack(self, release: Release, dropping: Dropping) -> dict[str, Any]:
+    def attack(self, release: Release, dropping: Policy) -> dict[str, Any]:
         """Return what the attacks make of one record's release: numbers ``(n,)`` of the scaled record by attack."""
         bundle, shape = self.served.bundle, self.served.bundle.layer.input_shape
         outputs = self.served.outputs([release])
@@ -134,8 +138,8 @@ def add_demo(app: FastAPI, attackers: Sequence[Attacker]) -> None:
         attacker = known(request, name)
         layer = attacker.served.bundle.layer
         try:
-            dropping = Dropping(policy, keep=keep, k=k, bits=bits)
-            dropping.check_layer(layer.width, layer.positive_only)
+            dropping = built_in(policy, keep=keep, k=k, bits=bits)
+            dropping.fits(layer)
         except ConfigError as error:
             raise HTTPException(422, str(error)) from None
         async with body_of(request, attacker.served) as payload:
@@ -143,7 +147,7 @@ def add_demo(app: FastAPI, attackers: Sequence[Attacker]) -> None:
                 release = attacker.served.read(payload)
             except WireError as error:
                 raise HTTPException(422, str(error)) from None
-            if len(release.counts) != 1 or release.bits != bits:
+            if len(release.counts) != 1 or not release.bits == bits == dropping.code.bits:
                 raise HTTPException(422, "a query of one record is needed, in the policy's codes")
             if busy.locked():  # looked at when the body is there: a slow one holds nobody up
                 raise HTTPException(503, "an attack is on its way already", {"Retry-After": "5"})

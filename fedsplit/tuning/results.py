@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fedsplit.common.figures import AUDITED, figure
 from fedsplit.common.files import put
+from fedsplit.plan.named_code import names_code
 from fedsplit.plan.settings import Settings
 from fedsplit.tuning.study import Point, Study
 from fedsplit.tuning.trial import Outcome
@@ -82,9 +83,9 @@ def _heading(study: Study, point: Point, path: Path, settings: Settings) -> str:
 
 def _home_of(settings: Settings) -> str:
     """Return the folder in which a user's own module was found, if the settings name one that is not installed."""
-    for reference in (settings.data.builder, settings.model.builder, settings.first_layer.strategy):
-        name, colon, _ = (reference or "").partition(":")
-        file = getattr(sys.modules.get(name), "__file__", None) if colon else None
+    for reference in names_code(settings).values():
+        name = reference.partition(":")[0]
+        file = getattr(sys.modules.get(name), "__file__", None)
         if file and "site-packages" not in file:
             return str(Path(file).resolve().parents[name.count(".")])
     return ""

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedsplit.common.errors import ConfigError
+from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.settings import Settings, check_settings
+from fedsplit.release.policies import Bits, Random, TopK, settings_name
 
 Plain = bool | int | float | str
 Table = dict[str, Any]
+_USUAL = (TopK(1), Random(1.0), Bits(1))
 
 
 class Suggests(Protocol):
@@ -217,33 +220,21 @@ class Space:
                 queue += [{**within, name: v} for v in fresh]
 
 
-def usual_space(settings: Settings, width: int, *, positive_only: bool) -> Table:
-    """Return the ``[tune.space]`` of settings that have none: dropping policies and budgets, and learning rates.
+def usual_space(settings: Settings, layer: FirstLayer) -> Table:
+    """Return the ``[tune.space]`` of settings that have none: dropping policies and their numbers, and learning rates.
 
-    With noise the policy stays, and how much noise is searched.
-
-    Parameters
-    ----------
-    settings : Settings
-    width : int
-        Outputs of the first layer.
-    positive_only : bool
-        Whether none of them is negative.
+    With noise the policy stays, and how much noise is searched. A policy from outside is searched beside the usual.
     """
     chosen = settings.dropping
+    policy = chosen.built()
     tables: Table = {"trunk": {"lr": _around(settings.trunk.lr)}}
-    if chosen.noise:
-        tables["dropping"] = {"noise": _around(chosen.noise)}
+    if policy.noisy is not None:
+        tables["dropping"] = dict(policy.search(layer))
     else:
-        few, many = max(1, width // 64), max(2, width // 4)
-        policies: list[Table] = [
-            {"policy": "top-k", "k": {"low": few, "high": many, "log": True} if many <= width else 1},
-            {"policy": "random", "keep": {"low": 0.02, "high": 0.5, "log": True}},
-        ]
-        if positive_only:
-            policies.append({"policy": "bits", "bits": 1})
-        tables["dropping"] = [{**policy, "mask": chosen.mask} for policy in policies]
-    if settings.first_layer.strategy != "frozen" and settings.protocol.mode != "release-once":
+        own = [{"policy": chosen.policy, **chosen.numbers, **policy.search(layer)}] if chosen.own else []
+        usual = [{"policy": settings_name(p), **found} for p in _USUAL if (found := p.search(layer))]
+        tables["dropping"] = [{**table, "mask": chosen.mask} for table in own + usual]
+    if settings.teaches:
         tables["first-layer"] = {"lr": _around(settings.first_layer.lr)}
     return tables
 

@@ -7,8 +7,7 @@ again, under the same number, when the study goes on.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +26,7 @@ from fedsplit.common.files import alone, put
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import INCIDENTAL, Settings, TuneSettings, check_settings, flattened
 from fedsplit.runs.assembly import split_strategy
-from fedsplit.runs.engine import start_ray
+from fedsplit.runs.engine import running_ray
 from fedsplit.runs.folder import RunFolder
 from fedsplit.tuning.space import Space, usual_space
 from fedsplit.tuning.trial import Outcome, Plan, audited, run_trial, with_seed
@@ -130,7 +129,8 @@ class Study:
         RunError
             If no trial ran to its end within the constraints.
         """
-        with alone(self.folder / "study.lock", f"another process works in {self.folder}"), _ray(parallel):
+        busy = f"another process works in {self.folder}"
+        with alone(self.folder / "study.lock", busy), running_ray(cpus=parallel):
             self._run_trials(parallel, report)
             self._check_feasible()
             self._audit_front()
@@ -141,8 +141,7 @@ class Study:
     def _checked_space(self) -> Space:
         settings, tune = self.settings, self.tune
         if tune.space is None:
-            layer = Experiment(settings).model.first_layer
-            tables = usual_space(settings, layer.width, positive_only=layer.positive_only)
+            tables = usual_space(settings, Experiment(settings).model.first_layer)
         else:
             tables = tune.space
         space = Space.of(settings, tables)
@@ -233,7 +232,7 @@ class Study:
     def _again(self, number: int) -> Trial:
         """Return a trial that was running when the study was stopped: it is run again with what was drawn for it."""
         (found,) = (t for t in self._study.get_trials(deepcopy=False) if t.number == number)
-        return Trial(self._study, found._trial_id)
+        return Trial(self._study, found._trial_id)  # noqa: SLF001  Optuna has no public name for it
 
     def _tell(self, trial: Trial, outcome: Outcome) -> None:
         trial.set_user_attr("outcome", asdict(outcome))
@@ -345,12 +344,3 @@ def _audit_in_full(settings_json: str, folder: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     return audited(folder, Settings.from_json(settings_json), quick=False)
-
-
-@contextmanager
-def _ray(cpus: int) -> Iterator[None]:
-    start_ray(cpus=cpus)
-    try:
-        yield
-    finally:
-        ray.shutdown()

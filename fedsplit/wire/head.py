@@ -19,6 +19,9 @@ _DOWNLOAD, _UPLOAD = 5, 6  # 1 to 4 are in fedsplit.wire.exchange
 _KIND_AT = 3  # of a payload's bytes
 _SPARE = 4096  # bytes of an upload besides its records and the head's gradient
 _ROUNDING = 1.01
+FEWEST = 2
+"""Records of a device, of which alone it answers: of one the gradient of the head's bias is that at its outputs, which
+is the label. A device of its own and one among others on a node are alike."""
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,6 @@ class Query:
         n = take.rows
         check("records", n <= take.total, "must be a count of the records sent")
         none = np.zeros(1, dtype=np.int64)
-        release = Release._read_outputs(take, none, np.array([n]), np.zeros(n, dtype=np.int64), width, bits)
+        release = Release.read_outputs(take, none, np.array([n]), np.zeros(n, dtype=np.int64), width, bits)
         take.finish()
         return cls(layer, release)

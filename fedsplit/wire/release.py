@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.common.errors import WireError
+from fedsplit.release.codes import Code
 from fedsplit.release.kept import Kept
 from fedsplit.wire.coding import dequantise, pack_codes, quantise, unpack_codes
 from fedsplit.wire.container import Reader, check, check_ids, check_scaled
@@ -29,7 +30,7 @@ class Release:
     exponents : int32 array (records,)
         One power-of-two scale per record, so that its bytes do not depend on what it is sent with.
     bits : int
-        0, or of how many bits the uint8 codes are; see :meth:`fedsplit.release.policies.Dropping.coded`.
+        0, or of how many bits the uint8 codes are; see :class:`fedsplit.release.codes.Code`.
     """
 
     devices: IntArray
@@ -57,12 +58,12 @@ class Release:
         """
         if not isinstance(kept, Kept):
             raise TypeError(f"a release is packed from Kept, not from {type(kept).__name__}")
-        if bits:
-            levels = np.asarray(kept.values * np.float32(2.0 ** (bits - 1)), dtype=np.uint8)
-            exponents = np.full(len(kept.counts), 1 - bits, dtype=np.int32)
-            return cls(devices, records, targets, kept.counts, kept.bitmap, levels, exponents, kept.width, bits)
-        codes, exponents = quantise(kept.values, kept.counts, dtype)
-        return cls(devices, records, targets, kept.counts, kept.bitmap, codes, exponents, kept.width)
+        code = Code(bits)
+        if code.floats:
+            codes, exponents = quantise(kept.values, kept.counts, dtype)
+        else:
+            codes, exponents = code.levels(kept.values), np.full(len(kept.counts), code.exponent, dtype=np.int32)
+        return cls(devices, records, targets, kept.counts, kept.bitmap, codes, exponents, kept.width, bits)
 
     def values(self) -> FloatArray:
         """Return the sent outputs as float32."""
@@ -81,6 +82,11 @@ class Release:
             codes=self.codes[np.repeat(of_records, self.counts)],
             exponents=self.exponents[of_records],
         )
+
+    def among(self, devices: IntArray) -> "Release":
+        """Return the releases of those of some devices that are here."""
+        rows = np.isin(self.devices, devices)
+        return self if rows.all() else self.take(rows)
 
     def arrays(self) -> list[NDArray[Any]]:
         """Return the fields as arrays in wire order."""
@@ -111,12 +117,13 @@ class Release:
         integer_targets = targets.dtype.kind == "i"
         targets = targets.astype(np.int64 if integer_targets else np.float32)
         check("targets", integer_targets or bool(np.isfinite(targets).all()), "must be finite")
-        return cls._read_outputs(take, devices, records, targets, width, bits)
+        return cls.read_outputs(take, devices, records, targets, width, bits)
 
     @classmethod
-    def _read_outputs(
+    def read_outputs(
         cls, take: "Reader", devices: IntArray, records: IntArray, targets: NDArray[Any], width: int, bits: int
     ) -> "Release":
+        """Check and read what follows the head of a release; raises WireError."""
         n = int(records.sum())
         counts = take.array("counts", ("u2", "u4"), 1, size=n).astype(np.int64)
         bitmap = take.array("bitmap", "u1", 2, size=n)
@@ -130,7 +137,7 @@ class Release:
         if bits:
             codes: NDArray[Any] = unpack_codes(take.array("codes", "u1", 1), total, bits)
             take.array("exponents", "i2", 1, size=0)
-            exponents = np.full(n, 1 - bits, dtype=np.int32)
+            exponents = np.full(n, Code(bits).exponent, dtype=np.int32)
         else:
             codes = take.array("values", ("f2", "f4"), 1, size=total)
             exponents = take.array("exponents", "i2", 1, size=n).astype(np.int32)

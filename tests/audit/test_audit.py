@@ -19,7 +19,8 @@ from fedsplit.data import Records
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings, load_settings
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import All, Bits, Random, TopK, Units
+from fedsplit.release.policy import Policy
 from fedsplit.runs.auditing import audit_policy, audit_run, preview_record
 from fedsplit.runs.forgetting import forget_device
 
@@ -104,15 +105,15 @@ def test_every_recorded_sum_is_put_together_with_its_releases(mode: str, dropout
 @pytest.mark.parametrize(
     "policy",
     [
-        Dropping("none"),
-        Dropping("units", k=48),
-        Dropping("top-k", k=5),
-        Dropping("bits", bits=1),
-        Dropping("bits", bits=3),
+        All(),
+        Units(48),
+        TopK(5),
+        Bits(1),
+        Bits(3),
     ],
-    ids=lambda p: f"{p.policy}{p.bits or ''}",
+    ids=repr,
 )
-def test_the_inequalities_hold_for_the_originals(policy: Dropping) -> None:
+def test_the_inequalities_hold_for_the_originals(policy: Policy) -> None:
     settings = digits()
     experiment = Experiment(settings)
     source, layer = experiment.source, experiment.model.first_layer
@@ -132,7 +133,7 @@ def test_nothing_is_known_of_what_random_dropping_did_not_send() -> None:
     experiment = Experiment(settings)
     source, layer = experiment.source, experiment.model.first_layer
     subjects = Subjects.choose(source, None, (0, 1), TARGETS, 0)
-    found = equations(rehearsed(layer, Dropping("random", keep=0.5), "float16", subjects, 0), np.arange(TARGETS))
+    found = equations(rehearsed(layer, Random(0.5), "float16", subjects, 0), np.arange(TARGETS))
     assert not any(len(right) for _, right in found.inequalities)
 
 
@@ -183,7 +184,7 @@ def test_the_control_holds_for_narrow_layers_too(layer: nn.Module) -> None:
     x = np.random.default_rng(0).uniform(size=(20, *shape)).astype(np.float32)
     nothing = np.zeros(20, dtype=np.int64)
     subjects = Subjects(x, nothing, nothing, np.arange(20), x, np.arange(20), Records(x[:0], nothing[:0]), False)
-    evidence = rehearsed(first, Dropping("none"), "float32", subjects, 0)
+    evidence = rehearsed(first, All(), "float32", subjects, 0)
     assert audit_module._control(evidence, 0)["holds"]
 
 

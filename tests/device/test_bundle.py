@@ -12,7 +12,7 @@ from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data import Scaling
 from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import All, Random
 from fedsplit.runs.folder import run_bundle
 
 SCALED = Scaling((1.0,), (2.0,), -50.0, 50.0)
@@ -29,7 +29,7 @@ LAYERS = {
 def test_a_bundle_comes_back_as_it_was(name: str, activation: str, tmp_path: Path) -> None:
     module, shape = LAYERS[name]
     layer = FirstLayer(module, ACTIVATIONS[activation](), shape)
-    bundle = Bundle(layer, Dropping("random", keep=0.25), "float16", SCALED, "classification", 3)
+    bundle = Bundle(layer, Random(0.25), "float16", SCALED, "classification", 3)
     bundle.save(tmp_path / "device")
     assert sorted(path.name for path in (tmp_path / "device").iterdir()) == [DESCRIPTION, WEIGHTS]
     again = Bundle.load(tmp_path / "device")
@@ -47,7 +47,7 @@ def test_a_bundle_comes_back_as_it_was(name: str, activation: str, tmp_path: Pat
 def test_an_activation_with_other_numbers_is_not_exported(tmp_path: Path) -> None:
     layer = FirstLayer(nn.Linear(3, 4), nn.LeakyReLU(0.3), (3,))
     with pytest.raises(ConfigError, match=r"LeakyReLU\(negative_slope=0.3\) cannot be exported"):
-        Bundle(layer, Dropping("none"), "float32", Scaling(), "binary", 1).save(tmp_path / "device")
+        Bundle(layer, All(), "float32", Scaling(), "binary", 1).save(tmp_path / "device")
 
 
 def test_the_trunk_is_not_in_it(trained: Path, tmp_path: Path) -> None:

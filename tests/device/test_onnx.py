@@ -18,7 +18,7 @@ from fedsplit.data import Scaling
 from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
 from fedsplit.device.onnx_export import ONNX, onnx_model
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import All, Random
 from fedsplit.runs.simulation import simulate
 
 LAYERS = {
@@ -36,7 +36,7 @@ def bundle_of(name: str, activation: str, scaling: Scaling) -> Bundle:
     torch.manual_seed(3)
     module, shape = LAYERS[name]
     layer = FirstLayer(module(), ACTIVATIONS[activation](), shape)
-    return Bundle(layer, Dropping("random", keep=0.25), "float16", scaling, "classification", 3)
+    return Bundle(layer, Random(0.25), "float16", scaling, "classification", 3)
 
 
 def undropped(bundle: Bundle, raw: FloatArray) -> FloatArray:
@@ -79,7 +79,7 @@ def test_the_file_says_what_it_takes_and_what_is_not_in_it() -> None:
 def test_an_activation_with_other_numbers_is_not_exported() -> None:
     layer = FirstLayer(nn.Linear(3, 4), nn.GELU(approximate="tanh"), (3,))
     with pytest.raises(ConfigError, match="cannot be exported"):
-        onnx_model(Bundle(layer, Dropping("none"), "float32", Scaling(), "binary", 1))
+        onnx_model(Bundle(layer, All(), "float32", Scaling(), "binary", 1))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.model.layer import FirstLayer
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import All, TopK
 from fedsplit.runs.folder import run_bundle
 from fedsplit.service.served import Served
 from fedsplit.wire.ledger import Reason
@@ -112,7 +112,7 @@ def test_the_same_weights_in_another_layer_are_another_release(other: str, tmp_p
     activation = nn.ReLU() if isinstance(OTHERS[other], nn.Conv1d) else OTHERS[other]
     refused = []
     for layer in (FirstLayer(module, nn.ReLU(), (2, 9)), FirstLayer(changed, activation, (2, 9))):
-        bundle = Bundle(layer, Dropping("top-k", k=2), "float32", Scaling(), "binary", 1)
+        bundle = Bundle(layer, TopK(2), "float32", Scaling(), "binary", 1)
         refused.append(released(bundle, home, raw)[1])
     assert refused == [[0] * 4, [Reason.RELEASES] * 4]
 
@@ -138,7 +138,7 @@ def test_the_limits_hold_and_are_told(trained: Path, served: Served, home: Home)
 
 def test_predictions_are_the_whole_networks(trained: Path, served: Served, home: Home) -> None:
     bundle = run_bundle(trained)
-    plain = replace(bundle, dropping=Dropping("none"), dtype="float32")
+    plain = replace(bundle, dropping=All(), dtype="float32")
     found = Predictor(plain, home, asking(served)).predict(RECORDS)
     x = RECORDS.astype(np.float32)
     cut = bundle.layer.activation(bundle.layer.pre_activations(bundle.layer.initial_weights(), x))

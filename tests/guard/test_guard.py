@@ -21,7 +21,8 @@ from fedsplit.data import Records
 from fedsplit.device.home import Home
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
-from fedsplit.guard.accountant import Cost, ExposureAccountant, gaussian_precision
+from fedsplit.guard.accountant import Cost, ExposureAccountant
+from fedsplit.guard.gaussian import gaussian_precision
 from fedsplit.guard.guard import Guard, Proposal, Summed, release_name
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
@@ -1168,7 +1169,7 @@ def test_a_run_goes_on_without_the_node_whose_ledger_is_lost(tmp_path: Path, cap
 
     result = simulate(settings, out=tmp_path / "run", report=lose)
     assert result["rounds"] == 4 and result["samples"] == 2 * 60 + 2 * 40 and result["test_accuracy"] is not None
-    said = " ".join(record.getMessage() for record in caplog.records if record.name == "fedsplit.server.rounds")
+    said = " ".join(record.getMessage() for record in caplog.records if record.name == "fedsplit.server.round")
     assert "nothing leaves" in said and "ledger" not in said  # which only the node's own log tells
 
 

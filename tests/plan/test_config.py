@@ -10,6 +10,7 @@ from conftest import CONFIGS, small_settings
 from fedsplit.common.errors import ConfigError
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, load_settings
+from fedsplit.release.chosen import numbers_of
 
 
 @pytest.fixture
@@ -229,15 +230,15 @@ def test_a_public_section_is_there_only_if_it_is_set(
 def test_policies_take_their_budget_and_noise(file: Path, overrides: list[str]) -> None:
     found = load_settings(file, overrides)
     made = Experiment(found).policy
-    for key, value in found.dropping.model_dump(exclude_none=True, exclude={"mask"}).items():
-        assert getattr(made, key) == value
+    name, numbers = numbers_of(made)
+    assert {"policy": name, **numbers} == found.dropping.model_dump(exclude_none=True, exclude={"mask"})
 
 
 @pytest.mark.parametrize(
     ("mode", "once"), [("synchronous", False), ("pipelined", False), ("single-pass", True), ("release-once", True)]
 )
 def test_modes_that_release_a_record_once(mode: str, once: bool) -> None:
-    assert small_settings(protocol={"mode": mode}, public={"devices": [0]}).protocol.once == once
+    assert small_settings(protocol={"mode": mode}, public={"devices": [0]}).protocol.facts.once == once
 
 
 def test_the_last_set_wins(file: Path) -> None:

@@ -12,11 +12,15 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch import nn
 
 from fedsplit.common.arrays import unpack_bitmap
 from fedsplit.common.errors import ConfigError
+from fedsplit.model.layer import FirstLayer
+from fedsplit.release.chosen import built_in
 from fedsplit.release.kept import Kept
-from fedsplit.release.policies import POLICIES, Dropping
+from fedsplit.release.policies import BUILT_IN, All, AtMost, Bits, Noisy, Random, TopK, Units
+from fedsplit.release.policy import Policy
 from fedsplit.release.streams import keystream, record_order, simulation_secret
 
 SECRET, OTHER = simulation_secret(1, 2), simulation_secret(1, 3)
@@ -27,7 +31,11 @@ def outputs(records: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(records, width)).astype(np.float32)
 
 
-def mask(dropping: Dropping, x: np.ndarray, secret: bytes = SECRET, round_number: int = 1) -> np.ndarray:
+def layer_of(width: int, relu: bool) -> FirstLayer:
+    return FirstLayer(nn.Linear(4, width), nn.ReLU() if relu else nn.Tanh(), (4,))
+
+
+def mask(dropping: Policy, x: np.ndarray, secret: bytes = SECRET, round_number: int = 1) -> np.ndarray:
     found = dropping.mask(x, secret, round_number, np.arange(len(x)))
     assert found.dtype == bool
     assert found.shape == x.shape
@@ -54,22 +62,22 @@ def reference_top_k(row: np.ndarray, k: int) -> list[bool]:
 
 @pytest.mark.parametrize("records", [0, 1, 5])
 def test_none_keeps_everything(records: int) -> None:
-    assert mask(Dropping("none"), outputs(records, 9)).all()
+    assert mask(All(), outputs(records, 9)).all()
 
 
 def test_none_by_hand_sends_every_value() -> None:
-    kept = Kept.of(BY_HAND, mask(Dropping("none"), BY_HAND), zeros_count=True)
+    kept = Kept.of(BY_HAND, mask(All(), BY_HAND), zeros_count=True)
     assert kept.values.tolist() == [3.0, -4.0, 1.0]
 
 
 def test_none_depends_on_no_stream() -> None:
-    assert np.array_equal(mask(Dropping("none"), BY_HAND), mask(Dropping("none"), BY_HAND, OTHER, 7))
+    assert np.array_equal(mask(All(), BY_HAND), mask(All(), BY_HAND, OTHER, 7))
 
 
 @pytest.mark.parametrize("policy", ["", "None", "topk", "random ", "at_most"])
 def test_an_unknown_policy_is_refused(policy: str) -> None:
     with pytest.raises(ConfigError, match="policy must be one of none, random, at-most, top-k, units, bits, got"):
-        Dropping(policy, keep=0.5, k=2)
+        built_in(policy, keep=0.5, k=2)
 
 
 # --- random ----------------------------------------------------------------------------------------------------
@@ -77,11 +85,11 @@ def test_an_unknown_policy_is_refused(policy: str) -> None:
 
 def test_random_with_keep_1_keeps_everything() -> None:
     # 65536 draws of 16 bits: a threshold of 65535 instead of 65536 would lose one
-    assert mask(Dropping("random", keep=1.0), outputs(300, 1600)).all()
+    assert mask(Random(1.0), outputs(300, 1600)).all()
 
 
 def test_random_by_hand_compares_16_bits_of_the_stream_with_keep() -> None:
-    found = mask(Dropping("random", keep=0.3), outputs(4, 37), round_number=5)
+    found = mask(Random(0.3), outputs(4, 37), round_number=5)
     for record in range(4):
         words = struct.unpack("<37H", reference_keystream(SECRET, 0, 5, record, 74))
         assert found[record].tolist() == [word < round(0.3 * 65536) for word in words]
@@ -89,7 +97,7 @@ def test_random_by_hand_compares_16_bits_of_the_stream_with_keep() -> None:
 
 @pytest.mark.parametrize("keep", [0.05, 0.2, 0.5, 0.9])
 def test_random_keeps_the_asked_fraction(keep: float) -> None:
-    found = mask(Dropping("random", keep=keep), outputs(400, 250))
+    found = mask(Random(keep), outputs(400, 250))
     error = (keep * (1 - keep) / found.size) ** 0.5
     assert abs(found.mean() - keep) < 4 * error
     assert abs(found[:, :125].mean() - keep) < 4 * error * 2**0.5
@@ -100,22 +108,22 @@ def test_random_keeps_the_asked_fraction(keep: float) -> None:
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.5, float("nan"), float("inf")])
 def test_random_refuses_keep_outside_0_1(keep: float) -> None:
     with pytest.raises(ConfigError, match=r"keep must be in \(0, 1\]"):
-        Dropping("random", keep=keep)
+        Random(keep)
 
 
 def test_random_with_the_smallest_keep_can_still_keep() -> None:
-    assert 0 < mask(Dropping("random", keep=1e-9), outputs(300, 1600)).sum() < 40
+    assert 0 < mask(Random(1e-9), outputs(300, 1600)).sum() < 40
 
 
 # --- at-most ---------------------------------------------------------------------------------------------------
 
 
 def test_at_most_the_width_keeps_everything() -> None:
-    assert mask(Dropping("at-most", k=9), outputs(5, 9)).all()
+    assert mask(AtMost(9), outputs(5, 9)).all()
 
 
 def test_at_most_by_hand_takes_the_smallest_words_of_the_stream() -> None:
-    found = mask(Dropping("at-most", k=3), outputs(4, 11), round_number=2)
+    found = mask(AtMost(3), outputs(4, 11), round_number=2)
     for record in range(4):
         words = struct.unpack("<11I", reference_keystream(SECRET, 0, 2, record, 44))
         assert np.flatnonzero(found[record]).tolist() == sorted(sorted(range(11), key=words.__getitem__)[:3])
@@ -123,7 +131,7 @@ def test_at_most_by_hand_takes_the_smallest_words_of_the_stream() -> None:
 
 def test_at_most_keeps_exactly_k_uniformly_over_positions() -> None:
     n, width, k = 4000, 20, 5
-    found = mask(Dropping("at-most", k=k), outputs(n, width))
+    found = mask(AtMost(k), outputs(n, width))
     assert (found.sum(axis=1) == k).all()
     share = k / width
     assert np.abs(found.mean(axis=0) - share).max() < 4 * (share * (1 - share) / n) ** 0.5
@@ -136,21 +144,21 @@ def test_at_most_keeps_exactly_k_uniformly_over_positions() -> None:
 def test_k_below_1_or_beyond_the_width_is_refused(policy: str) -> None:
     for k in (0, -1):
         with pytest.raises(ConfigError, match=f"k must be at least 1, got {k}"):
-            Dropping(policy, k=k)
+            built_in(policy, k=k)
     for relu in (True, False):
-        Dropping(policy, k=8).check_layer(8, relu)
+        built_in(policy, k=8).fits(layer_of(8, relu))
         with pytest.raises(ConfigError, match=r"k must be at most 8 \(the first layer's outputs\), got 9"):
-            Dropping(policy, k=9).check_layer(8, relu)
+            built_in(policy, k=9).fits(layer_of(8, relu))
 
 
 @pytest.mark.parametrize("relu", [True, False])
 def test_the_layer_limits_no_policy_without_k_or_bits(relu: bool) -> None:
-    Dropping("none", k=9).check_layer(8, relu)
-    Dropping("random", keep=0.5, k=9).check_layer(8, relu)
+    built_in("none", k=9).fits(layer_of(8, relu))
+    built_in("random", keep=0.5, k=9).fits(layer_of(8, relu))
 
 
 def test_at_most_does_not_look_at_the_outputs() -> None:
-    dropping = Dropping("at-most", k=2)
+    dropping = AtMost(2)
     assert np.array_equal(mask(dropping, outputs(6, 9, seed=0)), mask(dropping, outputs(6, 9, seed=1)))
 
 
@@ -158,16 +166,16 @@ def test_at_most_does_not_look_at_the_outputs() -> None:
 
 
 def test_top_k_the_width_keeps_everything() -> None:
-    assert mask(Dropping("top-k", k=9), np.zeros((5, 9), dtype=np.float32)).all()
+    assert mask(TopK(9), np.zeros((5, 9), dtype=np.float32)).all()
 
 
 def test_top_k_by_hand() -> None:
-    assert mask(Dropping("top-k", k=2), BY_HAND).tolist() == [[True, True, False]]
-    assert mask(Dropping("top-k", k=1), BY_HAND).tolist() == [[False, True, False]]
+    assert mask(TopK(2), BY_HAND).tolist() == [[True, True, False]]
+    assert mask(TopK(1), BY_HAND).tolist() == [[False, True, False]]
 
 
 def test_top_k_depends_on_no_stream() -> None:
-    dropping, x = Dropping("top-k", k=3), outputs(6, 9)
+    dropping, x = TopK(3), outputs(6, 9)
     assert np.array_equal(mask(dropping, x), mask(dropping, x, OTHER, 7))
 
 
@@ -179,7 +187,7 @@ rows = st.tuples(st.integers(0, 4), st.integers(1, 12)).flatmap(lambda s: arrays
 @given(rows, st.data())
 def test_top_k_ties_keep_the_lower_index(x: np.ndarray, data: st.DataObject) -> None:
     k = data.draw(st.integers(1, x.shape[1]) | st.just(x.shape[1]))
-    assert mask(Dropping("top-k", k=k), x).tolist() == [reference_top_k(row, k) for row in x]
+    assert mask(TopK(k), x).tolist() == [reference_top_k(row, k) for row in x]
 
 
 # --- units -----------------------------------------------------------------------------------------------------
@@ -187,21 +195,21 @@ def test_top_k_ties_keep_the_lower_index(x: np.ndarray, data: st.DataObject) -> 
 
 @pytest.mark.parametrize("records", [0, 1, 5])
 def test_units_keeps_everything(records: int) -> None:
-    assert mask(Dropping("units", k=9), outputs(records, 9)).all()
+    assert mask(Units(9), outputs(records, 9)).all()
 
 
 @pytest.mark.parametrize("k", [7, 9, 100])
 def test_units_sends_all_of_a_layer_of_just_so_many(k: int) -> None:
     for relu in (True, False):
-        Dropping("units", k=8).check_layer(8, relu)
+        Units(8).fits(layer_of(8, relu))
         with pytest.raises(ConfigError, match=rf"policy 'units' sends all outputs: k must be 8 .*, got {k}"):
-            Dropping("units", k=k).check_layer(8, relu)
+            Units(k).fits(layer_of(8, relu))
 
 
 @pytest.mark.parametrize("k", [0, -1])
 def test_units_needs_an_output(k: int) -> None:
     with pytest.raises(ConfigError, match=f"k must be at least 1, got {k}"):
-        Dropping("units", k=k)
+        Units(k)
 
 
 # --- bits ------------------------------------------------------------------------------------------------------
@@ -218,7 +226,7 @@ def reference_level(value: float, bits: int) -> float:
 @settings(max_examples=200, deadline=None)
 @given(relu_outputs, st.integers(1, 8))
 def test_bits_rounds_up_to_levels(x: np.ndarray, bits: int) -> None:
-    dropping = Dropping("bits", bits=bits)
+    dropping = Bits(bits)
     before = x.copy()
     found = dropping.coded(x)
     assert found.dtype == np.float32
@@ -230,47 +238,47 @@ def test_bits_rounds_up_to_levels(x: np.ndarray, bits: int) -> None:
 
 def test_one_bit_tells_zero_from_above_zero() -> None:
     x = np.array([[0.0, 1e-45, 0.3, 1.0, 7.0, 1e30]], dtype=np.float32)
-    assert Dropping("bits", bits=1).coded(x).tolist() == [[0, 1, 1, 1, 1, 1]]
+    assert Bits(1).coded(x).tolist() == [[0, 1, 1, 1, 1, 1]]
 
 
 def test_bits_by_hand() -> None:
     x = np.array([[0.0, 0.01, 0.5, 0.51, 1.2, 1.5, 1.6, 40.0]], dtype=np.float32)
-    assert Dropping("bits", bits=2).coded(x).tolist() == [[0, 0.5, 0.5, 1, 1.5, 1.5, 1.5, 1.5]]
+    assert Bits(2).coded(x).tolist() == [[0, 0.5, 0.5, 1, 1.5, 1.5, 1.5, 1.5]]
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "bits"])
+@pytest.mark.parametrize("policy", [p for p in BUILT_IN if p != "bits"])
 def test_other_policies_code_nothing(policy: str) -> None:
     x = outputs(3, 4)
-    assert np.array_equal(Dropping(policy, keep=0.5, k=2, bits=3).coded(x), x)
+    assert np.array_equal(built_in(policy, keep=0.5, k=2, bits=3).coded(x), x)
 
 
 @pytest.mark.parametrize("bits", [0, -1, 9])
 def test_bits_outside_1_to_8_are_refused(bits: int) -> None:
     with pytest.raises(ConfigError, match=rf"bits must be in 1\.\.8, got {bits}"):
-        Dropping("bits", bits=bits)
+        Bits(bits)
 
 
 def test_bits_needs_relu() -> None:
-    Dropping("bits", bits=2).check_layer(8, True)
+    Bits(2).fits(layer_of(8, True))
     with pytest.raises(ConfigError, match="policy 'bits' needs the activation relu"):
-        Dropping("bits", bits=2).check_layer(8, False)
+        Bits(2).fits(layer_of(8, False))
 
 
 # --- what depends on a stream ----------------------------------------------------------------------------------
 
 
-def any_policy(policy: str, **more: Any) -> Dropping:
-    return Dropping(policy, keep=0.5, k=4, bits=2, **more)
+def any_policy(policy: str, **more: Any) -> Policy:
+    return built_in(policy, keep=0.5, k=4, bits=2, **more)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", BUILT_IN)
 def test_deterministic_is_what_no_stream_changes(policy: str) -> None:
     dropping, x = any_policy(policy), np.abs(outputs(30, 9))
     same = np.array_equal(mask(dropping, x), mask(dropping, x, OTHER, 7))
     assert dropping.deterministic == same == (policy not in ("random", "at-most"))
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("top-k", "bits")])
+@pytest.mark.parametrize("policy", [p for p in BUILT_IN if p not in ("top-k", "bits")])
 def test_nothing_with_noise_is_deterministic(policy: str) -> None:
     assert not any_policy(policy, clip=1.0, noise=0.5).deterministic
 
@@ -290,7 +298,7 @@ def test_noise_is_refused_where_the_choice_of_outputs_tells(policy: str) -> None
 def test_noise_and_clip_need_each_other(clip: float, noise: float) -> None:
     said = f"noise and clip must both be above 0 or both be left out, got {noise}, {clip}"
     with pytest.raises(ConfigError, match=said):
-        Dropping("none", clip=clip, noise=noise)
+        Noisy(All(), clip=clip, noise=noise)
 
 
 @settings(max_examples=100, deadline=None)
@@ -300,14 +308,14 @@ def test_scales_bring_the_kept_outputs_to_the_clip_and_no_further(seed: int, cli
     x = (outputs(6, 8, seed) * 10.0 ** rng.integers(-3, 4, (6, 1))).astype(np.float32)
     x[0] = 0
     kept = rng.random(x.shape) < keep
-    found = Dropping("none", clip=clip, noise=1.0).scales(x, kept)
+    found = Noisy(All(), clip=clip, noise=1.0).scales(x, kept)
     assert (found.shape, found.dtype) == ((6, 1), np.float32)
     for row, pattern, (scale,) in zip(x, kept, found, strict=True):
         norm = math.sqrt(sum(float(v) ** 2 for v, k in zip(row, pattern, strict=True) if k))
         assert scale == pytest.approx(min(1, clip / norm) if norm else 1, rel=1e-5)
 
 
-NOISY = Dropping("none", clip=2.0, noise=0.75)  # standard deviation 1.5
+NOISY = Noisy(All(), clip=2.0, noise=0.75)  # standard deviation 1.5
 
 
 def noise(
@@ -381,11 +389,11 @@ def test_the_keystream_is_aes_on_the_named_blocks(
         assert row.tobytes() == reference_keystream(secret, purpose, round_number, record, width)
 
 
-STREAMED = [Dropping("random", keep=0.5), Dropping("at-most", k=40)]
+STREAMED = [Random(0.5), AtMost(40)]
 
 
-@pytest.mark.parametrize("dropping", STREAMED, ids=lambda d: d.policy)
-def test_a_records_mask_does_not_depend_on_the_other_records_in_the_call(dropping: Dropping) -> None:
+@pytest.mark.parametrize("dropping", STREAMED, ids=repr)
+def test_a_records_mask_does_not_depend_on_the_other_records_in_the_call(dropping: Policy) -> None:
     x = outputs(10, 100)
     together = mask(dropping, x)
     some = np.array([7, 2, 9])
@@ -395,8 +403,8 @@ def test_a_records_mask_does_not_depend_on_the_other_records_in_the_call(droppin
         assert np.array_equal(alone[0], together[record])
 
 
-@pytest.mark.parametrize("dropping", STREAMED, ids=lambda d: d.policy)
-def test_record_round_and_secret_each_change_the_mask(dropping: Dropping) -> None:
+@pytest.mark.parametrize("dropping", STREAMED, ids=repr)
+def test_record_round_and_secret_each_change_the_mask(dropping: Policy) -> None:
     x = outputs(10, 100)
     first = mask(dropping, x)
     assert len({row.tobytes() for row in first}) == 10

@@ -17,7 +17,7 @@ from fedsplit import simulate
 from fedsplit.common.errors import FedsplitError
 from fedsplit.device.node import Node
 from fedsplit.flower.grid import InProcessGrid
-from fedsplit.guard.accountant import load_sealed
+from fedsplit.guard.sealed import load_sealed
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.client_app import client_app

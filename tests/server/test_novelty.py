@@ -9,7 +9,7 @@ from torch import nn
 
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.release.kept import Kept
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import Bits
 from fedsplit.server.batches import Batches
 from fedsplit.server.novelty.detector import Detector
 from fedsplit.server.novelty.space import Normal, Space, features
@@ -78,7 +78,7 @@ def test_a_movement_not_taught_is_noticed_on_a_device_that_was_held_out() -> Non
 
 def test_one_bit_of_every_output_is_enough() -> None:
     rng = np.random.default_rng(0)
-    dropping, trunk = Dropping("bits", bits=1), _novelty_trunk(2, rounds=15)
+    dropping, trunk = Bits(1), _novelty_trunk(2, rounds=15)
 
     def coded(kinds: np.ndarray) -> np.ndarray:
         return dropping.coded(_movements(kinds, rng))

@@ -23,7 +23,7 @@ from fedsplit.release.kept import Kept
 from fedsplit.runs.client_app import client_app
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
-from fedsplit.server import rounds as strategy
+from fedsplit.server import attendance
 from fedsplit.server.checkpoint import load_checkpoint
 from fedsplit.wire import exchange as wire
 
@@ -621,7 +621,7 @@ def test_a_run_says_for_how_many_devices_it_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And ``nodes.json`` has those that are there already."""
-    monkeypatch.setattr(strategy, "_PATIENCE", 0.05)
+    monkeypatch.setattr(attendance, "_PATIENCE", 0.05)
     there: list[int] = []
 
     class Late(InProcessGrid):

@@ -13,7 +13,7 @@ from torch import nn
 from fedsplit.common.seeds import seed_of
 from fedsplit.model.tasks import correct, score, summed_loss
 from fedsplit.release.kept import Kept
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import Bits
 from fedsplit.server.batches import Batches, minibatches
 from fedsplit.server.trunk import Trunk, TrunkOptions
 from fedsplit.wire.release import Release
@@ -97,7 +97,7 @@ def test_float16_releases_of_different_scales_join() -> None:
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
 def test_releases_of_few_bits_join(bits: int) -> None:
-    dropping = Dropping("bits", bits=bits)
+    dropping = Bits(bits)
     dense = {d: dropping.coded(np.maximum(dense_of(d, n), 0)) for d, n in {2: 4, 5: 3}.items()}
 
     def coded(device: int) -> Release:

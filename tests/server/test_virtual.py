@@ -17,7 +17,8 @@ from payloads import ints
 from fedsplit import SplitModel
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.plan.settings import LogNormal, OnOff, ProfileSettings, check_settings, presets
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import All, Bits, TopK
+from fedsplit.release.policy import Policy
 from fedsplit.server.checkpoint import _from_tensors, _to_tensors
 from fedsplit.server.virtual import clock as clock_module
 from fedsplit.server.virtual.calibration import record_seconds
@@ -374,16 +375,16 @@ def test_a_device_that_hardly_moves_is_late_not_in_the_past() -> None:
     assert who(told)["late"] == [0, 1, 2, 3, 4] and (told.finish == NEVER // 2).all() and clock.now == 2 * SECOND
 
 
-@pytest.mark.parametrize("policy", [{"policy": "none"}, {"policy": "top-k", "k": 4}, {"policy": "bits", "bits": 2}])
+@pytest.mark.parametrize("policy", [All(), TopK(4), Bits(2)])
 @pytest.mark.parametrize("model", [linear_model, conv1d_model])
-def test_seconds_of_a_record_are_measured_on_one_core(policy: dict[str, Any], model: Callable[[], SplitModel]) -> None:
+def test_seconds_of_a_record_are_measured_on_one_core(policy: Policy, model: Callable[[], SplitModel]) -> None:
     layer, used = model().first_layer, set()
     gradient = layer.gradient
     layer.gradient = lambda *both: (used.add(torch.get_num_threads()), gradient(*both))[1]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = record_seconds(layer, Dropping(**policy), "float16")
+        found = record_seconds(layer, policy, "float16")
         assert torch.get_num_threads() == 2 and used == {1}
     finally:
         torch.set_num_threads(before)

@@ -31,7 +31,9 @@ from fedsplit.model.split import SplitModel
 from fedsplit.model.zoo import build_model
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
-from fedsplit.release.policies import Dropping
+from fedsplit.release.chosen import numbers_of
+from fedsplit.release.policies import All, AtMost, Bits, Noisy, Random, TopK, Units
+from fedsplit.release.policy import Policy
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
 from fedsplit.runs import observing
 from fedsplit.runs.client_app import client_app
@@ -119,16 +121,16 @@ def test_principal_factors_are_the_largest_of_the_covariance(shape: tuple[int, .
 
 WIDTH = 64
 POLICIES = [
-    (Dropping("none"), 0.85),
-    (Dropping("top-k", k=6), 0.8),
-    (Dropping("at-most", k=24), 0.6),
-    (Dropping("random", keep=0.25), 0.5),
-    (Dropping("bits", bits=1), 0.6),
-    (Dropping("bits", bits=3), 0.85),
-    (Dropping("units", k=WIDTH), 0.85),
-    (Dropping("none", clip=4.0, noise=0.1), 0.7),
+    (All(), 0.85),
+    (TopK(6), 0.8),
+    (AtMost(24), 0.6),
+    (Random(0.25), 0.5),
+    (Bits(1), 0.6),
+    (Bits(3), 0.85),
+    (Units(WIDTH), 0.85),
+    (Noisy(All(), clip=4.0, noise=0.1), 0.7),
 ]
-BY_NAME = {f"{d.policy}{d.bits or ''}{'+noise' * bool(d.noise)}": d for d, _ in POLICIES}
+BY_NAME = {f"{numbers_of(d)[0]}{d.code.bits or ''}{'+noise' * bool(d.noisy)}": d for d, _ in POLICIES}
 
 
 def digits_records(first: int, last: int) -> Records:
@@ -161,7 +163,7 @@ def penalty_of(model: SplitModel, public: Records) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "accuracy"), POLICIES, ids=BY_NAME)
-def test_a_warm_up_teaches_both_halves_what_devices_will_send(policy: Dropping, accuracy: float) -> None:
+def test_a_warm_up_teaches_both_halves_what_devices_will_send(policy: Policy, accuracy: float) -> None:
     """Chance is 0.1; records that nobody learned from are released as a device would, and scored."""
     model, before = digits_model(), digits_model()
     warm_up(model, digits_records(0, 600), "classification", policy, options(), seed=5)
@@ -183,7 +185,7 @@ def test_the_first_step_is_adams_along_the_gradient_at_what_is_sent(name: str) -
     mask = policy.mask(levels, simulation_secret(5, PUBLIC), mask_round, np.arange(20))
     sent = torch.from_numpy(np.where(mask, levels, 0)).requires_grad_()
     loss = torch.nn.functional.cross_entropy(model.trunk(sent), torch.from_numpy(public.y))
-    passes = (pre >= -1) & (pre <= levels.max() + 1) if policy.bits else mask & (pre > 0)
+    passes = (pre >= -1) & (pre <= levels.max() + 1) if policy.code.bits else mask & (pre > 0)
     delta = torch.autograd.grad(loss, sent)[0] * torch.from_numpy(passes)
     gradient, before = delta.T @ x, layer.weight.detach().clone()
     warm_up(model, public, "classification", policy, options(epochs=1, lr=0.01), seed=5)
@@ -214,7 +216,7 @@ def test_a_trunk_that_draws_random_numbers_has_its_own_too() -> None:
     def warmed(seed: int) -> torch.Tensor:
         model = digits_model()
         dropout = SplitModel(model.first_layer, torch.nn.Sequential(torch.nn.Dropout(), *model.trunk))
-        warm_up(dropout, digits_records(0, 40), "classification", Dropping("none"), options(epochs=1), seed)
+        warm_up(dropout, digits_records(0, 40), "classification", All(), options(epochs=1), seed)
         return parameters(dropout)
 
     first = warmed(5)
@@ -224,7 +226,7 @@ def test_a_trunk_that_draws_random_numbers_has_its_own_too() -> None:
 
 def test_no_epochs_teach_nothing() -> None:
     model = digits_model()
-    warm_up(model, digits_records(0, 100), "classification", Dropping("none"), options(epochs=0), seed=5)
+    warm_up(model, digits_records(0, 100), "classification", All(), options(epochs=0), seed=5)
     assert torch.equal(parameters(model), parameters(digits_model()))
 
 
@@ -232,7 +234,7 @@ def test_the_penalty_makes_a_first_layer_that_sees_less() -> None:
     public, found = digits_records(0, 300), {}
     for weight in (0.0, 1.0):
         model = digits_model(width=16)
-        warm_up(model, public, "classification", Dropping("top-k", k=4), options(epochs=8, penalty=weight), seed=5)
+        warm_up(model, public, "classification", TopK(4), options(epochs=8, penalty=weight), seed=5)
         found[weight] = penalty_of(model, public)
     assert found[1.0] < found[0.0] - 0.1
 
@@ -248,22 +250,22 @@ def test_other_layers_and_tasks_warm_up(data: str, model: str, task: str, output
     source = Experiment(run).source
     public = source.device(4).train
     built = Experiment(run).model
-    before = trunk_of(built, task, outputs).evaluate(public_release(built, public, Dropping("none"), "float32", 0))
-    warm_up(built, public, task, Dropping("none"), options(epochs=60, penalty=0.01), seed=5)
-    after = trunk_of(built, task, outputs).evaluate(public_release(built, public, Dropping("none"), "float32", 0))
+    before = trunk_of(built, task, outputs).evaluate(public_release(built, public, All(), "float32", 0))
+    warm_up(built, public, task, All(), options(epochs=60, penalty=0.01), seed=5)
+    after = trunk_of(built, task, outputs).evaluate(public_release(built, public, All(), "float32", 0))
     assert after["test_loss"] < 0.5 * before["test_loss"]
 
 
 def test_a_warm_up_that_diverges_says_what_to_lower() -> None:
     with pytest.raises(RunError, match=r"the warm-up's weights are not finite: lower public\.lr"):
-        warm_up(digits_model(), digits_records(0, 100), "classification", Dropping("none"), options(lr=1e30), seed=5)
+        warm_up(digits_model(), digits_records(0, 100), "classification", All(), options(lr=1e30), seed=5)
 
 
 # --- the public release ----------------------------------------------------------------------------------------
 
 
 def test_public_records_are_released_as_a_devices_would_be() -> None:
-    model, public, policy = digits_model(), digits_records(0, 50), Dropping("random", keep=0.25)
+    model, public, policy = digits_model(), digits_records(0, 50), Random(0.25)
     found = public_release(model, public, policy, "float32", seed=6)
     with torch.no_grad():
         outputs = model.first_layer.activation(model.first_layer.layer(torch.from_numpy(public.x))).numpy()
@@ -281,7 +283,7 @@ def test_public_records_are_released_as_a_devices_would_be() -> None:
 
 def warm_trunk_and_records() -> tuple[Trunk, Batches, Batches, Batches]:
     """A trunk after a warm-up on 60 digits; what these, 300 private ones and 200 to test would release."""
-    model, policy, public = digits_model(), Dropping("top-k", k=6), digits_records(0, 60)
+    model, policy, public = digits_model(), TopK(6), digits_records(0, 60)
     warm_up(model, public, "classification", policy, options(epochs=6), seed=5)
     parts = (public, digits_records(60, 360), digits_records(360, 560))
     return trunk_of(model), *(public_release(model, records, policy, "float16", seed=6) for records in parts)
@@ -318,7 +320,7 @@ def test_for_regression_the_public_only_model_has_an_r2() -> None:
     source = Experiment(result_of).source
     model = Experiment(result_of).model
     parts = (source.device(0).train, source.device(1).test)
-    public, test = (public_release(model, records, Dropping("none"), "float32", 0) for records in parts)
+    public, test = (public_release(model, records, All(), "float32", 0) for records in parts)
     trunk = trunk_of(model, "regression", 1)
     alone = PublicOnly(trunk, public, rounds=2)
     for number in (1, 2):

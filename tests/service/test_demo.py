@@ -17,7 +17,9 @@ from fedsplit.device.bundle import DESCRIPTION, WEIGHTS
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.plan.settings import load_settings
-from fedsplit.release.policies import Dropping
+from fedsplit.release.chosen import numbers_of
+from fedsplit.release.policies import All, TopK
+from fedsplit.release.policy import Policy
 from fedsplit.runs.folder import run_bundle
 from fedsplit.runs.simulation import simulate
 from fedsplit.service.app import service
@@ -77,11 +79,12 @@ def test_the_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
         assert answer.status_code == 200 and "http" not in answer.text.replace("http-equiv", ""), path
 
 
-def attack(client: TestClient, run: Path, home: Home, dropping: Dropping, raw: np.ndarray, **query: object) -> dict:
+def attack(client: TestClient, run: Path, home: Home, dropping: Policy, raw: np.ndarray, **query: object) -> dict:
     bundle = run_bundle(run)
     made = Predictor(type(bundle)(**{**vars(bundle), "dropping": dropping}), home, lambda payload: np.zeros((1, 1)))
     payload = made.release(raw)[0].to_bytes()
-    given = {"policy": dropping.policy, "keep": dropping.keep, "k": dropping.k, "bits": dropping.bits, **query}
+    policy, numbers = numbers_of(dropping)
+    given = {"policy": policy, **numbers, **query}
     answer = client.post(f"/demo/models/{bundle.model}/attack", params=given, content=payload)
     return {"status": answer.status_code, **answer.json()}
 
@@ -92,22 +95,22 @@ def test_the_attack_is_a_real_one(client: TestClient, run: Path, home: Home) -> 
     raw, scaling = drawing(), run_bundle(run).scaling
     record = scaling.apply(raw)[0].ravel()
 
-    def closest(dropping: Dropping) -> float:
+    def closest(dropping: Policy) -> float:
         found = attack(client, run, home, dropping, raw)
         assert found["status"] == 200 and set(found["without"]) == {"mean", "class mean"} and found["peak"] == 1.0
         return min(float(np.square(np.array(guess) - record).mean()) for guess in found["guesses"].values())
 
     width = run_bundle(run).layer.width
-    assert closest(Dropping("none")) < closest(Dropping("top-k", k=width // 16)) / 3
+    assert closest(All()) < closest(TopK(width // 16)) / 3
 
 
 def test_what_cannot_be_attacked_is_refused(client: TestClient, run: Path, home: Home) -> None:
     twice = np.concatenate([drawing(), drawing() / 2])
-    assert attack(client, run, home, Dropping("none"), twice)["status"] == 422
+    assert attack(client, run, home, All(), twice)["status"] == 422
     for query in ({"policy": "other"}, {"policy": "top-k", "k": 0}, {"policy": "top-k", "k": 10_000}, {"bits": 3}):
-        found = attack(client, run, home, Dropping("none"), drawing(), **query)
+        found = attack(client, run, home, All(), drawing(), **query)
         assert found["status"] == 422 and "detail" in found
-    assert attack(client, run, home, Dropping("none"), drawing(), k="many")["detail"] == "not valid: query.k"
+    assert attack(client, run, home, All(), drawing(), k="many")["detail"] == "not valid: query.k"
 
 
 @pytest.mark.slow
@@ -121,9 +124,9 @@ def test_one_attack_at_a_time(client: TestClient, run: Path, home: Home, monkeyp
 
     monkeypatch.setattr(Attacker, "attack", slow)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(attack, client, run, home, Dropping("none"), drawing())
+        first = pool.submit(attack, client, run, home, All(), drawing())
         assert began.wait(20)
-        second = attack(client, run, home, Dropping("none"), drawing())
+        second = attack(client, run, home, All(), drawing())
         go.set()
         assert first.result()["status"] == 200 and second["status"] == 503
 

@@ -18,7 +18,8 @@ from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.model.layer import ACTIVATIONS, FirstLayer
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import All, AtMost, Bits, Random, TopK
+from fedsplit.release.policy import Policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")]
 
@@ -31,17 +32,17 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "over an image": (lambda: nn.Conv2d(2, 6, (5, 3), stride=(2, 1), padding=(2, 0), dilation=(1, 2)), (2, 9, 11)),
 }
 POLICIES = {
-    "one bit": Dropping("bits", bits=1),
-    "three bits": Dropping("bits", bits=3),
-    "eight bits": Dropping("bits", bits=8),
-    "top": Dropping("top-k", k=7),
-    "at most": Dropping("at-most", k=9),
-    "random": Dropping("random", keep=0.25),
-    "everything": Dropping("none"),
+    "one bit": Bits(1),
+    "three bits": Bits(3),
+    "eight bits": Bits(8),
+    "top": TopK(7),
+    "at most": AtMost(9),
+    "random": Random(0.25),
+    "everything": All(),
 }
 
 
-def bundle(name: str, dropping: Dropping, activation: str = "relu", dtype: str = "float16") -> Bundle:
+def bundle(name: str, dropping: Policy, activation: str = "relu", dtype: str = "float16") -> Bundle:
     build, shape = LAYERS[name]
     torch.manual_seed(3)
     channels = shape[0]
@@ -55,7 +56,7 @@ class Asked:
 
     made: Bundle
     raw: NDArray[np.float64]
-    dropping: Dropping | None = None
+    dropping: Policy | None = None
 
 
 def sent(tmp_path: Path, asked: list[Asked]) -> tuple[list[str], list[str]]:
@@ -87,7 +88,7 @@ def records(made: Bundle, count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_page_sends_the_same_bytes(name: str, tmp_path: Path) -> None:
-    made = [bundle(name, replace(policy, k=min(policy.k, 15))) for policy in POLICIES.values()]
+    made = [bundle(name, policy) for policy in POLICIES.values()]
     ours, theirs = sent(tmp_path, [Asked(each, records(each, 20)) for each in made])
     assert theirs == ours and len(set(ours)) > 100
 
@@ -95,7 +96,7 @@ def test_the_page_sends_the_same_bytes(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_page_knows_activations_and_formats(tmp_path: Path) -> None:
     made = [
-        bundle("dense", Dropping("at-most", k=20), activation, dtype)
+        bundle("dense", AtMost(20), activation, dtype)
         for activation in sorted(set(ACTIVATIONS) - {"relu", "gelu"})
         for dtype in ("float16", "float32")
     ]
@@ -108,7 +109,7 @@ def test_values_of_all_sizes_are_rounded_alike(tmp_path: Path) -> None:
     layer = nn.Linear(64, 64, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.diag(torch.exp2(-torch.arange(64) / 2)))
-    made = Bundle(FirstLayer(layer, nn.Identity(), (64,)), Dropping("none"), "float16", Scaling(), "regression", 1)
+    made = Bundle(FirstLayer(layer, nn.Identity(), (64,)), All(), "float16", Scaling(), "regression", 1)
     rng = np.random.default_rng(1)
     raw = np.concatenate([rng.normal(size=(30, 64)), 1 + rng.integers(0, 4096, size=(30, 64)) / 2048])
     ours, theirs = sent(tmp_path, [Asked(made, raw.astype(np.float32).astype(np.float64))])
@@ -116,6 +117,6 @@ def test_values_of_all_sizes_are_rounded_alike(tmp_path: Path) -> None:
 
 
 def test_the_page_can_send_under_another_policy(tmp_path: Path) -> None:
-    made = bundle("dense", Dropping("bits", bits=1))
-    ours, theirs = sent(tmp_path, [Asked(made, records(made, 5), Dropping("top-k", k=5))])
+    made = bundle("dense", Bits(1))
+    ours, theirs = sent(tmp_path, [Asked(made, records(made, 5), TopK(5))])
     assert theirs == ours

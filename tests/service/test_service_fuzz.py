@@ -31,7 +31,7 @@ from fedsplit.data import Scaling
 from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.model.layer import FirstLayer
-from fedsplit.release.policies import Dropping
+from fedsplit.release import policies
 from fedsplit.service.app import service
 from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens, add_token
@@ -44,10 +44,10 @@ KIND = 4  # of a query, on the wire
 # the first layers hand on what they get, so that these numbers are in the queries, and nothing else is like them
 RECORDS = np.array([[3217.25, 5431.75, 7654.25, 6789.5], [4321.5, 0.15625, 8765.25, 2345.75]], dtype=np.float32)
 POLICIES = {
-    "all": (Dropping("none"), "float32", 4),
-    "few": (Dropping("top-k", k=2), "float32", 9),  # a width of no whole bytes
-    "half": (Dropping("random", keep=0.5), "float16", 4),
-    "codes": (Dropping("bits", bits=3), "float32", 4),
+    "all": (policies.All(), "float32", 4),
+    "few": (policies.TopK(2), "float32", 9),  # a width of no whole bytes
+    "half": (policies.Random(0.5), "float16", 4),
+    "codes": (policies.Bits(3), "float32", 4),
 }
 WHOLE = [0, 1, 2, 4, 8, 255, MOST_RECORDS + 1, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, -1, -201]
 REAL = [np.nan, np.inf, -np.inf, -0.0, -1.0, 1e-45, 65504.0, 3e38, -3e38]

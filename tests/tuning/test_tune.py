@@ -16,11 +16,12 @@ from conftest import CONFIGS, small_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
+from torch import nn
 
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.common.files import alone
-from fedsplit.plan.settings import load_settings
-from fedsplit.release.policies import Dropping
+from fedsplit.model.layer import FirstLayer
+from fedsplit.plan.settings import check_settings, load_settings
 from fedsplit.runs.auditing import audit_run
 from fedsplit.runs.simulation import simulate
 from fedsplit.tuning.space import Space, usual_space
@@ -70,25 +71,28 @@ def test_a_space_draws_what_the_settings_take(config: Path) -> None:
     assert {s.trunk.lr for s in tried} == {0.01, 0.2}
 
 
+def layer_of(width: int, relu: bool = True) -> FirstLayer:
+    return FirstLayer(nn.Linear(4, width), nn.ReLU() if relu else nn.Tanh(), (4,))
+
+
 @pytest.mark.slow
 @given(st.integers(1, 4000), st.sampled_from(["release-once", "pipelined"]), st.booleans(), st.integers(0, 9))
 def test_the_usual_space_fits_any_layer(width: int, mode: str, positive: bool, seed: int) -> None:
     settings = load_settings(CONFIGS / "wearables-private.toml", [f"protocol.mode={mode}"])
-    space = Space.of(settings, usual_space(settings, width, positive_only=positive))
+    space = Space.of(settings, usual_space(settings, layer := layer_of(width, positive)))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     tables = space.draw(study.ask())
-    chosen = Dropping(**{k: v for k, v in tables["dropping"].items() if k != "mask"})
-    chosen.check_layer(width, positive)
+    check_settings(tables).dropping.built().fits(layer)
     assert ("first-layer.lr" in space.dimensions) == (mode == "pipelined")
 
 
 def test_the_usual_space_keeps_noise_and_masks() -> None:
     raw = small_settings(dropping={"policy": "random", "keep": 0.5, "clip": 1.0, "noise": 0.2, "mask": "keyed"})
-    space = Space.of(raw, usual_space(raw, 10, positive_only=True))
+    space = Space.of(raw, usual_space(raw, layer_of(10)))
     tables = space.draw(optuna.trial.FixedTrial({"dropping.noise": 0.3, "trunk.lr": 0.1, "first-layer.lr": 0.1}))
     assert tables["dropping"] == {"policy": "random", "keep": 0.5, "clip": 1.0, "noise": 0.3, "mask": "keyed"}
     keyed = small_settings(dropping={"policy": "top-k", "k": 4, "mask": "keyed"})
-    tables = usual_space(keyed, 10, positive_only=True)
+    tables = usual_space(keyed, layer_of(10))
     assert {table["mask"] for table in tables["dropping"]} == {"keyed"}
 
 

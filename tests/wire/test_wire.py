@@ -18,7 +18,7 @@ from fedsplit.common.errors import WireError
 from fedsplit.flower.record import from_record, to_record
 from fedsplit.model.head import Head
 from fedsplit.release.kept import Kept
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policies import Bits, Random
 from fedsplit.release.streams import simulation_secret
 from fedsplit.wire.container import pack_arrays
 from fedsplit.wire.exchange import CutGradients, Download, Gradients, Registration, Upload, weights_digest
@@ -188,7 +188,7 @@ def test_registrations_come_back(seed: int, devices: int) -> None:
 def test_counts_beyond_16_bits_come_back(width: int, dtype: str, bits: int) -> None:
     rng = np.random.default_rng(0)
     x = rng.random((2, width)).astype(np.float32) + 0.25
-    kept = Kept.of(Dropping("bits", bits=bits).coded(x) if bits else x, np.ones(x.shape, bool), zeros_count=not bits)
+    kept = Kept.of(Bits(bits).coded(x) if bits else x, np.ones(x.shape, bool), zeros_count=not bits)
     release = Release.pack(kept, ints(3, 5, 6), ints(1, 0, 1), ints(0, 1), dtype, bits)
     assert release.counts.tolist() == [width, width]
     sent = nothing_but(release)
@@ -210,7 +210,7 @@ def test_what_was_kept_arrives_where_it_was(dtype: str, tolerance: float) -> Non
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_levels_arrive_exactly_where_they_were(bits: int) -> None:
     x = np.maximum(np.random.default_rng(0).normal(size=(7, 13)), 0).astype(np.float32)
-    levels = Dropping("bits", bits=bits).coded(x)
+    levels = Bits(bits).coded(x)
     kept = Kept.of(levels, np.ones(x.shape, dtype=bool), zeros_count=False)
     release = Release.pack(kept, ints(3, 8), ints(4, 3), np.zeros(7, np.int64), "float16", bits)
     found = Upload.from_bytes(nothing_but(release).to_bytes(), parameters=PARAMETERS).release
@@ -299,7 +299,7 @@ def test_an_upload_is_at_most_an_eighth_of_dense_float32() -> None:
     records, width = 200, 1600
     pre = np.random.default_rng(0).normal(size=(records, width)).astype(np.float32)
     x = np.maximum(pre, 0)
-    mask = Dropping("random", keep=0.2).mask(x, simulation_secret(0, 0), 1, np.arange(records))
+    mask = Random(0.2).mask(x, simulation_secret(0, 0), 1, np.arange(records))
     kept = Kept.of(x, mask, zeros_count=False)
     assert 0.09 < kept.counts.sum() / x.size < 0.11
     release = Release.pack(kept, ints(0), ints(records), np.zeros(records, dtype=np.int64), "float16")
@@ -310,7 +310,7 @@ def test_an_upload_is_at_most_an_eighth_of_dense_float32() -> None:
 def test_an_upload_of_few_bits_is_a_small_share_of_dense_float32(bits: int, share: int) -> None:
     records, width = 200, 1600
     x = np.maximum(np.random.default_rng(0).normal(size=(records, width)), 0).astype(np.float32)
-    kept = Kept.of(Dropping("bits", bits=bits).coded(x), np.ones(x.shape, dtype=bool), zeros_count=False)
+    kept = Kept.of(Bits(bits).coded(x), np.ones(x.shape, dtype=bool), zeros_count=False)
     assert 0.49 < kept.counts.sum() / x.size < 0.51
     release = Release.pack(kept, ints(0), ints(records), np.zeros(records, dtype=np.int64), "float32", bits)
     assert len(nothing_but(release).to_bytes()) <= 4 * records * width / share

@@ -7,6 +7,7 @@ API, as that grid does.
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
@@ -82,17 +83,21 @@ class DeploymentGrid(PollingGrid):
                 messages += [message] if reply.asked in asked else []
         return messages
 
+    @property
+    def _client(self) -> Any:
+        return self._http._runtime_client  # noqa: SLF001  Flower has no public way to what a reply is made of
+
     def _hear(self, asked: set[str]) -> None:
         """Ask which replies have been announced; Flower tells it once."""
         if asked:
-            told = self._http._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=sorted(asked)))
+            told = self._client.PullMessages(PullAppMessagesRequest(message_ids=sorted(asked)))
             self._coming += map(_Reply, told.messages_list, told.message_object_trees)
 
     def _fetch(self, reply: _Reply) -> Message | None:
         """Fetch what has arrived of a reply; return it, or an error, or None if there is more to come."""
         if time.monotonic() < reply.again:
             return None
-        client, run = self._http._runtime_client, self.run.run_id
+        client, run = self._client, self.run.run_id
         pull = make_pull_object_fn_protobuf(client.PullObject, self._http.node, run)
         try:
             while reply.missing:
@@ -126,4 +131,4 @@ class DeploymentGrid(PollingGrid):
         request = ConfirmMessageReceivedRequest(
             node=self._http.node, run_id=self.run.run_id, message_object_id=reply.id
         )
-        self._http._runtime_client.ConfirmMessageReceived(request)
+        self._client.ConfirmMessageReceived(request)

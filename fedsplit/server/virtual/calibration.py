@@ -10,13 +10,13 @@ import torch
 from fedsplit.common.arrays import unpack_bitmap
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.making import Chunk, forward
-from fedsplit.release.policies import Dropping
+from fedsplit.release.policy import Policy
 from fedsplit.wire.release import Release
 
 _RECORDS, _REPEATS = 256, 7
 
 
-def record_seconds(layer: FirstLayer, dropping: Dropping, dtype: str) -> tuple[float, float]:
+def record_seconds(layer: FirstLayer, dropping: Policy, dtype: str) -> tuple[float, float]:
     """Time a device's real work on random records, on one core.
 
     Returns
@@ -32,7 +32,7 @@ def record_seconds(layer: FirstLayer, dropping: Dropping, dtype: str) -> tuple[f
 
     def release() -> None:
         kept = forward(layer, dropping, lambda _: bytes(32), chunk, weights, 1, b"", want_slopes=True).kept
-        Release.pack(kept, chunk.devices, chunk.records, chunk.y, dtype, dropping.bits)
+        Release.pack(kept, chunk.devices, chunk.records, chunk.y, dtype, dropping.code.bits)
 
     kept = forward(layer, dropping, lambda _: bytes(32), chunk, weights, 1, b"", want_slopes=True).kept
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import put, writing
@@ -13,6 +13,14 @@ from fedsplit.plan.settings import INCIDENTAL, Settings, load_settings
 if TYPE_CHECKING:  # they bring torch, which who follows a run does without
     from fedsplit.device.bundle import Bundle
     from fedsplit.plan.experiment import Experiment
+
+
+class Folder(Protocol):
+    """What lists its files as :class:`RunFile`."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
 
 
 class Holds(Enum):
@@ -26,12 +34,12 @@ class Holds(Enum):
 
 @dataclass(frozen=True)
 class RunFile:
-    """A file, or a folder, of a run; as an attribute of a :class:`RunFolder` it is that folder's path of it.
+    """A file, or a folder, of a run or a study; as an attribute of a folder's class it is that folder's path of it.
 
     Attributes
     ----------
     name : str
-        Within the run folder.
+        Within the folder.
     owner : str
         Who writes it.
     readers : str
@@ -46,8 +54,8 @@ class RunFile:
     @overload
     def __get__(self, folder: None, kind: type) -> "RunFile": ...
     @overload
-    def __get__(self, folder: "RunFolder", kind: type) -> Path: ...
-    def __get__(self, folder: "RunFolder | None", kind: type) -> "RunFile | Path":
+    def __get__(self, folder: "Folder", kind: type) -> Path: ...
+    def __get__(self, folder: "Folder | None", kind: type) -> "RunFile | Path":
         """Return the path in a folder, or of the class the entry itself."""
         return self if folder is None else folder.path / self.name
 

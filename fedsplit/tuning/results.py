@@ -50,7 +50,7 @@ def _told(parameters: dict[str, Any]) -> str:
 
 def export_front(study: Study) -> list[Point]:
     """Write a settings file for every point of the front into the study's folder, and return them."""
-    folder = study.folder / "front"
+    folder = study.files.front
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     points = []
@@ -106,9 +106,9 @@ def write_results(study: Study, points: list[Point]) -> None:
         "importance": matters,
         "trials": trials,
     }
-    put(study.folder / "tune.json", json.dumps(found, indent=2) + "\n")
-    _draw_front(study, points, study.folder / "front.png")
-    _draw_importance(matters, study.folder / "importance.png")
+    put(study.files.results, json.dumps(found, indent=2) + "\n")
+    _draw_front(study, points, study.files.front_picture)
+    _draw_importance(matters, study.files.importance_picture)
 
 
 def importance(study: Study) -> dict[str, dict[str, float]]:

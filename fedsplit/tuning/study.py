@@ -28,11 +28,11 @@ from fedsplit.plan.settings import INCIDENTAL, Settings, TuneSettings, check_set
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.engine import running_ray
 from fedsplit.runs.folder import RunFolder
+from fedsplit.tuning.folder import StudyFolder, seed_folder
 from fedsplit.tuning.space import Space, usual_space
 from fedsplit.tuning.trial import Outcome, Plan, audited, run_trial, with_seed
 
 log = logging.getLogger(__name__)
-STUDY = "study.db"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Study:
     """
 
     def __init__(self, settings: Settings, folder: Path, *, resume: bool) -> None:
-        self.settings, self.folder = settings, folder
+        self.settings, self.folder, self.files = settings, folder, StudyFolder(folder)
         self.tune = settings.tune or TuneSettings()
         self.plan = Plan(
             tuple(self.tune.objectives), {str(k): v for k, v in self.tune.constraints.items()}, self.tune.seeds
@@ -102,7 +102,7 @@ class Study:
     @property
     def address(self) -> str:
         """Where Optuna finds the study."""
-        return f"sqlite:///{(self.folder / STUDY).resolve()}"
+        return f"sqlite:///{self.files.database.resolve()}"
 
     def front(self) -> list[Point]:
         """Return the points within the constraints that none of them beats; best of the first objective first.
@@ -130,7 +130,7 @@ class Study:
             If no trial ran to its end within the constraints.
         """
         busy = f"another process works in {self.folder}"
-        with alone(self.folder / "study.lock", busy), running_ray(cpus=parallel):
+        with alone(self.files.lock, busy), running_ray(cpus=parallel):
             self._run_trials(parallel, report)
             self._check_feasible()
             self._audit_front()
@@ -150,11 +150,11 @@ class Study:
 
     def _open(self, *, resume: bool) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        folder, there = self.folder, (self.folder / STUDY).exists()
+        folder, there = self.folder, self.files.database.exists()
         if odd := sorted(set("?%#") & set(str(folder.resolve()))):
             raise ConfigError(f"out folder {folder}: SQLite's address cannot hold {odd[0]!r}")
         if resume and not there:
-            raise ConfigError(f"nothing to resume: {folder / STUDY} does not exist")
+            raise ConfigError(f"nothing to resume: {self.files.database} does not exist")
         place = RunFolder(folder)
         with place.writing():
             folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ class Study:
                 load_if_exists=resume,
             )
         except Exception as error:  # SQLAlchemy's, SQLite's or Optuna's own
-            raise ConfigError(f"{folder / STUDY} is damaged or no study: {type(error).__name__}") from None
+            raise ConfigError(f"{self.files.database} is damaged or no study: {type(error).__name__}") from None
         self._check_same(study)
         # another seed each time, or the study would draw again what it drew before it was stopped
         study.sampler = optuna.samplers.TPESampler(seed=(self.settings.run.seed + len(study.trials)) % 2**32)
@@ -187,7 +187,7 @@ class Study:
         if old is None:
             study.set_user_attr("settings", new)
             tune = {"tune": self.tune.model_dump(by_alias=True, exclude_none=True)}
-            put(self.folder / "study.toml", tomli_w.dumps({**self.settings.tables(), **tune}))
+            put(self.files.settings, tomli_w.dumps({**self.settings.tables(), **tune}))
             return
         if differing := sorted(key for key in old | new if old.get(key) != new.get(key)):
             key = differing[0]
@@ -215,7 +215,7 @@ class Study:
                     report(self)
                     continue
                 others = [point.values for point in self.front()]
-                task = remote.remote(settings.to_json(), self._trial_folder(trial.number), self.plan, others)
+                task = remote.remote(settings.to_json(), self.files.trial(trial.number), self.plan, others)
                 busy[task] = trial
             if not busy:
                 return
@@ -248,12 +248,9 @@ class Study:
         kept = {point.number for point in self.front()}
         for trial in self.trials:
             if trial.number not in kept:
-                for folder in map(RunFolder, self._trial_folder(trial.number).glob("seed-*")):
+                for folder in self.files.runs(trial.number):
                     for heavy in (folder.recordings, folder.checkpoint, folder.releases):
                         shutil.rmtree(heavy, ignore_errors=True)
-
-    def _trial_folder(self, number: int) -> Path:
-        return self.folder.resolve() / "trials" / f"{number:04d}"
 
     def _check_feasible(self) -> None:
         if self.front():
@@ -278,8 +275,8 @@ class Study:
         tasks = {}
         for point in self.front():
             if not point.audit:
-                settings, folder = self.settings_of(point), self._trial_folder(point.number)
-                seeds = [(with_seed(settings, i), folder / f"seed-{i}") for i in range(len(point.seeds))]
+                settings, trial = self.settings_of(point), self.files.trial(point.number)
+                seeds = [(with_seed(settings, i), seed_folder(trial, i)) for i in range(len(point.seeds))]
                 tasks[point.number] = [remote.remote(s.to_json(), f) for s, f in seeds]
         for number, waiting in tasks.items():
             try:

@@ -13,6 +13,7 @@ from fedsplit.common.figures import AUDITED, figure
 from fedsplit.common.files import put
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.folder import RunFolder
+from fedsplit.tuning.folder import seed_folder
 
 Values = Mapping[str, float]
 
@@ -116,7 +117,7 @@ def run_trial(settings_json: str, folder: Path, plan: Plan, others: Sequence[Val
     settings, seeds = Settings.from_json(settings_json), list[dict[str, float]]()
     try:
         for i in range(plan.seeds):
-            seeds.append(_run_seed(with_seed(settings, i), folder / f"seed-{i}", plan, seeds))
+            seeds.append(_run_seed(with_seed(settings, i), seed_folder(folder, i), plan, seeds))
             if i + 1 < plan.seeds and (why := plan.hopeless(Outcome.of(seeds).values or {}, others)):
                 return Outcome.of(seeds, why)
     except _OutOfReachError as error:  # whatever earlier seeds came to: the mean is known to break a constraint

@@ -175,7 +175,7 @@ def test_a_run_that_goes_on_says_how_far_it_is(out: Path) -> None:
 
 
 def test_seconds_are_those_of_the_clock(out: Path) -> None:
-    """It moves on whenever it is looked at: when the run is made, when its nodes are there, after each round, at last."""
+    """It moves on when looked at: when the run is made, when its nodes are there, after each round, at last."""
     settings, ticks = small_settings(), count()
     RunFolder(out).open(settings, resume=False)
     run = TrainingRun(settings, out, clock=lambda: float(next(ticks)))

@@ -155,6 +155,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show what the server has seen of each node: when, how much, and what it was refused."""
+    from fedsplit.common.figures import figure
     from fedsplit.runs.folder import RunFolder
     from fedsplit.runs.following import ago
 
@@ -172,7 +173,7 @@ def status(
             row["devices"],
             escape(row["state"]),
             ago(row["last_seen"]),
-            f"{row['exchanges']:,}",
+            figure("exchanges").written(row["exchanges"]),
             decimal(row["bytes_up"]),
             decimal(row["bytes_down"]),
             str(row["missed"]),

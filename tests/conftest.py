@@ -30,11 +30,17 @@ _LONGEST = 3600  # seconds for all tests together
 _RAY = ("test_engine", "test_simulation", "test_readme", "test_tune")  # each looks for what it has left running
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Keep a file's tests in one process, with ``-n``, and all that start Ray in the same one."""
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("ray" if name in _RAY else name))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if Path(file).stem in _RAY else file
+
+    return Files(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -80,7 +80,8 @@ def _privacy(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    names = [known.name for known in SHOWN if known.name.startswith("test_")]
+    own = [name for name in others(result) if name.startswith("test_")]  # of a task
+    names = [*(known.name for known in SHOWN if known.name.startswith("test_")), *own]
     rows = [(name, _written(result, name)) for name in names if result.get(name) is not None]
     if result.get("test_f1"):
         rows.append(("test_f1 (lowest class)", f"{min(result['test_f1']):.4f}"))
@@ -96,7 +97,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("bytes_down", _written(result, "bytes_down")),
         ("seconds (startup + training)", f"{seconds['startup']:.1f} + {seconds['training']:.1f}"),
     ]
-    rows += [(name, _written(result, name)) for name in others(result)]
+    rows += [(name, _written(result, name)) for name in others(result) if name not in names]
     return [*rows, *_simulated(result["simulated"])] if "simulated" in result else rows
 
 

@@ -13,25 +13,30 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, field_validator, model_serializer
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from torch import nn
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing, writing
 from fedsplit.data import Scaling
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.activations import ACTIVATIONS
+from fedsplit.model.kinds import kind_named
+from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks import TASKS, is_task_name, task_of
+from fedsplit.model.tasks.base import Task
 from fedsplit.release.chosen import built_in, from_outside, numbers_of, with_noise
 from fedsplit.release.policies import BUILT_IN
 from fedsplit.release.policy import Policy
 from fedsplit.wire.exchange import weights_digest
 
 DESCRIPTION, WEIGHTS = "device.json", "first_layer.safetensors"
-_LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
-_OF_LINEAR = ("in_features", "out_features")
-_OF_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is not given, so that files are as they were when there was no such key."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class _Strict(BaseModel):
@@ -39,13 +44,18 @@ class _Strict(BaseModel):
 
 
 class Layer(_Strict):
-    """What a first layer is, besides its weights."""
+    """What a first layer is, besides its weights; ``numbers`` are the activation's own, where they are unusual."""
 
-    kind: Literal["Linear", "Conv1d", "Conv2d"]
+    kind: str
     arguments: dict[str, int | tuple[int, ...]]
     bias: bool
-    activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"]
+    activation: str
+    numbers: dict[str, float | str] | None = None
     input_shape: tuple[int, ...]
+
+    @model_serializer(mode="wrap")
+    def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _given(whole(self))
 
 
 class Dropping(_Strict):
@@ -78,19 +88,26 @@ class Dropping(_Strict):
 
     @model_serializer(mode="wrap")
     def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in whole(self).items() if value is not None}
+        return _given(whole(self))
 
 
 class _Description(_Strict):
     format: Literal[1]
     model: str
-    task: Literal["classification", "binary", "regression", "novelty"]
+    task: str
     outputs: int
     layer: Layer
     dropping: Dropping
     dtype: Literal["float16", "float32"]
     scaling: Scaling
     sha256: str
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if not is_task_name(task):
+            raise ValueError("there is no such task")
+        return task
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ class Bundle:
         Of activations on the wire.
     scaling : Scaling
         From raw numbers to records.
-    task : str
+    task : Task
     outputs : int
     """
 
@@ -114,7 +131,7 @@ class Bundle:
     dropping: Policy
     dtype: str
     scaling: Scaling
-    task: str
+    task: Task
     outputs: int
 
     @property
@@ -133,7 +150,7 @@ class Bundle:
         description = _Description(
             format=1,
             model=self.model,
-            task=self.task,  # type: ignore[arg-type]
+            task=self.task.name,
             outputs=self.outputs,
             layer=described(self.layer),
             dropping=Dropping.of(self.dropping),
@@ -162,7 +179,7 @@ class Bundle:
         ----------
         folder : Path
         allow : collection of str
-            The policies from outside, as ``module:Name``, whose code the device's owner lets run.
+            The policies and tasks from outside, as ``module:Name``, whose code the device's owner lets run.
 
         Raises
         ------
@@ -178,7 +195,10 @@ class Bundle:
             raise DataError(f"{folder / DESCRIPTION} is damaged, or of another version of fedsplit") from None
         if sha256(content).hexdigest() != found.sha256:
             raise DataError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
-        dropping = _policy(found.dropping, allow, folder / DESCRIPTION)
+        try:
+            dropping, task = found.dropping.built(allow), _task(found.task, allow)
+        except ConfigError as error:
+            raise DataError(f"{folder / DESCRIPTION}: {error}") from None
         try:
             layer = _built(found.layer)
             layer.load_weights(load(content))
@@ -188,7 +208,7 @@ class Bundle:
                 raise ValueError
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
             raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
-        bundle = cls(layer, dropping, found.dtype, scaling, found.task, found.outputs)
+        bundle = cls(layer, dropping, found.dtype, scaling, task, found.outputs)
         if not np.isfinite(bundle.weights).all():
             raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
         if bundle.model != found.model:
@@ -196,11 +216,10 @@ class Bundle:
         return bundle
 
 
-def _policy(found: Dropping, allow: Collection[str], path: Path) -> Policy:
-    try:
-        return found.built(allow)
-    except ConfigError as error:
-        raise DataError(f"{path}: {error}") from None
+def _task(name: str, allow: Collection[str]) -> Task:
+    if name not in TASKS and name not in allow:
+        raise ConfigError(f"task {name!r} is not among what the device's owner allows (allow in node.toml)")
+    return task_of(name)
 
 
 def model_name(weights: FloatArray) -> str:
@@ -209,22 +228,19 @@ def model_name(weights: FloatArray) -> str:
 
 
 def described(layer: FirstLayer) -> Layer:
-    """Return what a layer is, besides its weights; raises ConfigError if its activation has unusual numbers."""
-    module: Any = layer.layer
-    names = _OF_LINEAR if isinstance(module, nn.Linear) else _OF_CONVOLUTION
-    (activation,) = (name for name, kind in ACTIVATIONS.items() if type(layer.activation) is kind)
-    if repr(layer.activation) != repr(ACTIVATIONS[activation]()):
-        raise ConfigError(f"{layer.activation} cannot be exported: only activations with their usual numbers can")
+    """Return what a layer is, besides its weights; raises ConfigError if its kind cannot be exported."""
     return Layer(
-        kind=type(module).__name__,  # type: ignore[arg-type]
-        arguments={name: getattr(module, name) for name in names},
-        bias=module.bias is not None,
-        activation=activation,  # type: ignore[arg-type]
+        kind=layer.kind.name,
+        arguments=layer.kind.describe(),
+        bias="bias" in layer.shapes,
+        activation=layer.nonlinearity.name,
+        numbers=layer.nonlinearity.numbers or None,
         input_shape=layer.input_shape,
     )
 
 
 def _built(found: Layer) -> FirstLayer:
-    arguments: dict[str, Any] = {**found.arguments}
-    module = _LAYERS[found.kind](**arguments, bias=found.bias)
-    return FirstLayer(module, ACTIVATIONS[found.activation](), found.input_shape)
+    module = kind_named(found.kind).build(found.arguments, bias=found.bias)
+    if found.activation not in ACTIVATIONS:
+        raise ConfigError(f"activation {found.activation!r} is not known here")
+    return FirstLayer(module, ACTIVATIONS[found.activation](**(found.numbers or {})), found.input_shape)

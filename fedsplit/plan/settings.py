@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.common.figures import OBJECTIVES, figure
 from fedsplit.common.tables import Section, one_line
+from fedsplit.model.tasks import TASKS, is_task_name
+from fedsplit.plan.combinations import refusal
 from fedsplit.plan.modes import MODES, Mode
 from fedsplit.plan.strategies import STRATEGIES
 from fedsplit.release.chosen import built_in, from_outside, takes, with_noise
@@ -30,6 +32,20 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Turn = Annotated[float, Field(ge=0.1, le=1e9)]
+
+
+def one_of(*known: str, own: str) -> AfterValidator:
+    """Allow some names, and one from outside: ``module:Class`` or ``module:function``."""
+
+    def check(name: str) -> str:
+        if name not in known and not all(name.partition(":")):
+            raise ValueError(f"should be one of {', '.join(map(repr, known))} or 'module:{own}', got {name!r}")
+        return name
+
+    return AfterValidator(check)
+
+
+LearningSchedule = Annotated[str, one_of("constant", "cosine", "step", own="function")]
 
 
 class RunSettings(Section):
@@ -56,8 +72,8 @@ class DataSettings(Section):
     Or ``shape``, of one record, where real nodes have the records: then nobody else needs any.
     ``overlap``: whether the windows of ``wearables`` overlap by half or not at all.
     ``novel``: the class of a data set that nobody trains with, which makes it a task ``novelty``.
-    ``task`` and ``outputs`` (classes, columns of a regression target, or the most recordings that a device has for
-    ``novelty``) describe a user's own data.
+    ``task`` (see :func:`fedsplit.model.tasks.task_of`) and ``outputs`` (classes, columns of a regression target, or
+    the most recordings that a device has for ``novelty``) describe a user's own data.
     """
 
     name: str | None = None
@@ -66,8 +82,15 @@ class DataSettings(Section):
     shape: Annotated[list[Positive], Field(min_length=1)] | None = None
     overlap: bool = True
     novel: Annotated[int, Field(ge=0)] | None = None
-    task: Literal["classification", "binary", "regression", "novelty"] | None = None
+    task: str | None = None
     outputs: Positive | None = None
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str | None) -> str | None:
+        if task is not None and not is_task_name(task):
+            raise ValueError(f"should be one of {', '.join(map(repr, TASKS))} or 'module:Name', got {task!r}")
+        return task
 
 
 class LogNormal(Section):
@@ -232,9 +255,10 @@ class ProtocolSettings(Section):
     share in each round). First-layer gradients that come s rounds later than the mode's way count (1 + s)^-a, where a
     is ``staleness_weight``. ``timeout`` is the seconds a message may take, ``deadline`` those after which a round goes
     on without the answer: on the virtual clock of a profile, or of real nodes. With a profile ``min_nodes`` counts
-    devices. A node is left out for good after ``max_offences`` replies that no honest node would send. ``labels``:
-    whether they go to the server with the releases or stay at home, where the trunk's last layer is then computed; see
-    :mod:`fedsplit.server.at_home`.
+    devices. ``pace``: a ``module:Class`` from outside that decides who takes part in an exchange, and when it is over;
+    see :class:`fedsplit.server.pace.Pace`. A node is left out for good after ``max_offences`` replies that no honest
+    node would send. ``labels``: whether they go to the server with the releases or stay at home, where the trunk's last
+    layer is then computed; see :mod:`fedsplit.server.at_home`.
     """
 
     mode: Literal["synchronous", "pipelined", "single-pass", "release-once"]
@@ -248,22 +272,8 @@ class ProtocolSettings(Section):
     min_nodes: Positive = 1
     timeout: Seconds = 600.0
     deadline: Seconds | None = None
+    pace: Annotated[str, Field(pattern=r"^[^\s:]+:[^\s:]+$")] | None = None
     max_offences: Positive = 3
-
-    @model_validator(mode="after")
-    def _spread(self) -> "ProtocolSettings":
-        if self.chunk == "spread" and self.mode != "single-pass":
-            raise ValueError(f"chunk 'spread' is for mode 'single-pass', not {self.mode!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _at_home(self) -> "ProtocolSettings":
-        if self.labels == "at-home" and (self.mode, self.trunk_epochs) != ("synchronous", 1):
-            raise ValueError(
-                "labels 'at-home' is for mode 'synchronous' with trunk-epochs 1 (the trunk takes one step for each "
-                f"exchange with the labels), got mode {self.mode!r} and trunk-epochs {self.trunk_epochs}"
-            )
-        return self
 
     @property
     def facts(self) -> Mode:
@@ -278,33 +288,28 @@ class FirstLayerSettings(Section):
     ``schedule`` as in :func:`fedsplit.common.seeds.scheduled`.
     """
 
-    strategy: str = "FedAdam"
+    strategy: Annotated[str, one_of("frozen", *STRATEGIES, own="Class")] = "FedAdam"
     lr: Rate = 0.003
-    schedule: Literal["constant", "cosine", "step"] = "constant"
+    schedule: LearningSchedule = "constant"
     args: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("strategy")
-    @classmethod
-    def _known(cls, strategy: str) -> str:
-        if strategy not in (known := ("frozen", *STRATEGIES)) and not all(strategy.partition(":")):
-            allowed = ", ".join(map(repr, known))
-            raise ValueError(f"should be one of {allowed} or 'module:Class', got {strategy!r}")
-        return strategy
 
 
 class TrunkSettings(Section):
     """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.common.seeds.scheduled`.
 
+    ``optimizer`` is built with ``lr`` and ``args``; from outside a ``module:Class`` of a torch Optimizer, which only
+    the server imports.
     ``thinning``: in learning, up to this share of a record's outputs counts as dropped, too, drawn anew in each step.
     ``replay_mb``: the most megabytes that releases kept for replay take between rounds; without it all are kept.
     While the trunk learns it has a second copy of them, and the round's own.
     """
 
-    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
+    optimizer: Annotated[str, one_of("sgd", "adam", "adamw", own="Class")] = "adam"
     lr: Rate = 0.001
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["constant", "cosine", "step"] = "constant"
+    args: dict[str, Any] = Field(default_factory=dict)
+    schedule: LearningSchedule = "constant"
     thinning: Annotated[float, Field(ge=0, lt=1)] = 0.0
     replay_mb: Rate | None = None
 
@@ -312,6 +317,8 @@ class TrunkSettings(Section):
     def _momentum(self) -> "TrunkSettings":
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum is for optimizer 'sgd', not {self.optimizer!r}")
+        if self.weight_decay and ":" in self.optimizer:
+            raise ValueError(f"weight-decay is not for {self.optimizer!r}: give it what it takes in args")
         return self
 
 
@@ -411,22 +418,8 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _together(self) -> "Settings":
-        if self.protocol.facts.once and self.run.evaluate_every:
-            mode = self.protocol.mode
-            raise ValueError(f"run.evaluate-every must be 0 in mode {mode!r}: test records are exposed once too")
-        if not self.protocol.facts.teaches and not (self.public and self.public.epochs):
-            raise ValueError("protocol.mode 'release-once' needs a [public] section with epochs of at least 1")
-        if self.trunk.replay_mb is not None and not self.protocol.facts.replays:
-            raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
-        if self.devices.profile and self.protocol.labels == "at-home":
-            raise ValueError("devices.profile: there is no virtual clock for protocol.labels 'at-home'")
-        releases_alone = not self.teaches or not self.protocol.facts.delay
-        if self.devices.profile and self.guard.mode == "enforce" and not releases_alone:
-            # on a virtual clock releases come before the gradients that they come after elsewhere, and to a guard the
-            # order matters
-            raise ValueError(
-                "guard.mode 'enforce' with a devices.profile is for frozen first layers and synchronous mode"
-            )
+        if why := refusal(self):
+            raise ValueError(why)
         sought = (*self.tune.objectives, *self.tune.constraints) if self.tune else ()
         profile = self.devices.profile
         if "simulated_seconds" in sought and (

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import MessageType
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
@@ -74,8 +73,7 @@ class LabelsAtHome:
         if not answers:
             return {}
         loss, accuracy = self._means(answers)
-        scores: dict[str, Any] = {"test_loss": loss, "test_accuracy": accuracy}
-        return scores if accuracy is not None else {**scores, "test_rmse": loss**0.5}
+        return self.body.task.score_sums(loss, accuracy)
 
     def _step(self, now: Round, releases: Sequence[Release], batches: Batches, epoch: int) -> Learned | None:
         """Take a step over the records whose devices answer; None, if there are none."""
@@ -125,15 +123,14 @@ class LabelsAtHome:
         def read(payload: bytes, download: HeadDownload) -> HeadUpload:
             return HeadUpload.from_bytes(payload, self.body.head, download, test=test)
 
-        kind = MessageType.EVALUATE if test else MessageType.TRAIN
-        return {node: u for node, u in now.question(kind, downloads, read, needed).items() if u.records}
+        return {node: u for node, u in now.question(downloads, read, needed, test=test).items() if u.records}
 
     def _means(self, answers: Mapping[int, HeadUpload]) -> tuple[float, float | None]:
         """Return the mean loss over all records and, for classes, the share that is classified right."""
         records = sum(u.records for u in answers.values())
         loss = sum(u.loss for u in answers.values()) / records
         right = sum(u.correct for u in answers.values()) / records
-        return loss, None if self.body.task == "regression" else right
+        return loss, right if self.body.task.classifies else None
 
 
 def _answerable(releases: Sequence[Release]) -> list[Release]:

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.common.arrays import FloatArray, IntArray
+from fedsplit.common.arrays import FloatArray, IntArray, sum_groups
 from fedsplit.common.errors import WireError
+from fedsplit.release.admitted import Admitted
 from fedsplit.release.codes import Code
-from fedsplit.release.kept import Kept
 from fedsplit.wire.coding import dequantise, pack_codes, quantise, unpack_codes
 from fedsplit.wire.container import Reader, check, check_ids, check_scaled
 
@@ -45,19 +45,20 @@ class Release:
 
     @classmethod
     def pack(
-        cls, kept: Kept, devices: IntArray, records: IntArray, targets: NDArray[Any], dtype: str, bits: int = 0
+        cls, admitted: Admitted, devices: IntArray, records: IntArray, targets: NDArray[Any], dtype: str, bits: int = 0
     ) -> "Release":
-        """Make a release of what dropping kept; nothing else can be released.
+        """Make a release of what may leave; nothing else can be released.
 
         With ``bits``, the values are levels of so many bits, and ``dtype`` does not matter.
 
         Raises
         ------
         TypeError
-            If ``kept`` is not a :class:`Kept`: dense activations have no way onto the wire.
+            If ``admitted`` is not an :class:`Admitted`: what no guard has seen has no way onto the wire.
         """
-        if not isinstance(kept, Kept):
-            raise TypeError(f"a release is packed from Kept, not from {type(kept).__name__}")
+        if not isinstance(admitted, Admitted):
+            raise TypeError(f"a release is packed from Admitted, not from {type(admitted).__name__}")
+        kept = admitted.kept
         code = Code(bits)
         if code.floats:
             codes, exponents = quantise(kept.values, kept.counts, dtype)
@@ -69,8 +70,21 @@ class Release:
         """Return the sent outputs as float32."""
         return dequantise(self.codes, self.counts, self.exponents)
 
-    def take(self, rows: NDArray[np.bool_]) -> "Release":
-        """Return the releases of some of the devices."""
+    @property
+    def owners(self) -> IntArray:
+        """The device of each record."""
+        return np.repeat(self.devices, self.records)
+
+    @property
+    def lengths(self) -> IntArray:
+        """How many values each device has sent."""
+        return sum_groups(self.counts, self.records)
+
+    def among(self, devices: IntArray) -> "Release":
+        """Return the releases of those of some devices that are here."""
+        rows = np.isin(self.devices, devices)
+        if rows.all():
+            return self
         of_records = np.repeat(rows, self.records)
         return replace(
             self,
@@ -82,11 +96,6 @@ class Release:
             codes=self.codes[np.repeat(of_records, self.counts)],
             exponents=self.exponents[of_records],
         )
-
-    def among(self, devices: IntArray) -> "Release":
-        """Return the releases of those of some devices that are here."""
-        rows = np.isin(self.devices, devices)
-        return self if rows.all() else self.take(rows)
 
     def arrays(self) -> list[NDArray[Any]]:
         """Return the fields as arrays in wire order."""

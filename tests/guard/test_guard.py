@@ -23,9 +23,11 @@ from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
 from fedsplit.guard.accountant import Cost, ExposureAccountant
 from fedsplit.guard.gaussian import gaussian_precision
-from fedsplit.guard.guard import Guard, Proposal, Summed, release_name
+from fedsplit.guard.guard import Guard
 from fedsplit.guard.limits import Limits
+from fedsplit.guard.proposal import Proposal, Summed, release_name
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks.targets import Classes
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.preflight import check_limits
 from fedsplit.plan.settings import Settings, load_settings
@@ -781,7 +783,7 @@ class Server:
         upload = Upload.from_bytes(self.heard[-1], parameters=self.layer.size)
         if honest:
             blocks = [PendingBlock(cut, self.released[cut.digest, cut.round_number]) for cut in download.pending]
-            check_upload(upload, download, blocks, self.layer.width, "classification", 3)
+            check_upload(upload, download, blocks, self.layer.width, Classes(3))
         self.released[weights_digest(download.weights), download.round_number] = upload.release.records
         return upload
 
@@ -1025,7 +1027,7 @@ def test_a_device_that_fails_says_nothing_of_its_records(server: Start) -> None:
     assert upload is not None and upload.failed.tolist() == [1] and len(upload.release.targets) == 40
 
 
-@pytest.mark.parametrize("place", ["fedsplit.device.node.forward", "fedsplit.guard.guard.coordinates"])
+@pytest.mark.parametrize("place", ["fedsplit.guard.releaser.forward", "fedsplit.guard.guard.coordinates"])
 def test_an_unforeseen_error_says_nothing_of_records(
     place: str, server: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,8 @@
 """The run folder: every file of a run has its name, its owner and its readers here, and what it holds of a device."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -73,6 +75,7 @@ class RunFolder:
     path: Path
 
     config = RunFile("config.toml", "server", "all commands on a run")
+    submitted = RunFile("submitted.toml", "fedsplit run", "the process that trains")
     state = RunFile("state.json", "server, which holds it locked", "who follows the run")
     log = RunFile("run.log", "server", "people, who follows the run")
     metrics = RunFile("metrics.jsonl", "server, a line a round", "compare, who follows the run, the curves")
@@ -100,7 +103,7 @@ class RunFolder:
 
     def check_fresh(self) -> None:
         """Refuse a folder with anything of another run in it; raises ConfigError."""
-        beforehand = (self.state.name, self.log.name)
+        beforehand = (self.state.name, self.log.name, self.submitted.name)
         if self.path.exists() and any(path.name not in beforehand for path in self.path.iterdir()):
             raise ConfigError(f"out folder {self.path} is not empty: choose another, or continue it with --resume")
 
@@ -108,6 +111,27 @@ class RunFolder:
         """Make the folder; raises ConfigError if it cannot be."""
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def submitting(self, settings: Settings) -> Iterator[None]:
+        """Leave settings for the process that trains; in an error nothing is left.
+
+        Raises
+        ------
+        ConfigError
+            If the folder cannot be written.
+        """
+        made = not self.path.exists()
+        self.make()
+        with self.writing():
+            put(self.submitted, settings.to_toml())
+        try:
+            yield
+        except BaseException:
+            self.submitted.unlink(missing_ok=True)
+            if made:
+                self.path.rmdir()
+            raise
 
     def writing(self) -> Any:
         """Return a context in which an OSError becomes a ConfigError that names the folder."""

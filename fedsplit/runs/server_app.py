@@ -8,9 +8,10 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedsplit.common.figures import told_first
-from fedsplit.plan.settings import Settings, default_folder
+from fedsplit.flower.record import TERMS
+from fedsplit.plan.settings import default_folder, load_settings
 from fedsplit.runs.assembly import calibrated
-from fedsplit.runs.client_app import STATE_FOLDER, run_settings
+from fedsplit.runs.client_app import APP_FOLDER, CONFIG, STATE_FOLDER
 from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.following import working
 from fedsplit.runs.training import TrainingRun
@@ -22,14 +23,17 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train with the settings in the run config, or in the file that it names.
+    """Train with the settings that ``fedsplit run`` has left in the run folder, or those of the file ``config``.
 
-    Besides them it may have ``out``, the run folder (default: in ``runs/`` of the current folder), ``resume``, and for
-    real nodes ``nodes``, the server's folder, which says which devices each key has: empty without keys.
+    Besides the nodes' terms a run config may have ``out``, the run folder (default: in ``runs/`` of the current
+    folder), ``resume``, and for real nodes ``nodes``, the server's folder, which says which devices each key has: empty
+    without keys.
     """
     config = context.run_config
-    settings = Settings.from_json(run_settings(config))
-    folder = RunFolder(Path(str(config["out"])) if "out" in config else default_folder(settings))
+    out = RunFolder(Path(str(config["out"]))) if "out" in config else None
+    submitted = out.submitted if out and TERMS in config else APP_FOLDER / str(config[CONFIG])
+    settings = load_settings(submitted)
+    folder = out or RunFolder(default_folder(settings))
     owners = ServerFolder(Path(str(config["nodes"]))).owners if config.get("nodes") else None
     if isinstance(grid, HttpGrid):
         grid = DeploymentGrid(grid)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CONFIGS, small_settings
+from conftest import CONFIGS, simulated_json, small_settings
 from references import largest_difference, trained
 
 from fedsplit import Observer, simulate
@@ -179,7 +179,7 @@ def test_seconds_are_those_of_the_clock(out: Path) -> None:
     settings, ticks = small_settings(), count()
     RunFolder(out).open(settings, resume=False)
     run = TrainingRun(settings, out, clock=lambda: float(next(ticks)))
-    result = run.train(InProcessGrid(client_app(settings.to_json(), str(out / "nodes")), 5))
+    result = run.train(InProcessGrid(client_app(simulated_json(settings), str(out / "nodes")), 5))
     assert result["seconds"] == {"startup": 1.0, "training": 4.0, "total": 6.0}
     assert [line["seconds"] for line in lines(out)] == 4 * [1.0]
 

@@ -30,7 +30,7 @@ from fedsplit.model.tasks import task_of
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
 from fedsplit.service.served import Served
 from fedsplit.wire.coding import quantise
@@ -230,7 +230,7 @@ class Wire(InProcessGrid):
 def run(
     settings: Settings, folder: Path, prepare: Callable[[Wire], None] = lambda wire: None
 ) -> tuple[TrainingRun, Wire]:
-    open_run_folder(folder, settings, resume=False)
+    RunFolder(folder).open(settings, resume=False)
     training = TrainingRun(settings, folder)
     wire = Wire(settings, folder / "nodes", -(-DEVICES // settings.devices.per_node))
     prepare(wire)

@@ -19,7 +19,7 @@ from fedsplit.common.errors import RunError
 from fedsplit.data import Records
 from fedsplit.data import loading as loading_module
 from fedsplit.data.pooled import load_pool
-from fedsplit.device.node import Node
+from fedsplit.device.own_records import OwnRecords
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.plan.settings import load_settings
 from fedsplit.runs.client_app import client_app
@@ -229,17 +229,17 @@ def test_a_device_that_raises_sits_out_and_its_records_stay_out_of_all_text(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    records, asked = Node._records, []
+    records, asked = OwnRecords.of, []
 
-    def failing(node: Node, device: int, *, test: bool) -> Records:
-        found = records(node, device, test=test)
+    def failing(own: OwnRecords, device: int, *, test: bool) -> Records:
+        found = records(own, device, test=test)
         asked.append((device, test))
         # in pipelined mode a device's records are looked up once to release and once more for the backward half
         if device == 1 and asked.count((1, False)) == 3:
             raise ValueError(f"cannot use {found.x.tolist()} of {SECRET}")
         return found
 
-    monkeypatch.setattr(Node, "_records", failing)
+    monkeypatch.setattr(OwnRecords, "of", failing)
     main(file, "--out", out, "--json", *sets("run.evaluate-every=1", "protocol.min-nodes=3"))
     said = capsys.readouterr()
     result = json.loads(said.out)

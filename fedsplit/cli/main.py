@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from fedsplit.cli.console import show_progress, stderr
+from fedsplit.cli.extras import need
 from fedsplit.cli.monitor import monitor
 from fedsplit.cli.node import find_functions, node
 from fedsplit.cli.predict import export, predict, serve, token
@@ -49,7 +50,6 @@ def simulate(
     _quiet(verbose)
     from fedsplit.cli.report import result_table
     from fedsplit.plan import settings as configuration
-    from fedsplit.runs.simulation import simulate as run
 
     if resume and out is None:
         raise ConfigError("--resume needs --out, the folder of the run to go on with")
@@ -57,6 +57,9 @@ def simulate(
     if engine is not None:
         overrides = [*(overrides or []), f"run.engine={json.dumps(engine)}"]
     settings = configuration.load_settings(config, overrides or [])
+    need("simulation" if settings.run.engine == "ray" else "server")
+    from fedsplit.runs.simulation import simulate as run
+
     folder = out or configuration.default_folder(settings)
     try:
         with show_progress(settings.run.rounds) as report:
@@ -82,6 +85,7 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as JSON, logs on stderr.")] = False,
 ) -> None:
     """Attack what left the devices in a run, and say what came back."""
+    need("pictures")
     from fedsplit.cli.report import audit_table
     from fedsplit.plan import settings as configuration
     from fedsplit.runs import auditing
@@ -116,6 +120,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show runs side by side, finished or not: figures, settings that differ, accuracy over what it cost."""
+    need("pictures")
     from fedsplit.cli.report import comparison_tables
     from fedsplit.runs import comparing
     from fedsplit.runs.pictures import draw_comparison
@@ -137,18 +142,19 @@ def forget(
     device: Annotated[int, typer.Argument(help="Whose releases to remove.")],
     folder: Annotated[Path, typer.Argument(help="The server's run folder.")],
 ) -> None:
-    """Remove a device's releases from a run's replay store and checkpoint; what was learned from them stays."""
-    from fedsplit.server.checkpoint import forget_device
-    from fedsplit.service.fleet import FLEET
+    """Remove all that a run holds of a device's records; what was learned from them stays."""
+    from fedsplit.runs.folder import RunFolder
+    from fedsplit.runs.forgetting import forget_device
 
-    removed = forget_device(folder, device)
-    if not removed:
-        raise ConfigError(f"{folder} holds no releases of device {device}: nothing was removed")
-    print(f"removed {removed} records of device {device} from {folder}; what the weights have learned from them stays")
-    if (folder / FLEET).exists():
-        print(
-            f"what is normal for watched devices is in {folder / FLEET}, by their names: remove a device's file there"
-        )
+    gone = forget_device(folder, device)
+    stays = "what the weights have learned from them stays"
+    print(f"removed {gone.records} records of device {device} from {folder}; {stays}")
+    if gone.others:
+        print(f"removed, too: {', '.join(gone.others)}")
+    if gone.unknown:
+        print(f"left alone, since no run writes it: {', '.join(gone.unknown)}")
+    if (fleet := RunFolder(folder).fleet).exists():
+        print(f"what is normal for watched devices is in {fleet}, by their names: remove a device's file there")
 
 
 def _quiet(verbose: bool) -> None:
@@ -157,9 +163,9 @@ def _quiet(verbose: bool) -> None:
     handler = RichHandler(console=stderr, show_path=False, show_time=False)
     logging.getLogger("fedsplit").handlers = [handler]
     logging.getLogger("fedsplit").setLevel(logging.INFO if verbose else logging.WARNING)
-    import flwr.supercore  # noqa: F401  sets its own log level when first imported
-
-    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
+    worth = logging.INFO if verbose else logging.CRITICAL
+    # a filter, since Flower sets its level when it is imported, which most commands never do
+    logging.getLogger("flwr").filters = [lambda record: record.levelno >= worth]
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import typer
 
 from fedsplit.cli.console import stderr
+from fedsplit.cli.extras import need
 from fedsplit.common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def serve(
     ] = None,
 ) -> None:
     """Answer devices with predictions, from what dropping left of their records, or watch them for what is new."""
+    need("serve")
     import logging
 
     import uvicorn
@@ -110,9 +112,10 @@ def serve(
         add_demo(app, [Attacker.of_run(run, model) for run, model in zip(runs, models, strict=True)])
     watching = [(run, model) for run, model in zip(runs, models, strict=True) if model.detector]
     if watching:
-        from fedsplit.service.fleet import FLEET, Fleet, add_fleets
+        from fedsplit.runs.folder import RunFolder
+        from fedsplit.service.fleet import Fleet, add_fleets
 
-        add_fleets(app, [Fleet(model, run / FLEET, false_alarms) for run, model in watching], watcher or ())
+        add_fleets(app, [Fleet(model, RunFolder(run).fleet, false_alarms) for run, model in watching], watcher or ())
     check_port_free(host, port)
     gc.collect()
     gc.freeze()  # what is there stays: looking through all of it again and again would hold requests up

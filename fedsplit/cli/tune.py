@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedsplit.cli.console import stderr
+from fedsplit.cli.extras import need
 from fedsplit.cli.node import find_functions
 from fedsplit.common.errors import ConfigError
 
@@ -33,6 +34,7 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Front on stdout as JSON, progress on stderr.")] = False,
 ) -> None:
     """Search the settings of CONFIG for what no other trial beats in all objectives."""
+    need("tune")
     from fedsplit.plan.settings import default_folder, load_settings
 
     if resume and out is None:
@@ -57,11 +59,11 @@ def tune(
     points = export_front(study)
     write_results(study, points)
     if as_json:
-        print((study.folder / "tune.json").read_text(encoding="utf-8"), end="")
+        print(study.files.results.read_text(encoding="utf-8"), end="")
         return
     console = Console()
     console.print(front_table(study, points), highlight=False)
-    console.print(f"settings in {study.folder / 'front'}, pictures and all trials in {study.folder}", highlight=False)
+    console.print(f"settings in {study.files.front}, pictures and all trials in {study.folder}", highlight=False)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import own
 import pytest
-from conftest import CONFIGS, small_settings
+from conftest import CONFIGS, simulated_json, small_settings
 from safetensors.numpy import load_file
 
 from fedsplit import simulate
@@ -23,7 +23,7 @@ from fedsplit.device.node import Node
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.plan.settings import load_settings
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
 
 SECRET = 7654.25  # a record's value: no error text may hold it
@@ -205,15 +205,15 @@ def test_resume_that_cannot_be(refused: Main, file: Path, out: Path) -> None:
 
 
 def test_resume_with_other_settings_names_the_key_and_both_values(refused: Main, file: Path, out: Path) -> None:
-    open_run_folder(out, small_settings(), resume=False)
+    RunFolder(out).open(small_settings(), resume=False)
     said = refused(file, "--out", out, "--resume", *sets("trunk.lr=0.25"))
     assert "cannot resume with other settings: trunk.lr was 0.1, is 0.25" in said
 
 
 def test_more_nodes_than_devices(out: Path) -> None:
     settings = small_settings()
-    open_run_folder(out, settings, resume=False)
-    grid = InProcessGrid(client_app(settings.to_json(), str(out / "nodes")), 6)
+    RunFolder(out).open(settings, resume=False)
+    grid = InProcessGrid(client_app(simulated_json(settings), str(out / "nodes")), 6)
     with pytest.raises(RunError, match=r"^6 nodes for 5 devices: lower the number of nodes$"):
         TrainingRun(settings, out).train(grid)
 

@@ -21,7 +21,10 @@ from pathlib import Path
 from statistics import median
 
 from fedsplit.flower.programs import environment, flower
+from fedsplit.flower.record import TERMS
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings
+from fedsplit.runs.folder import submitting
 from fedsplit.server.link.runs import start_run, write_app
 from simulations.shared import naive, replicated
 from simulations.shared.network import free_port
@@ -126,8 +129,10 @@ def stock(folder: Path, rounds: int) -> Row:
             home = trial.folder / name
             stock_node(trial, name, place, {"fedsplit-home": str(home), "fedsplit-data": f"{home}-data"})
         out = trial.folder / "run"
-        settings, server = settings_for(rounds).to_json(), str(trial.folder / "server")
-        start(trial, {"settings": settings, "out": str(out), "nodes": server}, {"run_server.py": STOCK_SERVER})
+        settings, server = settings_for(rounds), str(trial.folder / "server")
+        terms = Experiment(settings).terms.to_json()
+        with submitting(out, settings):
+            start(trial, {TERMS: terms, "out": str(out), "nodes": server}, {"run_server.py": STOCK_SERVER})
         wait_for(out / "result.json")
         return rounds_of(out)
 
@@ -140,7 +145,7 @@ def naive_app(folder: Path, steps: int) -> Row:
     with stock_deployment(folder, **more) as trial:
         for place, name in enumerate(nodes(trial)):
             stock_node(trial, name, place, {})
-        start(trial, {"settings": ""}, {"run_server.py": NAIVE_SERVER, "run_client.py": NAIVE_CLIENT})
+        start(trial, {TERMS: ""}, {"run_server.py": NAIVE_SERVER, "run_client.py": NAIVE_CLIENT})
         wait_for(out)
         seconds = float(out.read_text()) / steps
     return {"exchange": seconds / 2, "round": seconds, "records_per_second": 2 * naive.BATCH / seconds}

@@ -17,6 +17,7 @@ from fedsplit.flower.grid import InProcessGrid
 from fedsplit.plan.experiment import Experiment
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.client_app import client_app
+from fedsplit.runs.nodes import Simulated
 from simulations.shared.options import option
 from simulations.shared.results import Results
 from simulations.shared.workers import side_by_side
@@ -54,7 +55,7 @@ def accuracy(seed: int, mode: str, partition: str, row: str, attack: str, rounds
     experiment = Experiment(settings_for(seed, mode, partition, row, rounds))
     strategy = split_strategy(experiment, run=1, kind=TrimmedTrunk if ROWS[row][1] else None)
     with tempfile.TemporaryDirectory() as folder:
-        app = client_app(experiment.settings.to_json(), f"{folder}/nodes")
+        app = client_app(Simulated.of(experiment).to_json(), f"{folder}/nodes")
         lying = HostileApp(app, attack, hostile(seed, attack), experiment.model.first_layer.size, seed)
         grid = InProcessGrid(cast(ClientApp, lying), experiment.source.count)
         try:

@@ -12,9 +12,23 @@ def seed_of(*parts: int | str) -> int:
 
 
 def scheduled(lr: float, schedule: str, round_number: int, rounds: int) -> float:
-    """Return the learning rate of a round (counted from 1).
+    """Return the learning rate of a round.
 
-    ``constant``; ``cosine``: to zero after the last round; ``step``: times 0.1 after each third of the rounds.
+    Parameters
+    ----------
+    lr : float
+        The rate of the first round.
+    schedule : str
+        ``constant``; ``cosine``, to zero after the last round; or ``step``, times 0.1 after each third of the rounds.
+    round_number : int
+        Counted from 1.
+    rounds : int
+        All rounds of the run.
+
+    Examples
+    --------
+    >>> [scheduled(0.1, "cosine", number, 4) for number in (1, 3)]
+    [0.1, 0.05]
     """
     done = (round_number - 1) / rounds
     if schedule == "cosine":

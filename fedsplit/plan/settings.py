@@ -29,10 +29,22 @@ Turn = Annotated[float, Field(ge=0.1, le=1e9)]
 
 
 class RunSettings(Section):
-    """``[run]``: the name (of the run folder), seed, rounds, engine, and rounds between evaluations (0: at the end).
+    """``[run]``: one run's name, seed, length and engine.
 
-    ``ray_address``: HOST:PORT of a Ray cluster that is there already, for the engine ``ray``; without it a private one
-    is made.
+    Attributes
+    ----------
+    name
+        The name of the run folder, ``runs/NAME-TIMESTAMP``.
+    seed
+        Every random choice of a run follows from it, except those from the devices' own secrets.
+    rounds
+        The number of rounds.
+    engine
+        ``ray`` runs the devices in Ray's processes, ``inline`` all in one process. The weights are the same.
+    ray_address
+        HOST:PORT of a Ray cluster that already runs, for the engine ``ray``. Without it a run starts a private one.
+    evaluate_every
+        Rounds between two evaluations on the test devices. 0 evaluates once, at the end.
     """
 
     name: str = "run"
@@ -44,13 +56,26 @@ class RunSettings(Section):
 
 
 class DataSettings(Section):
-    """``[data]``: one of ``name`` (a packaged data set), ``folder`` (of .npz files) or ``builder`` (module:function).
+    """``[data]``: where the records come from. Give one of ``name``, ``folder``, ``builder`` and ``shape``.
 
-    Or ``shape``, of one record, where real nodes have the records: then nobody else needs any.
-    ``overlap``: whether the windows of ``wearables`` overlap by half or not at all.
-    ``novel``: the class of a data set that nobody trains with, which makes it a task ``novelty``.
-    ``task`` and ``outputs`` (classes, columns of a regression target, or the most recordings that a device has for
-    ``novelty``) describe a user's own data.
+    Attributes
+    ----------
+    name
+        A packaged data set: ``digits``, ``mnist``, ``wearables``, ``breast-cancer`` or ``pig-cvp``.
+    folder
+        A folder with one ``.npz`` file per device, in the order of their names.
+    builder
+        ``module:function``, which returns the :class:`fedsplit.data.DeviceData` of one device.
+    shape
+        The shape of one record, for a server whose nodes hold all records.
+    overlap
+        Whether the windows of ``wearables`` overlap by half. Only ``wearables`` takes ``false``.
+    novel
+        The class that nobody trains with. It turns a packaged data set into a ``novelty`` task.
+    task
+        The task of your own data; without it, ``classification``. A packaged data set knows its own.
+    outputs
+        Classes, columns of a regression's target, or for ``novelty`` the most recordings that one device has.
     """
 
     name: str | None = None
@@ -78,16 +103,34 @@ class OnOff(Section):
 
 
 class ProfileSettings(Section):
-    """``[devices.profile]``, in simulation only: what each device would need, on a virtual clock.
+    """``[devices.profile]``: what each device can do, on a virtual clock. In simulation only.
 
-    ``compute``: speed relative to one core of this machine; ``uplink`` and ``downlink`` in Mbit/s; ``latency``: seconds
-    of a round trip, once an exchange. Each is a number or a lognormal over the devices. ``availability``: the
-    probability that a device is there in a round, or a Markov chain. ``dropout``: the probability that it is lost in an
-    exchange. ``trace``: a CSV file, see :class:`fedsplit.server.virtual.trace.Trace`, that begins again every
-    ``trace_period`` seconds. ``preset`` stands for typical figures, of which those that are given take the place; see
-    :meth:`filled`.
-    ``release_seconds`` and ``gradient_seconds``: what one core of this machine needs to release a record, and for its
-    gradient; measured where they are absent, so give them where runs must be equal.
+    A lognormal quantity is a table ``{ median = m, sigma = s }``; each device draws its own value.
+
+    Attributes
+    ----------
+    preset
+        Typical figures for all keys below. A key that is given wins over the preset's.
+    compute
+        Speed, relative to one core of this machine.
+    uplink
+        Mbit/s (10^6 bits) from the device.
+    downlink
+        Mbit/s (10^6 bits) to the device.
+    latency
+        Seconds of a round trip, once per exchange.
+    availability
+        The probability that a device is there in a round, or the mean seconds for which it is on and off by turns.
+    dropout
+        The probability that a device is lost during an exchange.
+    trace
+        A CSV file of what devices could do at which time; see :class:`fedsplit.server.virtual.trace.Trace`.
+    trace_period
+        Seconds after which the trace begins again.
+    release_seconds
+        Seconds that one core of this machine needs to release one record. Measured, anew for each run, if absent.
+    gradient_seconds
+        Seconds that one core of this machine needs for one record's gradient. Measured if absent.
     """
 
     preset: Literal["phones-4g", "wearables-ble", "hospital-lan"] | None = None
@@ -122,12 +165,28 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 class DeviceSettings(Section):
-    """``[devices]``: how many there are (test devices included), how many a node hosts, who holds what.
+    """``[devices]``: how many devices there are, who holds which records, and who takes part in a round.
 
-    ``test``: a list of device ids, a number (the last ones) or ``"all"`` (every device that has test records).
-    ``fraction`` of the training devices is sampled in each round, ``sampling`` by chance, by size or fairly; see
-    :class:`fedsplit.plan.schedule.Schedule`. ``over_sampling`` times as many are asked, and the round ends with the
-    answers of those who come first.
+    Attributes
+    ----------
+    count
+        The number of devices, test devices included. Optional where the data know it.
+    per_node
+        Devices that one node hosts. It changes the speed, never the weights.
+    partition
+        How records are dealt: as the data have it, at random in equal parts, or by a Dirichlet draw of classes.
+    alpha
+        The Dirichlet distribution's parameter. The smaller it is, the more the devices' classes differ.
+    fraction
+        The share of the training devices that a round asks: its cohort.
+    sampling
+        How the cohort is drawn: by chance, in proportion to the devices' records, or those first that were heard least.
+    over_sampling
+        A round asks this many times the cohort and ends as soon as the cohort's number has answered.
+    test
+        The devices that test: a list of ids, a number (the last ones), or every device that has test records.
+    profile
+        What each device can do on a virtual clock; see below.
     """
 
     count: Positive | None = None
@@ -148,10 +207,18 @@ class DeviceSettings(Section):
 
 
 class ModelSettings(Section):
-    """``[model]``: a built-in ``name`` with the first layer's ``width`` and ``activation``, or a ``builder``.
+    """``[model]``: the network. Give a built-in ``name`` or a ``builder``.
 
-    ``width`` is the first layer's output channels or units. ``builder`` is a module:function that takes nothing and
-    returns a SplitModel.
+    Attributes
+    ----------
+    name
+        A built-in network.
+    builder
+        ``module:function``, which takes nothing and returns a :class:`fedsplit.model.split.SplitModel`.
+    width
+        The first layer's units or output channels, for a built-in network.
+    activation
+        The activation after the first layer, for a built-in network.
     """
 
     name: Literal["sensor-cnn", "image-cnn", "mlp"] | None = None
@@ -161,10 +228,26 @@ class ModelSettings(Section):
 
 
 class DroppingSettings(Section):
-    """``[dropping]``: the policy and its numbers; see :mod:`fedsplit.release.policies`.
+    """``[dropping]``: which of the first layer's outputs leave a device; see :mod:`fedsplit.release.policies`.
 
-    ``policy``: one that comes with fedsplit or ``module:Name`` of somebody's own, whose fields are then keys, too.
-    ``mask = "keyed"`` keeps the same outputs of a record in all rounds; prediction is always keyed.
+    Attributes
+    ----------
+    policy
+        ``none`` sends every output, ``random`` each with probability ``keep``, ``at-most`` up to ``k`` drawn at random,
+        ``top-k`` the ``k`` largest, ``units`` all outputs of a layer of ``k``, ``bits`` all outputs as short codes.
+        Or ``module:Name``, a policy of your own, whose fields are then keys of this section.
+    keep
+        The probability that an output is kept, for ``random``.
+    k
+        Outputs per record, for ``at-most``, ``top-k`` and ``units``.
+    bits
+        Bits per output, for ``bits``.
+    clip
+        The largest Euclidean norm of a record's outputs; larger ones are scaled down. Goes with ``noise``.
+    noise
+        The standard deviation of the Gaussian noise on every output, in multiples of ``clip``.
+    mask
+        ``fresh`` draws new masks in each round, ``keyed`` keeps a record's mask. Predictions are always keyed.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -219,15 +302,36 @@ class DroppingSettings(Section):
 
 
 class ProtocolSettings(Section):
-    """``[protocol]``: the mode (no default), records per device and round, the trunk's mini-batches, the wire.
+    """``[protocol]``: what a round exchanges, how the trunk learns from it, and how long anybody waits.
 
-    ``chunk``: a number of records, ``"epoch"`` (all of a device's records), or in single-pass ``"spread"`` (an even
-    share in each round). First-layer gradients that come s rounds later than the mode's way count (1 + s)^-a, where a
-    is ``staleness_weight``. ``timeout`` is the seconds a message may take, ``deadline`` those after which a round goes
-    on without the answer: on the virtual clock of a profile, or of real nodes. With a profile ``min_nodes`` counts
-    devices. A node is left out for good after ``max_offences`` replies that no honest node would send. ``labels``:
-    whether they go to the server with the releases or stay at home, where the trunk's last layer is then computed; see
-    :mod:`fedsplit.server.at_home`.
+    Attributes
+    ----------
+    mode
+        ``synchronous``: two exchanges per round, with this round's gradients. ``pipelined``: one exchange, gradients
+        one round late. ``single-pass``: every record leaves once, over all rounds. ``release-once``: every record
+        leaves once, and the first layer learns from public records alone.
+    chunk
+        Records per device and round: a number, all of them, or (in single-pass) an even share of them in each round.
+    batch_size
+        Records in one mini-batch of the trunk.
+    trunk_epochs
+        How often the trunk goes through a round's releases.
+    labels
+        Whether labels travel with releases. With ``at-home`` devices compute the trunk's last layer.
+    dtype
+        The type of the values on the wire.
+    max_staleness
+        Rounds for which a device's cut gradients wait until it is heard again.
+    staleness_weight
+        First-layer gradients that are s rounds late count (1 + s)^-a, where a is this number.
+    min_nodes
+        A round with fewer answers stops the run. With a profile it counts devices.
+    timeout
+        Seconds for which a message is good.
+    deadline
+        Seconds after which a round goes on without the missing answers, in the profile's time or on real nodes.
+    max_offences
+        A node is left out for good after this many replies that no honest node would send.
     """
 
     mode: Literal["synchronous", "pipelined", "single-pass", "release-once"]
@@ -265,10 +369,18 @@ class ProtocolSettings(Section):
 
 
 class FirstLayerSettings(Section):
-    """``[first-layer]``: the Flower strategy that aggregates it (or ``frozen``), its learning rate, its arguments.
+    """``[first-layer]``: how the server aggregates the first layer's gradients.
 
-    ``strategy``: ``frozen``, or as in :func:`fedsplit.server.aggregation.build_strategy`.
-    ``schedule`` as in :func:`fedsplit.common.seeds.scheduled`.
+    Attributes
+    ----------
+    strategy
+        ``frozen`` (the layer stays as it is), the name of a Flower strategy, or ``module:Class`` for your own.
+    lr
+        The learning rate.
+    schedule
+        How the learning rate changes over the rounds; see :func:`fedsplit.common.seeds.scheduled`.
+    args
+        Further arguments of the strategy.
     """
 
     strategy: str = "FedAdam"
@@ -286,11 +398,24 @@ class FirstLayerSettings(Section):
 
 
 class TrunkSettings(Section):
-    """``[trunk]``: its optimizer and learning rate; ``schedule`` as in :func:`fedsplit.common.seeds.scheduled`.
+    """``[trunk]``: how the server trains all layers after the first.
 
-    ``thinning``: in learning, up to this share of a record's outputs counts as dropped, too, drawn anew in each step.
-    ``replay_mb``: the most megabytes that releases kept for replay take between rounds; without it all are kept.
-    While the trunk learns it has a second copy of them, and the round's own.
+    Attributes
+    ----------
+    optimizer
+        The optimizer.
+    lr
+        The learning rate.
+    momentum
+        The momentum, for ``sgd``.
+    weight_decay
+        The weight decay.
+    schedule
+        How the learning rate changes over the rounds; see :func:`fedsplit.common.seeds.scheduled`.
+    thinning
+        In each training step the trunk also drops up to this share of a record's outputs, drawn anew.
+    replay_mb
+        The most megabytes of releases kept for replay; the oldest are forgotten first. Without it all are kept.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "adam"
@@ -309,10 +434,22 @@ class TrunkSettings(Section):
 
 
 class PublicSettings(Section):
-    """``[public]``: labelled records that nobody has to protect, from devices that give them or from an .npz ``file``.
+    """``[public]``: labelled records that need no protection. Give ``devices`` or a ``file``.
 
-    Both halves of the network learn from them for ``epochs`` (with Adam and ``lr``) before any device is asked.
-    ``penalty`` weighs :func:`fedsplit.server.warmup.covariance_penalty`. An attacker is taken to know them.
+    Both halves of the network learn from them before any device is asked. Attackers are assumed to know them.
+
+    Attributes
+    ----------
+    devices
+        The ids of the devices that give their records to everybody.
+    file
+        An ``.npz`` file with ``x`` and ``y``.
+    epochs
+        Epochs of learning from public records.
+    lr
+        Adam's learning rate for them.
+    penalty
+        The weight of :func:`fedsplit.server.warmup.covariance_penalty`, which makes releases harder to invert.
     """
 
     devices: list[Annotated[int, Field(ge=0)]] | None = None
@@ -329,14 +466,28 @@ class PublicSettings(Section):
 
 
 class GuardSettings(Section):
-    """``[guard]``, in simulation only: ``observe`` counts what the ``limits`` (a file) would refuse, or ``enforce``."""
+    """``[guard]``: what a simulated device's guard does. Real nodes follow their owners' limits instead.
+
+    Attributes
+    ----------
+    mode
+        ``observe`` counts what the limits would refuse, ``enforce`` refuses it.
+    limits
+        A limits file. Without it the shipped limits hold.
+    """
 
     mode: Literal["observe", "enforce"] = "observe"
     limits: str | None = None
 
 
 class AuditSettings(Section):
-    """``[audit]``, in simulation only: record what ``targets`` records release, and their originals."""
+    """``[audit]``: what a simulated run records for ``fedsplit audit``.
+
+    Attributes
+    ----------
+    targets
+        The number of private records whose originals and releases are recorded. 0 records nothing.
+    """
 
     targets: Annotated[int, Field(ge=0)] = 0
 
@@ -358,12 +509,21 @@ MAXIMISED = ("test_accuracy", "test_auc")
 
 
 class TuneSettings(Section):
-    """``[tune]``, for ``fedsplit tune``: what to look for, in which ``space`` of settings, in how many ``trials``.
+    """``[tune]``: what ``fedsplit tune`` searches for.
 
-    Each trial is run with so many ``seeds``, from ``run.seed`` on, and objectives are averaged over them.
-    ``constraints``: by objective, how much it may be at most (``test_accuracy`` and ``test_auc``: at least).
-    ``space``: see :class:`fedsplit.tuning.space.Space`; without it, budgets of dropping and learning rates around those
-    that are set.
+    Attributes
+    ----------
+    trials
+        The number of trials.
+    seeds
+        Seeds per trial, from ``run.seed`` on. Objectives are averaged over them.
+    objectives
+        Up to three figures to improve together.
+    constraints
+        By objective, the most that a run may have (of ``test_accuracy`` and ``test_auc``: the least).
+    space
+        The settings to search; see :class:`fedsplit.tuning.space.Space`. Without it, policies, budgets and learning
+        rates around those that are set.
     """
 
     trials: Positive = 40

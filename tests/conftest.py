@@ -31,8 +31,10 @@ _RAY = ("test_engine", "test_simulation", "test_readme", "test_tune")  # each lo
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, with ``-n``, and all that start Ray in the same one."""
+    """Keep a file's tests in one process, with ``-n``, and all that start Ray in the same one; a marker wins."""
     for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
         name = item.path.stem
         item.add_marker(pytest.mark.xdist_group("ray" if name in _RAY else name))
 

@@ -162,11 +162,7 @@ def accuracy(job: Job) -> float:
     settings = settings_for(seed, mode, partition, row)
     experiment = Experiment(settings)
     source, model = experiment.source, experiment.model
-    strategy = split_strategy(experiment, run=1)
-    if ROWS[row][1]:
-        own = strategy.trunk
-        task, outputs, options = own.task, own.outputs, own.options
-        strategy.trunk = TrimmedTrunk(own.module, own.cut_shape, task, outputs, options, own.rounds, own.seed)
+    strategy = split_strategy(experiment, run=1, kind=TrimmedTrunk if ROWS[row][1] else None)
     drawn = np.random.default_rng(seed_of(seed, "hostile devices")).permutation(DEVICES)[:HOSTILE]
     hostile = set(drawn.tolist()) if attack != "none" else set()
     with tempfile.TemporaryDirectory() as folder:

@@ -28,15 +28,23 @@ torch.set_num_threads(1)  # tests share the machine, and threads that wait for e
 
 _LONGEST = 3600  # seconds for all tests together
 _RAY = ("test_engine", "test_simulation", "test_readme", "test_tune")  # each looks for what it has left running
+_APART = ("test_pages",)  # whose tests may run in any process
+_RAY_PAGE = "[tune]"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, with ``-n``, and all that start Ray in the same one; a marker wins."""
-    for item in items:
-        if item.get_closest_marker("xdist_group"):
-            continue
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("ray" if name in _RAY else name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Keep a file's tests in one process, with ``-n``, and all that start Ray in the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            if Path(file).stem in _RAY or nodeid.endswith(_RAY_PAGE):
+                return "ray"
+            return nodeid if Path(file).stem in _APART else file
+
+    return Files(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:

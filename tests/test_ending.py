@@ -18,9 +18,9 @@ HANGS = """signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 @pytest.mark.parametrize("body", [DIES, HANGS], ids=["dies", "hangs"])
 def test_a_run_ends_within_a_minute_of_a_process_that_dies(tmp_path: Path, body: str) -> None:
     options = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    shorter = {"addopts": options["addopts"], "faulthandler_timeout": 2}
-    kept = {"faulthandler_exit_on_timeout": options["faulthandler_exit_on_timeout"]}
-    (tmp_path / "pytest.ini").write_text("\n".join(["[pytest]", *(f"{k} = {v}" for k, v in (shorter | kept).items())]))
+    kept = {key: options[key] for key in ("addopts", "faulthandler_exit_on_timeout")}
+    lines = [f"{key} = {value}" for key, value in {**kept, "faulthandler_timeout": 2}.items()]
+    (tmp_path / "pytest.ini").write_text("\n".join(["[pytest]", *lines]))
     (tmp_path / "conftest.py").symlink_to(TESTS / "conftest.py")
     imports = "import ctypes\nimport os\nimport signal\nfrom pathlib import Path"
     (tmp_path / "test_bad.py").write_text(f"{imports}\n\n\ndef test_bad():\n    Path('began').touch()\n    {body}\n")

@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedsplit"
 CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-FLOORS, FLOWER, RAY, WEB, SETTINGS = (contract["name"] for contract in CONTRACTS)
+FLOORS, SEAL, FLOWER, RAY, WEB, SETTINGS = (contract["name"] for contract in CONTRACTS)
 VIOLATIONS = [
     ("device/home.py", "import fedsplit.server.rounds", FLOORS),
     ("server/roster.py", "import fedsplit.device.home", FLOORS),
     ("audit/scores.py", "import fedsplit.device.home", FLOORS),
     ("wire/coding.py", "import fedsplit.guard.guard", FLOORS),
     ("common/seeds.py", "import fedsplit.data", FLOORS),
+    ("device/node.py", "from fedsplit.release.seal import SEAL", SEAL),
     ("device/predictor.py", "import flwr", FLOWER),
     ("server/trunk.py", "import flwr.app", FLOWER),
     ("runs/training.py", "import ray", RAY),

@@ -24,7 +24,7 @@ from fedsplit.audit.prior import (
     whiten,
 )
 from fedsplit.common.arrays import IntArray
-from fedsplit.guard.criterion import double
+from fedsplit.model.kinds.base import double
 
 Public = tuple[Floats, Floats, Labels]  # of public records: releases (P, f), the records (P, n), labels (P,)
 

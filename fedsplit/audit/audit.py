@@ -4,7 +4,6 @@ Every figure is a lower bound on what leaks. Before anything is believed, the at
 raw gradient (the negative control).
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from torch import nn
 
 from fedsplit.audit.attacks import decoder, lmmse, map_qp, wiener
 from fedsplit.audit.evidence import Evidence, GradientGroup, equations, released
-from fedsplit.audit.gradient_attacks import conv_operator, gradient_conv, gradient_dense, negative_control
+from fedsplit.audit.gradient_attacks import gradient_conv, gradient_dense, negative_control
 from fedsplit.audit.prior import Labels, Prior
 from fedsplit.audit.scores import summarise
 from fedsplit.common.arrays import IntArray
 from fedsplit.data import Records
 from fedsplit.guard.criterion import coordinates
+from fedsplit.model.kinds.base import double
 from fedsplit.model.layer import FirstLayer
 
 Array = NDArray[np.float64]
@@ -239,22 +239,18 @@ def _gradient(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, 
 
 def _group(evidence: Evidence, prior: Prior, group: GradientGroup, labels: Any) -> Array | None:
     """Solve one group's sums for all its records; None if they are too many."""
-    layer = evidence.layer.layer
-    records, weights = len(group.places), layer.get_parameter("weight").numel()
-    # the sums' last numbers are the bias's: they hold no record
-    sums = [np.asarray(total[:weights], dtype=np.float64) for total in group.sums]
-    if isinstance(layer, nn.Linear):
-        if evidence.layer.width != layer.out_features:
-            return None
-        shaped = [total.reshape(layer.out_features, -1) for total in sums]
-        return gradient_dense(prior, labels, group.deltas, shaped)
+    kind, shape, records = evidence.layer.kind, evidence.layer.cut_shape, len(group.places)
+    deltas = [double(d).reshape(records, *shape) for d in group.deltas]
+    pairs = zip(group.sums, deltas, strict=True)
+    sums = [kind.of_records(double(total), delta).numpy() for total, delta in pairs]
+    if kind.dense and len(shape) == 1:
+        return gradient_dense(prior, labels, group.deltas, [total.reshape(shape[0], -1) for total in sums])
     n = int(np.prod(evidence.layer.input_shape))
-    if records * n * weights * len(sums) > _LARGEST_GRADIENT:
+    if records * n * sum(map(len, sums)) > _LARGEST_GRADIENT:
         return None
 
     def operator(i: int) -> Array:
-        shape = evidence.layer.cut_shape
-        return np.concatenate([conv_operator(evidence.layer, d[i].reshape(shape)) for d in group.deltas], axis=1)
+        return np.concatenate([kind.operator(d[i]).numpy() for d in deltas], axis=1)
 
     return gradient_conv(prior, labels, operator, np.concatenate(sums), records)
 
@@ -289,25 +285,13 @@ def _control(evidence: Evidence, seed: int) -> dict[str, Any]:
     A narrow layer's gradient does not, nor that of a convolution whose strides skip numbers: a wide layer of the same
     kind stands in for it.
     """
-    layer, n = evidence.layer, int(np.prod(evidence.layer.input_shape))
-    records = evidence.subjects.x[: 16 if isinstance(layer.layer, nn.Linear) else 2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        control = FirstLayer(_wide(layer.layer, 1.4 * len(records) * n), nn.ReLU(), layer.input_shape)
+        module, count = evidence.layer.kind.control(len(evidence.subjects.x))
+        control = FirstLayer(module, nn.ReLU(), evidence.layer.input_shape)
+    records = evidence.subjects.x[:count]
     found = negative_control(control, control.initial_weights(), records, seed)
     return {"records": len(records), "psnr": float(found), "holds": bool(found > CONTROL)}
-
-
-def _wide(layer: nn.Module, equations: float) -> nn.Module:
-    """Return a fresh layer whose gradient has at least so many equations, and that reaches every number."""
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, max(256, layer.out_features))
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-    each = layer.get_parameter("weight")[0].numel()
-    channels = math.ceil(equations / each / layer.groups) * layer.groups
-    padding: Any = tuple(k // 2 for k in layer.kernel_size)
-    kernel: Any = layer.kernel_size
-    return type(layer)(layer.in_channels, channels, kernel, padding=padding, groups=layer.groups)
 
 
 def _is_image(evidence: Evidence) -> bool:

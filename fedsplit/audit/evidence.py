@@ -7,26 +7,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from fedsplit.audit.transcript import Exchange, Subjects, exchanges
 from fedsplit.common.arrays import FloatArray, IntArray, unpack_bitmap
 from fedsplit.data import Records
 from fedsplit.guard.criterion import LayerMap
+from fedsplit.guard.releaser import Releaser
+from fedsplit.model.activations import Preimage
 from fedsplit.model.layer import FirstLayer
-from fedsplit.release.making import Chunk, forward
+from fedsplit.release.making import Chunk
 from fedsplit.release.policy import Policy
-from fedsplit.release.streams import KEYED_ROUND, simulation_secret
+from fedsplit.release.streams import simulation_secret
 from fedsplit.wire.release import Release
 
 Array = NDArray[np.float64]
-_INVERSES: dict[type[nn.Module], Any] = {
-    nn.ReLU: lambda a: a,
-    nn.Identity: lambda a: a,
-    nn.LeakyReLU: lambda a: np.where(a < 0, a / nn.LeakyReLU().negative_slope, a),
-    nn.Tanh: np.arctanh,
-    nn.Sigmoid: lambda a: np.log(a / (1 - a)),
-}
+_ROUNDING = 1e-6  # of a device's own pre-activations
+_SURE = 4.0  # standard deviations of noise that a bound is apart from what was sent
 
 
 @dataclass(frozen=True)
@@ -197,8 +193,7 @@ def released_bytes(layer: FirstLayer, dropping: Policy, dtype: str, chunk: Chunk
 def _release(
     layer: FirstLayer, dropping: Policy, dtype: str, weights: FloatArray, chunk: Chunk, secret: bytes
 ) -> Release:
-    kept = forward(layer, dropping, lambda _: secret, chunk, weights, KEYED_ROUND, b"audit", want_slopes=False).kept
-    return Release.pack(kept, chunk.devices, chunk.records, chunk.y, dtype, dropping.code.bits)
+    return Releaser(layer, dropping, dtype, lambda _: secret).unguarded(chunk, weights, "audit")
 
 
 def dense(release: Release) -> tuple[NDArray[np.bool_], FloatArray]:
@@ -241,8 +236,9 @@ class _Sums:
         pattern, values = dense(release)
         delta = np.zeros(pattern.shape, dtype=np.float32)
         delta[pattern] = cut
-        if not self._layer.unit_slope and (invert := _inverse(self._layer)) is not None:
-            delta[pattern] *= self._layer.derivative(invert(values[pattern]).astype(np.float32))
+        if not self._layer.unit_slope:
+            before = self._layer.nonlinearity.inverse(values[pattern].astype(np.float64))
+            delta[pattern] *= self._layer.derivative(before.astype(np.float32))
         return delta
 
     def groups(self, place: dict[tuple[int, int], int]) -> list[GradientGroup]:
@@ -257,11 +253,6 @@ class _Sums:
                 labels = np.array([self._labels[name] for name in names])
                 groups.append(GradientGroup(deltas, [total for _, total in sums], places, labels))
         return groups
-
-
-def _inverse(layer: FirstLayer) -> Any:
-    """Return the inverse of a layer's activation, None if it has none."""
-    return _INVERSES.get(type(layer.activation))
 
 
 @dataclass(frozen=True)
@@ -282,36 +273,44 @@ class Equations:
 def equations(evidence: Evidence, targets: IntArray) -> Equations:
     """Gather the equations of some targets over all their releases.
 
-    A value sent is an equation; what was not sent is an inequality where the policy tells why: relu outputs below zero,
-    or below the smallest that top-k kept. One-bit codes are inequalities alone.
+    A value sent is an equation where it tells the output, and that its pre-activation, within an error; else it bounds
+    this. So does what was not sent, where the policy tells why.
     """
     n = int(np.prod(evidence.layer.input_shape))
     found: dict[int, list[tuple[Array, Array, Array, Array, Array]]] = {t: [] for t in targets.tolist()}
-    invert = _inverse(evidence.layer)
-    for seen in evidence.seen if invert is not None else ():
+    for seen in evidence.seen:
         rows, bias = evidence.map(seen.weights).rows(np.arange(evidence.layer.width)), evidence.bias(seen.weights)
         for i, target in enumerate(seen.targets.tolist()):
             if target in found:
-                found[target].append(_one(evidence, rows, bias, seen.pattern[i], seen.values[i], invert))
+                found[target].append(_one(evidence, rows, bias, seen.pattern[i], seen.values[i]))
     empty = (np.zeros((0, n)), np.zeros(0), np.zeros(0), np.zeros((0, n)), np.zeros(0))
     parts = [[np.concatenate(p) for p in zip(empty, *found[t], strict=True)] for t in targets.tolist()]
     return Equations([p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts], [(p[3], p[4]) for p in parts])
 
 
 def _one(
-    evidence: Evidence, rows: Array, bias: Array, pattern: NDArray[np.bool_], values: FloatArray, invert: Any
+    evidence: Evidence, rows: Array, bias: Array, pattern: NDArray[np.bool_], values: FloatArray
 ) -> tuple[Array, Array, Array, Array, Array]:
-    policy, code = evidence.dropping, evidence.dropping.code
-    sent, limit = values[pattern].astype(np.float64), policy.silence(evidence.layer).limit(pattern, values)
-    left, right = np.zeros((0, rows.shape[1])), np.zeros(0)
-    if evidence.layer.positive_only:
-        known = ~pattern & np.isfinite(limit)
-        left, right = rows[known], limit[known] - bias[known]
-    if not code.exact:
-        left, right = np.concatenate([left, -rows[pattern]]), np.concatenate([right, bias[pattern]])
-        return np.zeros((0, rows.shape[1])), np.zeros(0), np.zeros(0), left, right
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rhs = np.nan_to_num(invert(code.centre(sent)), posinf=10, neginf=-10) - bias[pattern]
-    deviation = policy.noisy.deviation if policy.noisy is not None else 0.0
-    noise = np.hypot(code.error(sent, evidence.dtype) + 1e-6, deviation)
-    return rows[pattern], rhs, noise, left, right
+    """Return a release's equations with their noise, and its inequalities."""
+    sent, least, most = _preimage(evidence, values[pattern]), np.full(len(bias), -np.inf), np.full(len(bias), np.inf)
+    known = np.isfinite(sent.deviation)
+    least[pattern], most[pattern] = np.where(known, -np.inf, sent.low), np.where(known, np.inf, sent.high)
+    limit = evidence.dropping.silence(evidence.layer).limit(pattern, values)
+    silent = ~pattern & np.isfinite(limit)
+    least[silent], most[silent] = evidence.layer.nonlinearity.within(limit[silent])
+    above, below = np.isfinite(least), np.isfinite(most)
+    left, right = (
+        np.concatenate([rows[below], -rows[above]]),
+        np.concatenate([(most - bias)[below], (bias - least)[above]]),
+    )
+    exact = np.flatnonzero(pattern)[known]
+    return rows[exact], sent.point[known] - bias[exact], sent.deviation[known] + _ROUNDING, left, right
+
+
+def _preimage(evidence: Evidence, values: FloatArray) -> Preimage:
+    """Return what a record's values as sent tell of its pre-activations."""
+    code, noisy, sent = evidence.dropping.code, evidence.dropping.noisy, values.astype(np.float64)
+    deviation = 0.0 if noisy is None else noisy.deviation
+    error, (least, most) = np.hypot(code.error(sent, evidence.dtype), deviation), code.bounds(sent, evidence.dtype)
+    apart = _SURE * deviation
+    return evidence.layer.nonlinearity.preimage(code.centre(sent), error, least - apart, most + apart)

@@ -1,11 +1,10 @@
 """Attacks on sums of first-layer gradients, with the activations of the same records where these left, too."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsplit.audit.prior import (
     Array,
@@ -21,7 +20,7 @@ from fedsplit.audit.prior import (
 )
 from fedsplit.audit.scores import psnr
 from fedsplit.common.arrays import FloatArray
-from fedsplit.guard.criterion import double
+from fedsplit.model.kinds.base import double
 from fedsplit.model.layer import FirstLayer
 
 FLOAT32 = 2.0**-24  # relative rounding error of a float32 gradient
@@ -116,28 +115,6 @@ def _pull(tell: Callable[[Tensor], Tensor], q: Tensor, rest: Tensor, iterations:
     return torch.einsum("ikn,ik->in", q, v)
 
 
-def conv_operator(first_layer: FirstLayer, delta: Floats) -> Array:
-    """Return G ``(n, p)`` of a record: its part in the gradient of the convolution's weights is ``G' x``.
-
-    Parameters
-    ----------
-    delta : array (*cut_shape)
-    """
-    c, shape = first_layer.layer, first_layer.input_shape
-    assert isinstance(c, nn.Conv1d | nn.Conv2d)
-    kernel, dilation, stride = ((1, *v)[-2:] for v in (c.kernel_size, c.dilation, c.stride))
-    # which values each position sees, numbered from 1; 0 is padding
-    numbers = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64).reshape(1, shape[0], -1, shape[-1])
-    seen = nn.functional.unfold(numbers, kernel, dilation, (0, *c.padding)[-2:], stride)[0].long()
-    seen = seen.reshape(c.groups, -1, seen.shape[1])  # (groups, channels x kernel, positions)
-    d = double(delta).reshape(c.groups, -1, seen.shape[2])  # (groups, filters, positions)
-    g = torch.zeros(numbers.numel() + 1, *d.shape[:2], seen.shape[1], dtype=torch.float64)
-    for group in range(c.groups):
-        for weight, places in enumerate(seen[group]):
-            g[places, group, :, weight] = d[group].T
-    return g[1:].flatten(1).numpy()
-
-
 def gradient_conv(
     prior: Prior,
     labels: Labels,
@@ -155,7 +132,7 @@ def gradient_conv(
     Parameters
     ----------
     operator : function of i
-        Returns G ``(n, p)`` of record i, as :func:`conv_operator` does; several releases stand side by side.
+        Returns G ``(n, p)`` of record i, as a layer's kind does; several releases stand side by side.
     sums : array (p,)
         The sum of ``G' x`` over the records.
     activations, precision
@@ -220,10 +197,11 @@ def negative_control(
     delta = np.random.default_rng(seed).normal(size=(len(x), *first_layer.cut_shape)).astype(np.float32)
     delta *= first_layer.derivative(first_layer.pre_activations(weights, x).numpy())
     flat = x.reshape(len(x), -1)
-    sums = first_layer.gradient(x, delta)[: math.prod(first_layer.shapes["weight"])]
+    kind, d = first_layer.kind, double(delta)
+    sums = kind.of_records(double(first_layer.gradient(x, delta)), d).numpy()
     prior = Prior.blank(flat.shape[1])
-    if isinstance(first_layer.layer, nn.Linear):
+    if kind.dense and delta.ndim == 2:
         guess = gradient_dense(prior, None, [delta], [sums.reshape(delta.shape[1], -1)])
     else:
-        guess = gradient_conv(prior, None, lambda i: conv_operator(first_layer, delta[i]), sums, len(x))
+        guess = gradient_conv(prior, None, lambda i: kind.operator(d[i]).numpy(), sums, len(x))
     return float(psnr(flat, guess, peak).min())

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsplit.common.arrays import IntArray
-from fedsplit.guard.criterion import double
+from fedsplit.model.kinds.base import double
 
 Array = NDArray[np.float64]
 Floats = NDArray[np.floating]

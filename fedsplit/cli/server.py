@@ -124,7 +124,7 @@ def run(
         said = "[guard], [audit] and [devices.profile] are for simulations: left out"
         stderr.print(said, markup=False, highlight=False)
     folder = (out or default_folder(settings)).resolve()
-    modules = runs.own_modules(config.resolve().parent, list(names_code(settings, on_nodes=True).values()))
+    modules = runs.own_modules(config.resolve().parent, list(names_code(settings).values()))
     if not resume:
         check_fresh(folder)
     forget_state(folder)

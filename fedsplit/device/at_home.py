@@ -39,10 +39,10 @@ class AtHomeNode(Node):
 
     def evaluate(self, download: Download) -> Upload:
         """Release the test records that the schedule names, and remember which they are."""
-        upload, chunk, outputs = self._release_tests(download)
+        upload, leaving = self._release_tests(download)
         tests = self._tests(download.run)
         tests.forget_before(download.round_number)
-        tests.save_pending(download.round_number, pending_of(download, chunk, outputs))
+        tests.save_pending(download.round_number, pending_of(download, leaving))
         return upload
 
     def apply_head(self, download: HeadDownload, *, test: bool) -> HeadUpload:
@@ -93,7 +93,7 @@ class AtHomeNode(Node):
         ends = np.cumsum(pending.records)[:-1]
         try:
             parts = zip(pending.devices.tolist(), np.split(pending.index, ends), strict=True)
-            return np.concatenate([self._records(device, test=test).y[index] for device, index in parts])
+            return np.concatenate([self.records.of(device, test=test).y[index] for device, index in parts])
         except Exception as error:  # a device's own code may raise anything
             log.warning("round %d: a device fails with its labels (%s)", download.round_number, type(error).__name__)
             return None

@@ -16,22 +16,25 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from torch import nn
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing
 from fedsplit.data import Scaling
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.activations import ACTIVATIONS
+from fedsplit.model.kinds import kind_named
+from fedsplit.model.layer import FirstLayer
 from fedsplit.release.chosen import built_in, from_outside, numbers_of, with_noise
 from fedsplit.release.policies import BUILT_IN
 from fedsplit.release.policy import Policy
 from fedsplit.wire.exchange import weights_digest
 
 DESCRIPTION, WEIGHTS = "device.json", "first_layer.safetensors"
-_LAYERS: dict[str, type[nn.Module]] = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
-_OF_LINEAR = ("in_features", "out_features")
-_OF_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is not given, so that files are as they were when there was no such key."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class _Strict(BaseModel):
@@ -39,13 +42,18 @@ class _Strict(BaseModel):
 
 
 class Layer(_Strict):
-    """What a first layer is, besides its weights."""
+    """What a first layer is, besides its weights; ``numbers`` are the activation's own, where they are unusual."""
 
-    kind: Literal["Linear", "Conv1d", "Conv2d"]
+    kind: str
     arguments: dict[str, int | tuple[int, ...]]
     bias: bool
-    activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"]
+    activation: str
+    numbers: dict[str, float | str] | None = None
     input_shape: tuple[int, ...]
+
+    @model_serializer(mode="wrap")
+    def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _given(whole(self))
 
 
 class Dropping(_Strict):
@@ -78,7 +86,7 @@ class Dropping(_Strict):
 
     @model_serializer(mode="wrap")
     def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in whole(self).items() if value is not None}
+        return _given(whole(self))
 
 
 class _Description(_Strict):
@@ -211,22 +219,19 @@ def model_name(weights: FloatArray) -> str:
 
 
 def described(layer: FirstLayer) -> Layer:
-    """Return what a layer is, besides its weights; raises ConfigError if its activation has unusual numbers."""
-    module: Any = layer.layer
-    names = _OF_LINEAR if isinstance(module, nn.Linear) else _OF_CONVOLUTION
-    (activation,) = (name for name, kind in ACTIVATIONS.items() if type(layer.activation) is kind)
-    if repr(layer.activation) != repr(ACTIVATIONS[activation]()):
-        raise ConfigError(f"{layer.activation} cannot be exported: only activations with their usual numbers can")
+    """Return what a layer is, besides its weights; raises ConfigError if its kind cannot be exported."""
     return Layer(
-        kind=type(module).__name__,  # type: ignore[arg-type]
-        arguments={name: getattr(module, name) for name in names},
-        bias=module.bias is not None,
-        activation=activation,  # type: ignore[arg-type]
+        kind=layer.kind.name,
+        arguments=layer.kind.describe(),
+        bias="bias" in layer.shapes,
+        activation=layer.nonlinearity.name,
+        numbers=layer.nonlinearity.numbers or None,
         input_shape=layer.input_shape,
     )
 
 
 def _built(found: Layer) -> FirstLayer:
-    arguments: dict[str, Any] = {**found.arguments}
-    module = _LAYERS[found.kind](**arguments, bias=found.bias)
-    return FirstLayer(module, ACTIVATIONS[found.activation](), found.input_shape)
+    module = kind_named(found.kind).build(found.arguments, bias=found.bias)
+    if found.activation not in ACTIVATIONS:
+        raise ConfigError(f"activation {found.activation!r} is not known here")
+    return FirstLayer(module, ACTIVATIONS[found.activation](**(found.numbers or {})), found.input_shape)

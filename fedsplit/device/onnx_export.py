@@ -4,7 +4,6 @@ Dropping is *not* in it, nor are guard and ledger: whoever sends these activatio
 leaves has to be dropped from before, as :class:`fedsplit.device.predictor.Predictor` does it.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,7 @@ import numpy as np
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
 from fedsplit.data import Scaling
-from fedsplit.device.bundle import Bundle, described
-from fedsplit.model.layer import FirstLayer
+from fedsplit.device.bundle import Bundle
 
 ONNX = "first_layer.onnx"
 RECORDS, ACTIVATED = "records", "activations"
@@ -47,7 +45,7 @@ def onnx_model(bundle: Bundle) -> bytes:
     Raises
     ------
     ConfigError
-        If the package onnx is not there, or the activation has unusual numbers.
+        If the package onnx is not there, or the layer is of a kind that says no form for it.
     """
     try:
         from onnx import TensorProto, checker, helper, numpy_helper
@@ -55,7 +53,7 @@ def onnx_model(bundle: Bundle) -> bytes:
         raise ConfigError("--onnx needs the package onnx: pip install 'fedsplit[onnx]'") from None
     layer, graph = bundle.layer, _Graph()
     scaled = _scaled(graph, bundle.scaling, len(layer.input_shape))
-    _activated(graph, described(layer).activation, _linear(graph, layer, scaled))
+    layer.nonlinearity.onnx(graph, layer.kind.onnx(graph, scaled))
     op, inputs, _, attributes = graph.nodes[-1]
     nodes = [*graph.nodes[:-1], (op, inputs, ACTIVATED, attributes)]
     model = helper.make_model(
@@ -81,39 +79,3 @@ def _scaled(graph: _Graph, scaling: Scaling, axes: int) -> str:
     wide = (-1,) + (1,) * (axes - 1)  # along a record's first axis
     raw = graph.node("Sub", RECORDS, graph.constant("subtract", np.reshape(scaling.subtract, wide)))
     return graph.node("Div", raw, graph.constant("divide", np.reshape(scaling.divide, wide)))
-
-
-def _linear(graph: _Graph, layer: FirstLayer, x: str) -> str:
-    """Add the layer itself, without its activation."""
-    module: Any = layer.layer
-    found = described(layer)
-    weights = layer.initial_weights()
-    bias = [graph.constant("bias", weights["bias"])] if found.bias else []
-    if found.kind != "Linear":
-        return graph.node(
-            "Conv",
-            x,
-            graph.constant("weight", weights["weight"]),
-            *bias,
-            kernel_shape=module.kernel_size,
-            strides=module.stride,
-            pads=module.padding * 2,  # at the beginnings, then at the ends
-            dilations=module.dilation,
-            group=module.groups,
-        )
-    if module.in_features == math.prod(layer.input_shape):  # takes a record flattened
-        flat = graph.node("Flatten", x, axis=1)
-        return graph.node("Gemm", flat, graph.constant("weight", weights["weight"]), *bias, transB=1)
-    product = graph.node("MatMul", x, graph.constant("weight", weights["weight"].T))
-    return graph.node("Add", product, *bias) if bias else product
-
-
-def _activated(graph: _Graph, name: str, x: str) -> str:
-    """Add an activation, by its name in :data:`fedsplit.model.layer.ACTIVATIONS`."""
-    if name == "gelu":  # x / 2 (1 + erf(x / sqrt 2)), of nodes that older runtimes have, too
-        erf = graph.node("Erf", graph.node("Div", x, graph.constant("root", math.sqrt(2))))
-        share = graph.node("Mul", graph.node("Add", erf, graph.constant("one", 1.0)), graph.constant("half", 0.5))
-        return graph.node("Mul", x, share)
-    if name == "leaky_relu":
-        return graph.node("LeakyRelu", x, alpha=0.01)
-    return graph.node({"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid", "identity": "Identity"}[name], x)

@@ -17,14 +17,12 @@ from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.common.errors import DataError, RunError
 from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import ASKED, Home
-from fedsplit.guard.guard import Proposal, release_cost, release_name
-from fedsplit.release.making import Chunk, Outputs, forward
-from fedsplit.release.policy import name_of
+from fedsplit.guard.releaser import Releaser
+from fedsplit.release.making import Chunk
 from fedsplit.release.streams import KEYED_ROUND
 from fedsplit.wire.exchange import weights_digest
 from fedsplit.wire.ledger import Reason
 from fedsplit.wire.query import MOST_RECORDS, Query
-from fedsplit.wire.release import Release
 
 Ask = Callable[[bytes], FloatArray]
 _LARGEST = 1e30
@@ -81,6 +79,7 @@ class Predictor:
         self._bundle, self._home, self._ask = bundle, home, ask
         self._weights = bundle.weights
         self._device = home.devices[0]
+        self._releaser = Releaser(bundle.layer, bundle.dropping, bundle.dtype, home.device_secret)
 
     @classmethod
     def connect(
@@ -150,29 +149,16 @@ class Predictor:
 
     def release(self, raw: NDArray[Any]) -> tuple[Query, IntArray]:
         """Return what may leave of some records, written down already, and why others may not; see :meth:`predict`."""
-        bundle = self._bundle
-        chunk, names = self._chunk(raw)
-        name = release_name(
-            bundle.layer, self._weights, f"{name_of(bundle.dropping)} {bundle.dtype} predict", KEYED_ROUND
-        )
-        outputs = forward(
-            bundle.layer,
-            bundle.dropping,
-            self._home.device_secret,
-            chunk,
-            self._weights,
-            KEYED_ROUND,
-            name,
-            want_slopes=False,
-        )
-        refused = self._admit(chunk, names, outputs, name)
-        kept = outputs.kept.take(refused == 0)
-        none, count = np.zeros(len(kept.counts), dtype=np.int64), np.array([len(kept.counts)])
-        release = Release.pack(kept, chunk.devices, count, none, bundle.dtype, bundle.dropping.code.bits)
+        bundle, chunk = self._bundle, self._chunk(raw)
+        guard = self._home.guard(_LEDGER, bundle.layer)
+        made = self._releaser.make(chunk, self._weights, KEYED_ROUND, f"predict {bundle.scaling}")
+        leaving = self._releaser.admit(guard, made)
+        release = self._releaser.pack(leaving, np.zeros(len(leaving.chunk.index), dtype=np.int64))
+        refused = leaving.codes if guard.enforce else np.zeros_like(leaving.codes)
         return Query(weights_digest(self._weights), release), refused
 
-    def _chunk(self, raw: NDArray[Any]) -> tuple[Chunk, IntArray]:
-        """Return the scaled records and their numbers in the ledgers."""
+    def _chunk(self, raw: NDArray[Any]) -> Chunk:
+        """Return the scaled records, known by their content."""
         numbers = self._checked(raw)
         x = self._bundle.scaling.apply(numbers).astype(np.float64)
         if not np.isfinite(x).all():
@@ -185,8 +171,7 @@ class Predictor:
         # summed up in float64: another order of the sum, as in another runtime, changes no bit of what is sent
         index = (words & 0xFFFFFFFF).astype(np.int64)
         device = np.array([self._device])
-        chunk = Chunk(device, np.array([len(x)]), index, names[:, None], x, np.zeros(len(x)))
-        return chunk, names
+        return Chunk(device, np.array([len(x)]), index, names[:, None], x, np.zeros(len(x)), names)
 
     def _checked(self, raw: NDArray[Any]) -> NDArray[np.float64]:
         shape, scaling = self._bundle.layer.input_shape, self._bundle.scaling
@@ -205,25 +190,3 @@ class Predictor:
         if scaling.looks_scaled(numbers):
             raise DataError(f"records must be raw, up to {scaling.high:g}: these look scaled already")
         return numbers
-
-    def _admit(self, chunk: Chunk, names: IntArray, outputs: Outputs, name: bytes) -> IntArray:
-        """Ask the guard; what it lets leave is written down before this returns."""
-        bundle, kept = self._bundle, outputs.kept
-        guard = self._home.guard(_LEDGER, bundle.layer)
-        # a record that is asked about twice at once leaves twice, and has told the same: it is judged once
-        _, first, place = np.unique(names, return_index=True, return_inverse=True)
-        proposal = Proposal(
-            run=0,
-            round_number=0,
-            weights=self._weights,
-            name=name,
-            owners=chunk.owners,
-            records=names,
-            segments=names[:, None],
-            bitmap=kept.bitmap,
-            active=outputs.active,
-            cost=release_cost(kept, bundle.layer, bundle.dropping, bundle.dtype, self._weights),
-            exact=bundle.dropping.code.exact,
-        )
-        codes = guard.admit(proposal.take(first))[place]
-        return codes if guard.enforce else np.zeros_like(codes)

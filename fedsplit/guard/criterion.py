@@ -14,10 +14,10 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.grad import conv1d_input, conv2d_input
+from torch import Tensor
 
 from fedsplit.common.arrays import IntArray
+from fedsplit.model.kinds.base import double
 from fedsplit.model.layer import FirstLayer
 
 Array = NDArray[np.float64]
@@ -46,25 +46,18 @@ class LayerMap:
         self.layer = layer
         self.n = math.prod(layer.input_shape)
         self.width = layer.width
-        self.weight = double(weights["weight"])
-        zeros = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in layer.shapes.items()}
-        self._parameters = {**zeros, "weight": self.weight}
+        self._linear = layer.kind.linear({name: double(w) for name, w in weights.items()})
 
     def apply(self, x: NDArray[np.floating]) -> Array:
         """Return the outputs ``(records, width)`` of records ``(records, n)``, float64."""
         inputs = double(x).reshape(-1, *self.layer.input_shape)
-        outputs = self.layer.run(self._parameters, inputs)
+        outputs = self.layer.kind.apply(self._linear, inputs)
         return np.asarray(outputs.reshape(len(inputs), self.width).numpy())
 
     def transpose(self, u: NDArray[np.floating]) -> Array:
         """Return the transposed map ``(records, n)`` of ``u`` ``(records, width)``, float64."""
-        d, c = double(u).reshape(-1, *self.layer.cut_shape), self.layer.layer
-        if isinstance(c, nn.Linear):
-            x = d @ self.weight
-        else:
-            rule = conv1d_input if isinstance(c, nn.Conv1d) else conv2d_input
-            shape = (len(d), *self.layer.input_shape)
-            x = rule(shape, self.weight, d, c.stride, c.padding, c.dilation, c.groups)  # type: ignore[no-untyped-call]
+        d = double(u).reshape(-1, *self.layer.cut_shape)
+        x = self.layer.kind.transpose(self._linear, d)
         return np.asarray(x.reshape(len(d), self.n).numpy())
 
     def rows(self, index: IntArray) -> Array:
@@ -74,8 +67,17 @@ class LayerMap:
     @cached_property
     def norms(self) -> Array:
         """Norm of every row, float64 ``(width,)``."""
-        squared = LayerMap(self.layer, {"weight": self.weight.square().numpy()})
-        return np.asarray(np.sqrt(squared.apply(np.ones((1, self.n)))[0]))
+        return np.asarray(self.layer.kind.norms(self._linear).reshape(-1).numpy())
+
+    @cached_property
+    def kernels(self) -> Array:
+        """The distinct rows without what is zero by construction, float64 ``(rows, numbers)``."""
+        return np.asarray(self.layer.kind.kernels(self._linear).numpy())
+
+    @cached_property
+    def name(self) -> bytes:
+        """Equal only for equal rows."""
+        return b"".join(parameter.numpy().tobytes() for parameter in self._linear.values())
 
     @cached_property
     def _matrix(self) -> Array:
@@ -259,8 +261,8 @@ def stacked(releases: Sequence[Release]) -> tuple[list[LayerMap], Mask, Mask]:
     """
     joined: dict[bytes, Release] = {}
     for layer, mask in releases:
-        name = layer.weight.numpy().tobytes()
-        joined[name] = (layer, mask | joined[name][1] if name in joined else mask)
+        known = joined.get(layer.name)
+        joined[layer.name] = (layer, mask if known is None else mask | known[1])
     maps = [layer for layer, _ in joined.values()]
     kept = np.concatenate([mask for _, mask in joined.values()], axis=1)
     return maps, kept, kept & (np.concatenate([layer.norms for layer in maps]) > 0)
@@ -283,8 +285,3 @@ def _blocks(counts: IntArray, n: int) -> Iterator[tuple[IntArray, int]]:
         records = np.flatnonzero(counts == k)
         step = max(1, _BLOCK // max(1, k * n))
         yield from ((records[start : start + step], k) for start in range(0, len(records), step))
-
-
-def double(array: NDArray[np.generic]) -> Tensor:
-    """Return a float64 tensor, sharing memory where it can."""
-    return torch.from_numpy(np.require(array, np.float64, ["C", "W"]))  # torch warns of arrays that cannot be written

@@ -4,19 +4,16 @@ The server knows the deltas D (each record's gradient at the pre-activations), s
 in the records X: a record is handed back exactly iff its leverage in D is 1.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.functional import unfold
+from torch import Tensor
 
-from fedsplit.guard.criterion import Array, LayerMap, Mask, bases_of, double, gather, rank_of, stacked
-from fedsplit.model.layer import FirstLayer
+from fedsplit.guard.criterion import Array, LayerMap, Mask, bases_of, gather, rank_of, stacked
+from fedsplit.model.kinds.base import double
 
 _SMALL = 1e-12  # squared sine of the angle below which a gradient's equation adds nothing to the activations'
 
@@ -75,14 +72,13 @@ def joint(
         The map of each release of activations; without it all are of ``layer``.
     """
     layers, outputs, alive = stacked(list(zip(maps or [layer] * len(kept), kept, strict=True)))
-    spread = torch.cat([_spread(layer.layer, double(delta)) for delta in deltas], dim=-1)
+    spread = torch.cat([layer.layer.kind.spread(double(delta)) for delta in deltas], dim=-1)
     groups, records, positions, _ = spread.shape
     spaces = [_column_space(rows.flatten(0, 1))[0].reshape(records, positions, -1) for rows in spread]
     alone = torch.stack([u.square().sum(-1).amax(1) for u in spaces]).amax(0).clamp(max=1).numpy()
     rank = sum(u.shape[-1] for u in spaces)
     share = (int(outputs.sum()) + rank * layer.n // (positions * groups)) / (records * layer.n)
-    dense = isinstance(layer.layer.layer, nn.Linear)
-    largest = alone.max(initial=0.0) if dense else _largest_joint(layers, alive, spaces)
+    largest = alone.max(initial=0.0) if layer.layer.kind.dense else _largest_joint(layers, alive, spaces)
     return Joint(share, float(largest), alone, rank)
 
 
@@ -115,27 +111,6 @@ def _largest_joint(maps: list[LayerMap], alive: Mask, spaces: list[Tensor]) -> f
         added = torch.cat(parts).flatten(0, 1) - basis.T @ (along @ root)
         largest = max(largest, float((basis.square().sum(0) + added.square().sum(1)).max()))
     return min(largest, 1.0)
-
-
-def _spread(layer: FirstLayer, delta: Tensor) -> Tensor:
-    """Return ``(groups, N, positions, q)``: what a position's coordinates are multiplied by in the q gradients.
-
-    Those of one position, one for each input channel of the group, have the same factors, each in its own part of the
-    gradient. For a linear layer, positions are the record's leading axes, and the factors the delta.
-    """
-    if isinstance(layer.layer, nn.Linear):
-        return delta.reshape(1, len(delta), -1, layer.layer.out_features)
-    c, shape = cast(nn.Conv2d, layer.layer), layer.input_shape[1:]
-    flat = (1,) * (2 - len(shape))  # a Conv1d is a Conv2d of height 1
-    numbers = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(1, 1, *flat, *shape)
-    padding = (0,) * len(flat) + cast(tuple[int, ...], c.padding)
-    places = unfold(numbers, flat + c.kernel_size, flat + c.dilation, padding, flat + c.stride)[0].long()  # 0: padding
-    steps = delta.reshape(len(delta), c.groups, -1, places.shape[1]).permute(1, 0, 3, 2)  # (groups, N, steps, outputs)
-    size = (c.groups, len(delta), math.prod(shape) + 1, steps.shape[-1], len(places))
-    spread = torch.zeros(size, dtype=torch.float64)
-    for k, place in enumerate(places):
-        spread[:, :, place, :, k] = steps
-    return spread[:, :, 1:].flatten(3)
 
 
 def _column_space(rows: Tensor, *, scale: bool = True) -> tuple[Tensor, Tensor]:

@@ -9,19 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from fedsplit.common.errors import ConfigError
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "gelu": nn.GELU,
-    "identity": nn.Identity,
-}
-
+from fedsplit.model.activations import activation_of
+from fedsplit.model.kinds import kind_of
 
 Number = TypeVar("Number", bound=np.floating[Any])
 Weights = dict[str, NDArray[np.float32]]
@@ -29,17 +20,25 @@ _FEW = 64  # rows; the kernels seen differ below 4 per thread
 
 
 class FirstLayer:
-    """The part of the network that devices hold: one linear or convolutional layer and its activation.
+    """The part of the network that devices hold: one linear layer of whatever kind and its activation.
 
     Parameters
     ----------
-    layer : nn.Linear | nn.Conv1d | nn.Conv2d
+    layer : nn.Module
+        Linear, Conv1d, Conv2d or any other module that is linear in a record; see :mod:`fedsplit.model.kinds`.
         Its parameters are the *initial* weights; every call takes the weights to use as an argument, because a
         node gets them anew with each message.
     activation : nn.Module
         One of ReLU, LeakyReLU, Tanh, Sigmoid, GELU, Identity.
     input_shape : tuple[int, ...]
         Shape of one record. A linear layer with as many inputs as a record has numbers takes it flattened.
+
+    Attributes
+    ----------
+    kind : LayerKind
+        All that is known of the layer.
+    nonlinearity : Activation
+        All that is known of the activation.
 
     Raises
     ------
@@ -48,22 +47,13 @@ class FirstLayer:
     """
 
     def __init__(self, layer: nn.Module, activation: nn.Module, input_shape: tuple[int, ...]) -> None:
-        if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d):
-            raise ConfigError(f"first layer must be Linear, Conv1d or Conv2d, got {type(layer).__name__}")
-        if not isinstance(activation, tuple(ACTIVATIONS.values())):
-            raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {type(activation).__name__}")
-        if not isinstance(layer, nn.Linear) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
-            raise ConfigError("first layer must pad with zeros by a number, not by 'same' or another mode")
-        # torch would take records without a channel axis for one record without a batch axis
-        axes = {"Conv1d": 2, "Conv2d": 3}.get(type(layer).__name__, max(1, len(input_shape)))
-        if len(input_shape) != axes:
-            raise ConfigError(f"records of shape {input_shape} do not fit the first layer {layer}")
+        self.kind = kind_of(layer, input_shape)
         self.layer = layer
         self.activation = copy.deepcopy(activation)
         if hasattr(self.activation, "inplace"):
             self.activation.inplace = False  # type: ignore[assignment]  # pre-activations are needed after it
+        self.nonlinearity = activation_of(self.activation)
         self.input_shape = input_shape
-        self._flat = isinstance(layer, nn.Linear) and layer.in_features == math.prod(input_shape)
         self.cut_shape = self._cut_shape()
         self.width = math.prod(self.cut_shape)
         self.shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
@@ -89,7 +79,7 @@ class FirstLayer:
 
     def outputs(self, x: Tensor) -> Tensor:
         """Run the layer on ``(batch, *input_shape)`` with its own parameters, without the activation."""
-        return cast(Tensor, self.layer(x.flatten(1) if self._flat else x))
+        return cast(Tensor, self.layer(self.kind.inputs(x)))
 
     def initial_weights(self) -> Weights:
         """Return a copy of the layer's parameters as float32 arrays by name."""
@@ -97,17 +87,18 @@ class FirstLayer:
 
     def load_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
         """Make some parameters the initial ones."""
-        self.layer.load_state_dict({name: torch.from_numpy(np.array(w)) for name, w in weights.items()})
+        own = {name: torch.from_numpy(np.array(w)) for name, w in weights.items()}
+        self.layer.load_state_dict({**dict(self.layer.named_buffers()), **own})
 
     @property
     def positive_only(self) -> bool:
         """Whether an output of zero means a derivative of zero, as for relu: then no pattern bit is needed."""
-        return isinstance(self.activation, nn.ReLU)
+        return self.nonlinearity.positive_only
 
     @property
     def unit_slope(self) -> bool:
         """Whether the derivative is 1 at every output that is sent."""
-        return isinstance(self.activation, nn.ReLU | nn.Identity)
+        return self.nonlinearity.unit_slope
 
     def pre_activations(self, weights: Mapping[str, NDArray[np.float32]], x: NDArray[Number]) -> Tensor:
         """Return Wx + b ``(records, *cut_shape)`` in the dtype of the records, float32 or float64."""
@@ -122,10 +113,7 @@ class FirstLayer:
 
     def derivative(self, pre_activations: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the activation's derivative at each value, any shape, float32."""
-        z = torch.from_numpy(pre_activations).requires_grad_()
-        with torch.enable_grad():
-            total = self.activation(z).sum()
-        return cast(NDArray[np.float32], torch.autograd.grad(total, z)[0].numpy())
+        return cast(NDArray[np.float32], self.nonlinearity.derivative(pre_activations))
 
     def gradient(self, x: NDArray[Number], delta: NDArray[Number]) -> NDArray[Number]:
         """Return dW of the summed loss, all parameters in one flat vector of the arguments' dtype.
@@ -136,18 +124,8 @@ class FirstLayer:
         delta : array (records, *cut_shape)
             Gradient of the summed loss at the pre-activations; for a linear layer dW = delta^T x.
         """
-        d, inputs = torch.from_numpy(delta), torch.from_numpy(x)
-        if isinstance(self.layer, nn.Linear):
-            rows = inputs.flatten(1) if self._flat else inputs.flatten(0, -2)
-            parts = [d.flatten(0, -2).T @ rows]
-        else:
-            rule = conv1d_weight if isinstance(self.layer, nn.Conv1d) else conv2d_weight
-            c = self.layer
-            parts = [rule(inputs, c.weight.shape, d, c.stride, c.padding, c.dilation, c.groups)]  # type: ignore[no-untyped-call]
-        if self.layer.bias is not None:
-            axes = [axis for axis in range(d.ndim) if axis != self._channel_axis(d.ndim)]
-            parts.append(d.sum(dim=axes))
-        return cast(NDArray[Number], torch.cat([p.flatten() for p in parts]).numpy())
+        parts = self.kind.gradient(torch.from_numpy(x), torch.from_numpy(delta))
+        return cast(NDArray[Number], torch.cat([part.flatten() for part in parts]).numpy())
 
     def flatten(self, weights: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
         """Join the parameters into one float32 vector, in the layer's own order."""
@@ -164,10 +142,6 @@ class FirstLayer:
         """Number of parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def _channel_axis(self, ndim: int) -> int:
-        return ndim - 1 if isinstance(self.layer, nn.Linear) else 1
-
     def run(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Run the layer with some parameters on ``(batch, *input_shape)``, without the activation."""
-        inputs = x.flatten(1) if self._flat else x
-        return torch.func.functional_call(self.layer, dict(parameters), (inputs,))  # type: ignore[no-any-return]
+        return self.kind.run(parameters, x)

@@ -6,7 +6,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from fedsplit.common.errors import ConfigError
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.activations import ACTIVATIONS
+from fedsplit.model.layer import FirstLayer
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class SplitModel:
         modules: list[nn.Module] = list(net)
         if isinstance(modules[0], nn.Flatten) and len(modules) > 1 and isinstance(modules[1], nn.Linear):
             modules = modules[1:]  # a linear layer takes records flattened by itself
-        has_activation = len(modules) > 1 and isinstance(modules[1], tuple(ACTIVATIONS.values()))
+        has_activation = len(modules) > 1 and type(modules[1]) in ACTIVATIONS.values()
         activation = modules[1] if has_activation else nn.Identity()
         trunk = nn.Sequential(*modules[1 + has_activation :])
         if not len(trunk):

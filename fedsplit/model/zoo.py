@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fedsplit.common.errors import ConfigError
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.activations import ACTIVATIONS
+from fedsplit.model.layer import FirstLayer
 from fedsplit.model.split import SplitModel
 
 

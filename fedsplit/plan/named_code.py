@@ -2,7 +2,13 @@
 
 from fedsplit.plan.settings import Settings
 
-_SERVER_ALONE = ("first-layer.strategy",)
+_SERVER_ALONE = (
+    "first-layer.strategy",
+    "first-layer.schedule",
+    "trunk.optimizer",
+    "trunk.schedule",
+    "protocol.pace",
+)
 
 
 def names_code(settings: Settings, *, on_nodes: bool = False) -> dict[str, str]:
@@ -18,6 +24,11 @@ def names_code(settings: Settings, *, on_nodes: bool = False) -> dict[str, str]:
         "data.builder": settings.data.builder,
         "model.builder": settings.model.builder,
         "dropping.policy": settings.dropping.policy if settings.dropping.own else None,
-        "first-layer.strategy": settings.first_layer.strategy if ":" in settings.first_layer.strategy else None,
+        "first-layer.strategy": settings.first_layer.strategy,
+        "first-layer.schedule": settings.first_layer.schedule,
+        "trunk.optimizer": settings.trunk.optimizer,
+        "trunk.schedule": settings.trunk.schedule,
+        "protocol.pace": settings.protocol.pace,
     }
-    return {key: name for key, name in found.items() if name and not (on_nodes and key in _SERVER_ALONE)}
+    wanted = {key: name for key, name in found.items() if not (on_nodes and key in _SERVER_ALONE)}
+    return {key: name for key, name in wanted.items() if name and (":" in name or key not in _SERVER_ALONE)}

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.common.tables import Section, one_line
+from fedsplit.plan.combinations import refusal
 from fedsplit.plan.modes import MODES, Mode
 from fedsplit.plan.strategies import STRATEGIES
 from fedsplit.release.chosen import built_in, from_outside, takes, with_noise
@@ -26,6 +27,20 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Turn = Annotated[float, Field(ge=0.1, le=1e9)]
+
+
+def one_of(*known: str, own: str) -> AfterValidator:
+    """Allow some names, and one from outside: ``module:Class`` or ``module:function``."""
+
+    def check(name: str) -> str:
+        if name not in known and not all(name.partition(":")):
+            raise ValueError(f"should be one of {', '.join(map(repr, known))} or 'module:{own}', got {name!r}")
+        return name
+
+    return AfterValidator(check)
+
+
+LearningSchedule = Annotated[str, one_of("constant", "cosine", "step", own="function")]
 
 
 class RunSettings(Section):
@@ -332,6 +347,9 @@ class ProtocolSettings(Section):
         Seconds after which a round goes on without the missing answers, in the profile's time or on real nodes.
     max_offences
         A node is left out for good after this many replies that no honest node would send.
+    pace
+        ``module:Class`` of your own, which decides who takes part in an exchange and when it is over; see
+        :class:`fedsplit.server.pace.Pace`.
     """
 
     mode: Literal["synchronous", "pipelined", "single-pass", "release-once"]
@@ -345,22 +363,8 @@ class ProtocolSettings(Section):
     min_nodes: Positive = 1
     timeout: Seconds = 600.0
     deadline: Seconds | None = None
+    pace: Annotated[str, Field(pattern=r"^[^\s:]+:[^\s:]+$")] | None = None
     max_offences: Positive = 3
-
-    @model_validator(mode="after")
-    def _spread(self) -> "ProtocolSettings":
-        if self.chunk == "spread" and self.mode != "single-pass":
-            raise ValueError(f"chunk 'spread' is for mode 'single-pass', not {self.mode!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _at_home(self) -> "ProtocolSettings":
-        if self.labels == "at-home" and (self.mode, self.trunk_epochs) != ("synchronous", 1):
-            raise ValueError(
-                "labels 'at-home' is for mode 'synchronous' with trunk-epochs 1 (the trunk takes one step for each "
-                f"exchange with the labels), got mode {self.mode!r} and trunk-epochs {self.trunk_epochs}"
-            )
-        return self
 
     @property
     def facts(self) -> Mode:
@@ -383,18 +387,10 @@ class FirstLayerSettings(Section):
         Further arguments of the strategy.
     """
 
-    strategy: str = "FedAdam"
+    strategy: Annotated[str, one_of("frozen", *STRATEGIES, own="Class")] = "FedAdam"
     lr: Rate = 0.003
-    schedule: Literal["constant", "cosine", "step"] = "constant"
+    schedule: LearningSchedule = "constant"
     args: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("strategy")
-    @classmethod
-    def _known(cls, strategy: str) -> str:
-        if strategy not in (known := ("frozen", *STRATEGIES)) and not all(strategy.partition(":")):
-            allowed = ", ".join(map(repr, known))
-            raise ValueError(f"should be one of {allowed} or 'module:Class', got {strategy!r}")
-        return strategy
 
 
 class TrunkSettings(Section):
@@ -403,7 +399,7 @@ class TrunkSettings(Section):
     Attributes
     ----------
     optimizer
-        The optimizer.
+        A name, or ``module:Class`` of your own: a subclass of ``torch.optim.Optimizer``.
     lr
         The learning rate.
     momentum
@@ -412,17 +408,20 @@ class TrunkSettings(Section):
         The weight decay.
     schedule
         How the learning rate changes over the rounds; see :func:`fedsplit.common.seeds.scheduled`.
+    args
+        Further arguments of the optimizer.
     thinning
         In each training step the trunk also drops up to this share of a record's outputs, drawn anew.
     replay_mb
         The most megabytes of releases kept for replay; the oldest are forgotten first. Without it all are kept.
     """
 
-    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
+    optimizer: Annotated[str, one_of("sgd", "adam", "adamw", own="Class")] = "adam"
     lr: Rate = 0.001
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    schedule: Literal["constant", "cosine", "step"] = "constant"
+    args: dict[str, Any] = Field(default_factory=dict)
+    schedule: LearningSchedule = "constant"
     thinning: Annotated[float, Field(ge=0, lt=1)] = 0.0
     replay_mb: Rate | None = None
 
@@ -430,6 +429,8 @@ class TrunkSettings(Section):
     def _momentum(self) -> "TrunkSettings":
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum is for optimizer 'sgd', not {self.optimizer!r}")
+        if self.weight_decay and ":" in self.optimizer:
+            raise ValueError(f"weight-decay is not for {self.optimizer!r}: give it what it takes in args")
         return self
 
 
@@ -585,22 +586,8 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _together(self) -> "Settings":
-        if self.protocol.facts.once and self.run.evaluate_every:
-            mode = self.protocol.mode
-            raise ValueError(f"run.evaluate-every must be 0 in mode {mode!r}: test records are exposed once too")
-        if not self.protocol.facts.teaches and not (self.public and self.public.epochs):
-            raise ValueError("protocol.mode 'release-once' needs a [public] section with epochs of at least 1")
-        if self.trunk.replay_mb is not None and not self.protocol.facts.replays:
-            raise ValueError(f"trunk.replay-mb: mode {self.protocol.mode!r} keeps nothing for replay")
-        if self.devices.profile and self.protocol.labels == "at-home":
-            raise ValueError("devices.profile: there is no virtual clock for protocol.labels 'at-home'")
-        releases_alone = not self.teaches or not self.protocol.facts.delay
-        if self.devices.profile and self.guard.mode == "enforce" and not releases_alone:
-            # on a virtual clock releases come before the gradients that they come after elsewhere, and to a guard the
-            # order matters
-            raise ValueError(
-                "guard.mode 'enforce' with a devices.profile is for frozen first layers and synchronous mode"
-            )
+        if why := refusal(self):
+            raise ValueError(why)
         sought = (*self.tune.objectives, *self.tune.constraints) if self.tune else ()
         profile = self.devices.profile
         if "simulated_seconds" in sought and (

@@ -10,6 +10,8 @@ from fedsplit.common.errors import ConfigError
 
 _FLOAT_BITS = {"float16": 16, "float32": 32}
 _ROUNDING = {"float16": 2.0**-11, "float32": 2.0**-24}  # largest relative error of a value that is not subnormal
+_ARITHMETIC = 2.0**-19  # error of a device's own float32 outputs
+_SUBNORMAL = {"float16": 2.0**-39, "float32": 0.0}  # and error of others, over the record's largest value
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,19 @@ class Code:
         return values if self.floats else values - self.step / 2
 
     def error(self, values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
-        """Return the standard deviation of the outputs around :meth:`centre`, for floats an upper bound."""
+        """Return the standard deviation of a record's outputs around :meth:`centre`; infinite if unbounded."""
         if self.floats:
-            return _ROUNDING[dtype] * np.abs(values)
-        return np.full(values.shape, self.step / 12**0.5)
+            largest = float(np.abs(values).max(initial=0))
+            return np.maximum(_ROUNDING[dtype] * np.abs(values), _SUBNORMAL[dtype] * largest)
+        return np.where(self._inner(values), self.step / 12**0.5, np.inf)
+
+    def bounds(self, values: NDArray[np.float64], dtype: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return between which outputs a record's values as sent were: the last level has no end."""
+        if self.floats:
+            error = self.error(values, dtype) + _ARITHMETIC * (1 + np.abs(values))
+            return values - error, values + error
+        return values - self.step, np.where(self._inner(values), values, np.inf)
+
+    def _inner(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Tell which levels are not the last; of a one-bit code none."""
+        return np.asarray(values < (2**self.bits - 1) * self.step)

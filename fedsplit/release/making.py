@@ -25,7 +25,20 @@ Secret = Callable[[int], bytes]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some records of some devices: rows of x and y belong to ``devices[i]`` for ``records[i]`` rows in turn."""
+    """Some records of some devices: rows of x and y belong to ``devices[i]`` for ``records[i]`` rows in turn.
+
+    Attributes
+    ----------
+    devices, records : int64 arrays (devices,)
+    index : int64 array (records,)
+        Which of its device's records each is: masks and noise are drawn by it.
+    segments : int64 array (records, segments of each)
+        Pieces of a device's series, which records may share.
+    x : float32 or float64 array (records, *input_shape)
+    y : array (records,) or (records, outputs)
+    content : int64 array (records,), optional
+        What a ledger knows the records by, where that is their content and not device and index.
+    """
 
     devices: IntArray
     records: IntArray
@@ -33,6 +46,7 @@ class Chunk:
     segments: IntArray
     x: FloatArray | NDArray[np.float64]
     y: NDArray[Any]
+    content: IntArray | None = None
 
     @classmethod
     def of(cls, device: int, records: Records) -> "Chunk":
@@ -46,10 +60,21 @@ class Chunk:
         """The device of each record."""
         return np.repeat(self.devices, self.records)
 
+    @property
+    def numbers(self) -> IntArray:
+        """The records' numbers in a ledger: by device and index, or by content where that is what they are known by."""
+        return self.owners << 32 | self.index if self.content is None else self.content
+
+    @property
+    def shared(self) -> IntArray:
+        """The numbers that records are counted under in a ledger, ``(records, segments of each)``."""
+        return (self.owners << 32)[:, None] | self.segments if self.content is None else self.segments
+
     def take(self, rows: NDArray[np.bool_]) -> "Chunk":
         """Return some of the records; devices without any left are gone."""
         devices, records = np.unique(self.owners[rows], return_counts=True)
-        return Chunk(devices, records, self.index[rows], self.segments[rows], self.x[rows], self.y[rows])
+        content = None if self.content is None else self.content[rows]
+        return Chunk(devices, records, self.index[rows], self.segments[rows], self.x[rows], self.y[rows], content)
 
 
 @dataclass(frozen=True)

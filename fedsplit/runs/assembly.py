@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fedsplit.common.seeds import scheduled
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.schedule import Schedule
 from fedsplit.plan.settings import ProfileSettings, Settings, load_settings
@@ -11,7 +12,7 @@ from fedsplit.server.at_home import LabelsAtHome
 from fedsplit.server.body import Body
 from fedsplit.server.learning import SharedLabels
 from fedsplit.server.novelty.trunk import NoveltyTrunk
-from fedsplit.server.pace import RealTime
+from fedsplit.server.pace import Pace, RealTime, own_pace
 from fedsplit.server.parts import Parts
 from fedsplit.server.progress import Progress, ProtocolOptions
 from fedsplit.server.roster import Owners, Roster
@@ -30,15 +31,16 @@ def split_strategy(
     owners: Owners | None = None,
     *,
     secret_noise: bool = False,
+    kind: type[Trunk] | None = None,
 ) -> SplitStrategy:
     """Return the server's strategy before its first round; ``owners`` as in :class:`fedsplit.server.roster.Roster`.
 
     With ``secret_noise`` what the first layer's strategy draws does not follow from the seed, which nodes know.
+    ``kind`` is another trunk than that of task and labels.
     """
     settings, source = experiment.settings, experiment.source
     at_home = settings.protocol.labels == "at-home"
-    half = Body if at_home else NoveltyTrunk if source.task == "novelty" else Trunk
-    trunk = _trunk(experiment, half)
+    trunk = _trunk(experiment, kind or (Body if at_home else NoveltyTrunk if source.task == "novelty" else Trunk))
     parts = Parts(
         trunk=trunk,
         first_layer=_aggregation(experiment, secret_noise=secret_noise),
@@ -49,13 +51,12 @@ def split_strategy(
         progress=Progress(run),
         targets=UNLABELLED if at_home else source.task,
     )
-    profile = settings.devices.profile
-    pace = _on_clock(experiment, profile, parts) if profile else RealTime(parts)
+    pace = _pace(experiment, parts)
     learner = LabelsAtHome(parts, trunk, pace) if isinstance(trunk, Body) else SharedLabels(parts)
     return SplitStrategy(parts, pace, learner)
 
 
-def _trunk(experiment: Experiment, half: type[Trunk]) -> Trunk:
+def _trunk(experiment: Experiment, kind: type[Trunk]) -> Trunk:
     settings, source, model = experiment.settings, experiment.source, experiment.model
     options = TrunkOptions(
         **settings.trunk.model_dump(exclude={"replay_mb"}),
@@ -63,7 +64,11 @@ def _trunk(experiment: Experiment, half: type[Trunk]) -> Trunk:
         epochs=settings.protocol.trunk_epochs,
     )
     shape, run = model.first_layer.cut_shape, settings.run
-    return half(model.trunk, shape, source.task, source.outputs, options, run.rounds, run.seed)
+    scheduled(options.lr, options.schedule, 1, run.rounds)  # raises, before anything starts
+    built = kind(model.trunk, shape, source.task, source.outputs, options, run.rounds, run.seed)
+    if options.args or ":" in options.optimizer:
+        built.optimizer  # noqa: B018  raises
+    return built
 
 
 def _aggregation(experiment: Experiment, *, secret_noise: bool) -> Aggregation:
@@ -71,6 +76,7 @@ def _aggregation(experiment: Experiment, *, secret_noise: bool) -> Aggregation:
     if not settings.teaches:
         return Frozen(weights)
     chosen, run = settings.first_layer, settings.run
+    scheduled(chosen.lr, chosen.schedule, 1, run.rounds)  # raises, before anything starts
     strategy, seed = build_strategy(chosen.strategy, chosen.args), None if secret_noise else run.seed
     return FirstLayerServer(strategy, weights, chosen.lr, chosen.schedule, run.rounds, seed=seed)
 
@@ -112,6 +118,13 @@ def _options(experiment: Experiment) -> ProtocolOptions:
     )
 
 
+def _pace(experiment: Experiment, parts: Parts) -> Pace:
+    profile, own = experiment.settings.devices.profile, experiment.settings.protocol.pace
+    if profile:
+        return _on_clock(experiment, profile, parts)
+    return own_pace(own, parts) if own else RealTime(parts)
+
+
 def _on_clock(experiment: Experiment, profile: ProfileSettings, parts: Parts) -> OnClock:
     protocol, source, seed = experiment.settings.protocol, experiment.source, experiment.settings.run.seed
     columns = 0 if protocol.labels == "at-home" else source.outputs if source.task == "regression" else None
@@ -124,6 +137,7 @@ def _on_clock(experiment: Experiment, profile: ProfileSettings, parts: Parts) ->
         Sizes(parts.layer.size, parts.layer.width, value, experiment.policy.code.bits, columns),
         _record_seconds(experiment, profile),
         protocol.min_nodes,
+        alone=experiment.settings.guard.mode == "enforce",
     )
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import MessageType
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
@@ -125,8 +124,7 @@ class LabelsAtHome:
         def read(payload: bytes, download: HeadDownload) -> HeadUpload:
             return HeadUpload.from_bytes(payload, self.body.head, download, test=test)
 
-        kind = MessageType.EVALUATE if test else MessageType.TRAIN
-        return {node: u for node, u in now.question(kind, downloads, read, needed).items() if u.records}
+        return {node: u for node, u in now.question(downloads, read, needed, test=test).items() if u.records}
 
     def _means(self, answers: Mapping[int, HeadUpload]) -> tuple[float, float | None]:
         """Return the mean loss over all records and, for classes, the share that is classified right."""

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fedsplit.common.errors import ConfigError
+from fedsplit.common.plugins import resolve_function
 from fedsplit.model.head import Head
 from fedsplit.server.answers import PendingBlock
 from fedsplit.server.parts import Parts
@@ -22,6 +23,7 @@ class Heard:
     gradients: Sequence[Gradients]
 
 
+@runtime_checkable
 class Pace(Protocol):
     """Decides who takes part in a run's exchanges, and when they are over."""
 
@@ -130,3 +132,15 @@ class RealTime:
             raise ConfigError("protocol.deadline needs a [devices.profile] in a simulation: without it no time passes")
         if self.parts.schedule.over_sampling > 1:
             raise ConfigError("devices.over-sampling needs a [devices.profile] in a simulation: nobody is slower")
+
+
+def own_pace(name: str, parts: Parts) -> Pace:
+    """Build a pace from outside: ``module:Class``, which is given the parts; raises ConfigError."""
+    kind = resolve_function(name, "protocol.pace", "class")
+    try:
+        pace = kind(parts)
+    except Exception as error:  # a user's own code may raise anything
+        raise ConfigError(f"protocol.pace {name!r}: raised {type(error).__name__}") from None
+    if not isinstance(pace, Pace):
+        raise ConfigError(f"protocol.pace {name!r} must have the methods of fedsplit.server.pace.Pace")
+    return pace

@@ -64,7 +64,13 @@ class Round:
     # ------------------------------------------------------------------ exchanges
 
     def exchange(
-        self, rows: Rows, pending: Sequence[PendingBlock], *, needed: int, enough: int | None = None
+        self,
+        rows: Rows,
+        pending: Sequence[PendingBlock],
+        *,
+        needed: int,
+        enough: int | None = None,
+        alone: bool = False,
     ) -> list[Upload]:
         """Have nodes answer cut gradients and release training records.
 
@@ -77,6 +83,8 @@ class Round:
             How many nodes must answer well; all of them, if fewer are asked.
         enough : int, optional
             Devices among ``rows`` after whose answers nobody waits for others.
+        alone : bool
+            Whether the gradient of each device is asked for, whatever the first layer needs.
 
         Returns
         -------
@@ -88,9 +96,9 @@ class Round:
         RunError
             If fewer nodes answered well than the run needs.
         """
-        asked = self._downloads(rows, pending)
+        asked = self._downloads(rows, pending, alone=alone)
         self._enough = enough
-        found = self._hear(MessageType.TRAIN, asked, pending, needed)
+        found = self._hear(asked, pending, needed, test=False)
         progress = self.parts.progress
         progress.pending = settled(progress.pending, (cut for node in found for cut in asked[node].pending))
         for node, upload in found.items():
@@ -100,25 +108,31 @@ class Round:
 
     def test(self, rows: Rows) -> list[Upload]:
         """Have nodes release test records; return the good uploads, in the order of their devices."""
-        return list(self._hear(MessageType.EVALUATE, self._downloads(rows, []), [], 0).values())
+        return list(self._hear(self._downloads(rows, []), [], 0, test=True).values())
 
     def waste(self, pending: Sequence[PendingBlock]) -> None:
         """Have cut gradients answered, and hear nothing: what has left, a ledger must count."""
-        self._send(MessageType.TRAIN, self._downloads({}, pending))
+        self._send(self._downloads({}, pending), test=False)
 
     def question(
-        self, kind: str, asked: Mapping[int, Asked], read: Callable[[bytes, Asked], Answer], needed: int
+        self,
+        asked: Mapping[int, Asked],
+        read: Callable[[bytes, Asked], Answer],
+        needed: int,
+        *,
+        test: bool = False,
     ) -> dict[int, Answer]:
         """Send some nodes a payload each; return the good answers by node, in the order of ``asked``.
 
         Parameters
         ----------
-        kind : str
-            Of the messages: ``train`` or ``evaluate``.
         asked : mapping
+            By node.
         read : callable
             Raises WireError for a payload that no honest node would send.
         needed : int
+        test : bool
+            Whether it is about test records, for which there is no deadline.
 
         Raises
         ------
@@ -126,7 +140,7 @@ class Round:
             As :meth:`exchange`.
         """
         self._asked = asked
-        found = self._answers(self._send(kind, asked), asked, read, needed)
+        found = self._answers(self._send(asked, test=test), asked, read, needed)
         self._asked, self._enough = {}, None
         return found
 
@@ -157,7 +171,7 @@ class Round:
 
     # ------------------------------------------------------------------- messages
 
-    def _downloads(self, rows: Rows, pending: Sequence[PendingBlock]) -> dict[int, Download]:
+    def _downloads(self, rows: Rows, pending: Sequence[PendingBlock], *, alone: bool = False) -> dict[int, Download]:
         """Return what each node is sent that has rows or pending blocks, in the order of their devices."""
         parts, home = self.parts, self.home
         blocks: dict[int, list[CutGradients]] = {}
@@ -171,7 +185,7 @@ class Round:
                 run=parts.progress.run,
                 round_number=self.number,
                 keep_from=self._keep_from,
-                per_device=parts.first_layer.per_device,
+                per_device=alone or parts.first_layer.per_device,
                 nonce=secrets.randbits(62),
                 weights=weights,
                 schedule=np.array(rows.get(node, []), dtype=np.int64).reshape(-1, 4),
@@ -180,25 +194,26 @@ class Round:
             for node in sorted({*rows, *blocks}, key=lambda n: int(parts.roster.nodes[n].devices[0]))
         }
 
-    def _send(self, kind: str, asked: Mapping[int, _Payload]) -> Iterable[Message]:
-        messages = [self._message(kind, node, payload.to_bytes()) for node, payload in asked.items()]
+    def _send(self, asked: Mapping[int, _Payload], *, test: bool) -> Iterable[Message]:
+        messages = [self._message(node, payload.to_bytes(), test=test) for node, payload in asked.items()]
         return self._grid.send_and_receive(messages, timeout=self.parts.options.timeout)
 
-    def _message(self, kind: str, node: int, payload: bytes) -> Message:
+    def _message(self, node: int, payload: bytes, *, test: bool) -> Message:
         """Return a message to a node, and count it; one of training has until the deadline from now on."""
         self.parts.progress.totals.bytes_down += len(payload)
         self.parts.progress.totals.exchanges += 1
         self.parts.roster.sent(node, len(payload))
         timeout, deadline = self.parts.options.timeout, self.parts.options.deadline
-        if kind != MessageType.TRAIN or deadline is None:
-            return Message(to_record(payload), node, kind, ttl=timeout)
-        self._until = time.monotonic() + deadline
-        return Message(to_record(payload), node, kind, ttl=min(timeout, deadline))
+        if test:
+            return Message(to_record(payload), node, MessageType.EVALUATE, ttl=timeout)
+        if deadline is not None:
+            timeout, self._until = min(timeout, deadline), time.monotonic() + deadline
+        return Message(to_record(payload), node, MessageType.TRAIN, ttl=timeout)
 
     # -------------------------------------------------------------------- answers
 
     def _hear(
-        self, kind: str, asked: Mapping[int, Download], pending: Sequence[PendingBlock], needed: int
+        self, asked: Mapping[int, Download], pending: Sequence[PendingBlock], needed: int, *, test: bool
     ) -> dict[int, Upload]:
         parts = self.parts
 
@@ -208,14 +223,14 @@ class Round:
             check_upload(upload, download, pending, parts.layer.width, parts.targets, parts.trunk.outputs)
             return upload
 
-        found = self.question(kind, asked, read, needed)
+        found = self.question(asked, read, needed, test=test)
         for node, upload in found.items():
             parts.roster.account(node).refused += int(upload.refused[:, 2].sum())
             if len(upload.lost):
                 log.warning("%s has lost its pending chunk of round %s", parts.roster.name(node), upload.lost.tolist())
             if failed := upload.failed.tolist():
                 log.warning("round %d: devices %s sat out", self.number, failed)
-            parts.progress.totals.add(upload, parts.layer.width, test=kind != MessageType.TRAIN)
+            parts.progress.totals.add(upload, parts.layer.width, test=test)
         return found
 
     def _sit_out(self, upload: Upload, asked: Download) -> None:

@@ -3,7 +3,8 @@
 The trunk never sees a device, only what devices released.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedsplit.common.arrays import FloatArray, IntArray
-from fedsplit.common.errors import RunError
+from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.common.plugins import resolve_function
 from fedsplit.common.seeds import scheduled, seed_of
 from fedsplit.model.tasks import score, summed_loss
 from fedsplit.server.batches import Batches, minibatches
@@ -28,7 +30,7 @@ class TrunkOptions:
     Attributes
     ----------
     optimizer : str
-        ``sgd``, ``adam`` or ``adamw``.
+        ``sgd``, ``adam``, ``adamw``, or ``module:Class`` of somebody's own.
     lr, momentum, weight_decay : float
     schedule : str
         Of the learning rate over rounds; see :func:`fedsplit.common.seeds.scheduled`.
@@ -36,6 +38,8 @@ class TrunkOptions:
         Records per step, and passes over the records in each round.
     thinning : float
         Of each record a share of the outputs, drawn from 0..thinning in every step, counts as dropped, too.
+    args : mapping
+        Further arguments of the optimizer.
     """
 
     optimizer: str
@@ -46,6 +50,7 @@ class TrunkOptions:
     batch_size: int
     epochs: int
     thinning: float = 0.0
+    args: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Trunk:
@@ -85,7 +90,13 @@ class Trunk:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Made when it is first needed: torch's first one takes a second, in which devices can be at work."""
+        """Made when it is first needed: torch's first one takes a second, in which devices can be at work.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such optimizer, or it does not take its arguments.
+        """
         return _optimizer(self.module, self.options)
 
     def train(self, batches: Batches, fresh: int, round_number: int) -> tuple[FloatArray, dict[str, float]]:
@@ -186,12 +197,17 @@ def trunk_outputs(module: nn.Module, cut_shape: tuple[int, ...], batches: Batche
 
 
 def _optimizer(module: nn.Module, options: TrunkOptions) -> torch.optim.Optimizer:
-    decay = options.weight_decay
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    given: dict[str, Any] = {"weight_decay": options.weight_decay} if options.optimizer in kinds else {}
     if options.optimizer == "sgd":
-        return torch.optim.SGD(module.parameters(), options.lr, momentum=options.momentum, weight_decay=decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
-    built: torch.optim.Optimizer = kind(module.parameters(), options.lr, weight_decay=decay)
-    return built
+        given["momentum"] = options.momentum
+    kind = kinds.get(options.optimizer) or resolve_function(options.optimizer, "trunk.optimizer", "class")
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise ConfigError(f"trunk.optimizer {options.optimizer!r} must be a subclass of torch.optim.Optimizer")
+    try:
+        return kind(module.parameters(), lr=options.lr, **{**given, **options.args})  # type: ignore[call-arg]
+    except Exception as error:  # a user's own code may raise anything
+        raise ConfigError(f"trunk.args: {options.optimizer}: {(str(error).splitlines() or [''])[0]}") from None
 
 
 def thinned(cut: Tensor, most: float) -> Tensor:

@@ -17,15 +17,15 @@ from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import RunError
 from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records
+from fedsplit.guard.releaser import Releaser
 from fedsplit.model.split import SplitModel
 from fedsplit.model.tasks import correct, summed_loss
-from fedsplit.release.making import Chunk, forward
+from fedsplit.release.making import Chunk
 from fedsplit.release.policy import Policy
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
 from fedsplit.server.batches import Batches, minibatches
 from fedsplit.server.novelty.trunk import NoveltyTrunk
 from fedsplit.server.trunk import Trunk
-from fedsplit.wire.release import Release
 
 PUBLIC = -1  # the device id that public records go by
 _RIDGE = 1e-3  # of the penalty, in units of the mean public variance
@@ -146,12 +146,8 @@ def public_release(model: SplitModel, public: Records, dropping: Policy, dtype: 
     secret = simulation_secret(seed, PUBLIC)
     chunk = Chunk.of(PUBLIC, public)
     weights = model.first_layer.flatten(model.first_layer.initial_weights())
-    name = b"public"  # of the noise; the server knows all of these streams
-    kept = forward(
-        model.first_layer, dropping, lambda _: secret, chunk, weights, KEYED_ROUND, name, want_slopes=False
-    ).kept
-    release = Release.pack(kept, chunk.devices, chunk.records, public.y, dtype, dropping.code.bits)
-    return Batches.join([release])
+    releaser = Releaser(model.first_layer, dropping, dtype, lambda _: secret)
+    return Batches.join([releaser.unguarded(chunk, weights, "public")])
 
 
 class PublicOnly:

@@ -41,6 +41,11 @@ class Gradients:
     records: IntArray
     sums: NDArray[np.float64]
 
+    def among(self, devices: IntArray) -> "Gradients":
+        """Return the sums of some devices, where there is one of each."""
+        rows = np.isin(self.devices, devices)
+        return Gradients(self.devices[rows], self.records[rows], self.sums[rows])
+
 
 @dataclass(frozen=True)
 class Upload:

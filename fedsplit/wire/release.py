@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.common.errors import WireError
+from fedsplit.release.admitted import Admitted
 from fedsplit.release.codes import Code
-from fedsplit.release.kept import Kept
 from fedsplit.wire.coding import dequantise, pack_codes, quantise, unpack_codes
 from fedsplit.wire.container import Reader, check, check_ids, check_scaled
 
@@ -45,13 +45,14 @@ class Release:
 
     @classmethod
     def pack(
-        cls, kept: Kept, devices: IntArray, records: IntArray, targets: NDArray[Any], dtype: str, bits: int = 0
+        cls, admitted: Admitted, devices: IntArray, records: IntArray, targets: NDArray[Any], dtype: str, bits: int = 0
     ) -> "Release":
-        """Make a release of what dropping kept; nothing else can be released.
+        """Make a release of what may leave; nothing else can be released.
 
         Parameters
         ----------
-        kept : Kept
+        admitted : Admitted
+            What the guard has let through.
         devices, records : int64 arrays (devices,)
             Device ids, ascending, and how many records each releases.
         targets : array (records,) or (records, outputs)
@@ -64,10 +65,11 @@ class Release:
         Raises
         ------
         TypeError
-            If ``kept`` is not a :class:`Kept`: dense activations have no way onto the wire.
+            If ``admitted`` is not an :class:`Admitted`: what no guard has seen has no way onto the wire.
         """
-        if not isinstance(kept, Kept):
-            raise TypeError(f"a release is packed from Kept, not from {type(kept).__name__}")
+        if not isinstance(admitted, Admitted):
+            raise TypeError(f"a release is packed from Admitted, not from {type(admitted).__name__}")
+        kept = admitted.kept
         code = Code(bits)
         if code.floats:
             codes, exponents = quantise(kept.values, kept.counts, dtype)

@@ -11,7 +11,6 @@ from torch import nn
 from fedsplit.audit.attacks import decoder, lmmse, map_qp, wiener
 from fedsplit.audit.gradient_attacks import (
     FLOAT32,
-    conv_operator,
     gradient_conv,
     gradient_dense,
     negative_control,
@@ -19,6 +18,7 @@ from fedsplit.audit.gradient_attacks import (
 from fedsplit.audit.prior import Prior
 from fedsplit.audit.scores import pooled_psnr, psnr
 from fedsplit.data.packaged import mnist as load_mnist
+from fedsplit.model.kinds.base import double
 from fedsplit.model.layer import FirstLayer
 
 Known = tuple[list[np.ndarray], list[np.ndarray]]
@@ -396,7 +396,7 @@ def test_the_operator_is_the_layers_own_gradient(kind: str, geometry: dict[str, 
     x = rng.normal(size=(3, *first.input_shape)).astype(np.float32)
     delta = rng.normal(size=(3, *first.cut_shape)).astype(np.float32)
     size = int(np.prod(first.shapes["weight"]))
-    found = sum(conv_operator(first, d).T @ record.ravel() for d, record in zip(delta, x, strict=True))
+    found = sum(first.kind.operator(double(d)).numpy().T @ record.ravel() for d, record in zip(delta, x, strict=True))
     assert found == pytest.approx(first.gradient(x, delta)[:size], abs=1e-4)
 
 
@@ -430,7 +430,9 @@ def test_activations_add_to_the_gradient_of_a_convolution() -> None:
     sums = first.gradient(x, delta)[: 16 * 4 * 5]
     flat, prior = x.reshape(6, -1), Prior.blank(68)
     rows, rhs = equations(flat.astype(np.float64), 20)
-    alone = gradient_conv(prior, None, lambda i: conv_operator(first, delta[i]), sums, 6)
-    joint = gradient_conv(prior, None, lambda i: conv_operator(first, delta[i]), sums, 6, (rows, rhs, 1e-6))
+    alone = gradient_conv(prior, None, lambda i: first.kind.operator(double(delta[i])).numpy(), sums, 6)
+    joint = gradient_conv(
+        prior, None, lambda i: first.kind.operator(double(delta[i])).numpy(), sums, 6, (rows, rhs, 1e-6)
+    )
     assert pooled_psnr(flat, alone, 4.0) < 30  # 320 equations for 408 unknowns
     assert psnr(flat, joint, 4.0).min() > 60  # and 120 more

@@ -125,7 +125,7 @@ def test_the_inequalities_hold_for_the_originals(policy: Policy) -> None:
     ):
         assert np.all(left @ x.astype(np.float64) <= right + 1e-5)
         assert np.all(np.abs(rows @ x.astype(np.float64) - rhs) <= 2 * noise + 1e-4)
-        assert len(left) == width if policy.bits == 1 else len(left) + len(rows) == width
+        assert len(left) == width if policy.code.bits == 1 else len(left) + len(rows) == width
 
 
 def test_nothing_is_known_of_what_random_dropping_did_not_send() -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data import Scaling
 from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.activations import ACTIVATIONS
+from fedsplit.model.layer import FirstLayer
 from fedsplit.release.policies import All, Random
 from fedsplit.runs.folder import run_bundle
 
@@ -44,10 +45,22 @@ def test_a_bundle_comes_back_as_it_was(name: str, activation: str, tmp_path: Pat
         bundle.save(tmp_path / "device")
 
 
-def test_an_activation_with_other_numbers_is_not_exported(tmp_path: Path) -> None:
-    layer = FirstLayer(nn.Linear(3, 4), nn.LeakyReLU(0.3), (3,))
-    with pytest.raises(ConfigError, match=r"LeakyReLU\(negative_slope=0.3\) cannot be exported"):
-        Bundle(layer, All(), "float32", Scaling(), "binary", 1).save(tmp_path / "device")
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.3), nn.GELU("tanh")], ids=repr)
+def test_an_activation_keeps_its_own_numbers(activation: nn.Module, tmp_path: Path) -> None:
+    layer = FirstLayer(nn.Linear(3, 4), activation, (3,))
+    Bundle(layer, All(), "float32", Scaling(), "binary", 1).save(tmp_path / "device")
+    assert repr(Bundle.load(tmp_path / "device").layer.activation) == repr(activation)
+
+
+def test_usual_numbers_are_not_in_the_file(trained: Path) -> None:
+    """So that older versions read it."""
+    assert "numbers" not in json.loads(run_bundle(trained).files()[DESCRIPTION])["layer"]
+
+
+def test_a_layer_of_a_kind_that_says_nothing_of_its_form_is_not_exported() -> None:
+    layer = FirstLayer(nn.Conv3d(1, 2, 2), nn.ReLU(), (1, 3, 3, 3))
+    with pytest.raises(ConfigError, match="first layer Conv3d cannot be exported"):
+        Bundle(layer, All(), "float32", Scaling(), "binary", 1).files()
 
 
 def test_the_trunk_is_not_in_it(trained: Path, tmp_path: Path) -> None:
@@ -63,7 +76,10 @@ def test_the_trunk_is_not_in_it(trained: Path, tmp_path: Path) -> None:
         (lambda d: d.update(more=1), "is damaged, or of another version"),
         (lambda d: d.update(sha256="0" * 64), "its SHA-256 is not the one"),
         (lambda d: d.update(model="0" * 16), "is not of the model"),
-        (lambda d: d["layer"].update(kind="Embedding"), "is damaged, or of another version"),
+        (lambda d: d["layer"].update(kind="Embedding"), "does not describe a model that can be built"),
+        (lambda d: d["layer"].update(activation="softmax"), "does not describe a model that can be built"),
+        (lambda d: d["layer"].update(activation="leaky_relu", numbers={"negative_slope": "NaN"}), "does not describe"),
+        (lambda d: d["layer"].update(activation="gelu", numbers={"approximate": "well"}), "does not describe"),
         (lambda d: d["layer"]["arguments"].update(in_features=13), "does not describe a model that can be built"),
         (lambda d: d["layer"]["arguments"].update(device="meta"), "is damaged, or of another version"),
         (lambda d: d["layer"].update(input_shape=[0]), "does not describe a model that can be built"),

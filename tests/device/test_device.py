@@ -92,14 +92,14 @@ def test_a_device_that_fails_in_a_backward_half_loses_its_block(
     whole = one.exchange(ask(one, 2, (cut,)))
     assert whole.lost.tolist() == []
     assert whole.gradients.records.tolist() == [sum(len(linear(d, DEVICES).train) for d in range(DEVICES))]
-    load = one._data
+    load = one.records._data
 
     def failing(device: int) -> DeviceData:
         if device == 3:
             raise OSError("no such disk")
         return load(device)
 
-    monkeypatch.setattr(one, "_data", failing)
+    monkeypatch.setattr(one.records, "_data", failing)
     upload = one.exchange(ask(one, 3, (cut,)))
     assert upload.lost.tolist() == [1]
     assert upload.gradients.records.size == upload.gradients.sums.size == 0

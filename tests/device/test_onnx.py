@@ -17,7 +17,8 @@ from fedsplit.common.errors import ConfigError
 from fedsplit.data import Scaling
 from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
 from fedsplit.device.onnx_export import ONNX, onnx_model
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.activations import ACTIVATIONS
+from fedsplit.model.layer import FirstLayer
 from fedsplit.release.policies import All, Random
 from fedsplit.runs.simulation import simulate
 
@@ -76,9 +77,16 @@ def test_the_file_says_what_it_takes_and_what_is_not_in_it() -> None:
     assert {opset.version for opset in model.opset_import} == {17} and not model.functions
 
 
-def test_an_activation_with_other_numbers_is_not_exported() -> None:
-    layer = FirstLayer(nn.Linear(3, 4), nn.GELU(approximate="tanh"), (3,))
-    with pytest.raises(ConfigError, match="cannot be exported"):
+@pytest.mark.parametrize("activation", [nn.GELU(approximate="tanh"), nn.LeakyReLU(0.3)], ids=repr)
+def test_an_activation_keeps_its_own_numbers(activation: nn.Module) -> None:
+    bundle = Bundle(FirstLayer(nn.Linear(3, 64), activation, (3,)), All(), "float32", Scaling(), "binary", 1)
+    raw = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    assert np.abs(run(onnx_model(bundle), raw) - undropped(bundle, raw)).max() < 1e-5
+
+
+def test_a_layer_of_a_kind_that_says_nothing_of_its_form_is_not_exported() -> None:
+    layer = FirstLayer(nn.Conv3d(1, 2, 2), nn.ReLU(), (1, 3, 3, 3))
+    with pytest.raises(ConfigError, match="first layer Conv3d has no form in ONNX"):
         onnx_model(Bundle(layer, All(), "float32", Scaling(), "binary", 1))
 
 

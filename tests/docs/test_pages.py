@@ -21,7 +21,6 @@ from fedsplit.plan.settings import check_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
-RAY = ("tune",)
 _BLOCK = re.compile(
     r"(?:^ *<!-- not run: (?P<reason>[^\n]+) -->\n)?"
     r'^(?P<indent> *)```(?P<language>\w*)(?: title="(?P<title>[^"\n]+)")?\n(?P<body>.*?)^(?P=indent)```$',
@@ -102,15 +101,9 @@ def unsaid(blocks: list[Block], output: str) -> Iterator[str]:
             yield from (line for line in block.body.splitlines() if shape(line) not in shape(said[i - 1]))
 
 
-def alone(page: Path) -> object:
-    """Return a page as a parameter: any process may run it, but for what starts Ray."""
-    group = "ray" if page.stem in RAY else f"page {page.stem}"
-    return pytest.param(page, id=page.stem, marks=pytest.mark.xdist_group(group))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", [alone(page) for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     blocks = blocks_of(page.read_text(encoding="utf-8"))
     assert list(unsaid(blocks, run(script_of(blocks), tmp_path))) == []

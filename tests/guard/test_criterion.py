@@ -94,7 +94,7 @@ def test_rank_of_more_rows_than_coordinates() -> None:
 
 def test_well_conditioned_rows_need_no_singular_values(monkeypatch: pytest.MonkeyPatch) -> None:
     m = sensor_map()
-    m.weight[4] = 0  # a dead channel
+    m.kernels[4] = 0  # a dead channel
     kept = masks(m, 20, 0.1)
     monkeypatch.setattr(torch.linalg, "svd", None)
     assert leverage(np.random.default_rng(0).normal(size=(256, 784)))[0] == 256
@@ -113,8 +113,8 @@ def test_no_rows_tell_nothing() -> None:
 @PARTS
 def test_the_map_is_the_layer_without_its_bias(layer: nn.Module, shape: tuple[int, ...]) -> None:
     m, x = layer_map(layer, shape), np.random.default_rng(1).normal(size=(5, *shape))
-    plain = type(layer).__new__(type(layer))
-    plain.__dict__ = {**layer.__dict__, "_parameters": {"weight": nn.Parameter(m.weight), "bias": None}}
+    plain, weight = type(layer).__new__(type(layer)), torch.from_numpy(m.kernels).reshape(layer.weight.shape)
+    plain.__dict__ = {**layer.__dict__, "_parameters": {"weight": nn.Parameter(weight), "bias": None}}
     with torch.no_grad():
         expected = plain(torch.from_numpy(x)).reshape(5, -1).numpy()
     np.testing.assert_allclose(m.apply(x.reshape(5, -1)), expected, atol=1e-12)
@@ -200,7 +200,7 @@ def test_probes_find_what_singular_values_find(layer: nn.Module, shape: tuple[in
 
 def test_large_rows_are_probed_and_count_as_leaking_unless_converged(monkeypatch: pytest.MonkeyPatch) -> None:
     m = sensor_map()
-    m.weight[4] = 0  # a dead channel
+    m.kernels[4] = 0  # a dead channel
     kept = masks(m, 3, 0.05)
     kept[0] = (np.arange(1600) % 50 > 19) & (np.arange(1600) % 50 < 35)
     exact = coordinates([(m, kept)])

@@ -23,8 +23,9 @@ from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
 from fedsplit.guard.accountant import Cost, ExposureAccountant
 from fedsplit.guard.gaussian import gaussian_precision
-from fedsplit.guard.guard import Guard, Proposal, Summed, release_name
+from fedsplit.guard.guard import Guard
 from fedsplit.guard.limits import Limits
+from fedsplit.guard.proposal import Proposal, Summed, release_name
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.preflight import check_limits
@@ -1025,7 +1026,7 @@ def test_a_device_that_fails_says_nothing_of_its_records(server: Start) -> None:
     assert upload is not None and upload.failed.tolist() == [1] and len(upload.release.targets) == 40
 
 
-@pytest.mark.parametrize("place", ["fedsplit.device.node.forward", "fedsplit.guard.guard.coordinates"])
+@pytest.mark.parametrize("place", ["fedsplit.guard.releaser.forward", "fedsplit.guard.guard.coordinates"])
 def test_an_unforeseen_error_says_nothing_of_records(
     place: str, server: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

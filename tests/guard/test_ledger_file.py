@@ -199,7 +199,8 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
 from torch import nn
-from fedsplit.guard.guard import Guard, Proposal, release_name
+from fedsplit.guard.guard import Guard
+from fedsplit.guard.proposal import Proposal, release_name
 from fedsplit.model.layer import FirstLayer
 from fedsplit.guard.accountant import Cost, ExposureAccountant
 from fedsplit.guard.limits import Limits

@@ -354,12 +354,6 @@ def test_too_few_are_refused_as_nodes_are(tmp_path: Path) -> None:
             r"protocol.deadline \(or timeout\) 0.01 s is shorter than even the fastest device, 0, needs .*: 0.0\d+ s",
         ),
         (FAST, {"deadline": 0.0}, "protocol.deadline: .* greater than 0"),
-        (
-            FAST,
-            {"mode": "synchronous", "labels": "at-home"},
-            "devices.profile: there is no virtual clock for protocol",
-        ),
-        (FAST, {"guard": {"mode": "enforce"}}, "guard.mode 'enforce' with a devices.profile is for frozen"),
         (None, {"deadline": 1.0}, r"protocol.deadline needs a \[devices.profile\] in a simulation"),
     ],
 )
@@ -367,9 +361,7 @@ def test_refuses_what_cannot_be_before_it_begins(
     profile: dict[str, Any] | None, protocol: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(FedsplitError, match=f"^{said}") as refused:
-        rest = {"guard": protocol["guard"]} if "guard" in protocol else {}
-        protocol = {key: value for key, value in protocol.items() if key != "guard"}
-        simulate(settings_for(profile, protocol=protocol, **rest), out=tmp_path / "run")
+        simulate(settings_for(profile, protocol=protocol), out=tmp_path / "run")
     assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
 
 

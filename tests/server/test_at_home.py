@@ -14,7 +14,7 @@ import torch
 from conftest import small_settings
 from flwr.app import Message
 from own import linear
-from references import centralised, largest_difference, moved, trained
+from references import centralised, delayed, largest_difference, moved, trained
 from torch import nn
 
 from fedsplit import simulate
@@ -67,6 +67,26 @@ def test_without_dropping_it_is_centralised_sgd(kind: str, out: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chunk", ["epoch", 7])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_pipelined_applies_first_layer_gradients_one_round_late(kind: str, chunk: int | str, out: Path) -> None:
+    """As with shared labels: see ``test_exactness.py``."""
+    settings = at_home(
+        run={"rounds": 8},
+        data={"builder": f"own:{kind}"},
+        model={"builder": f"own:{kind}_model"},
+        devices={"per-node": 2},
+        protocol={"mode": "pipelined", "chunk": chunk},
+        first_layer={"lr": 0.3},
+    )
+    simulate(settings, out=out)
+    found = trained(out)
+    assert moved(settings, found) > 0.01
+    assert largest_difference(found, delayed(settings)) < 1e-5
+    assert largest_difference(found, centralised(settings)) > 1e-4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_how_devices_are_packed_into_nodes_changes_nothing(dtype: str, tmp_path: Path) -> None:
     for per_node in (1, 2, 5):
@@ -92,6 +112,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "a frozen first layer": {"first-layer": {"strategy": "frozen"}},
     "a sum of each device's": {"first-layer": {"strategy": "FedMedian"}},
     "some devices": {"devices": {"fraction": 0.5}},
+    "several passes": {"protocol": {"trunk-epochs": 3}, "model": {"builder": "own:random_model"}},
     "regression": {
         "data": {"builder": "own:regression", "task": "regression", "outputs": 1},
         "model": {"builder": None, "name": "mlp", "width": 8},
@@ -106,12 +127,14 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["synchronous", "pipelined"])
 @pytest.mark.parametrize("case", CASES)
-def test_where_labels_are_changes_nothing(case: str, tmp_path: Path) -> None:
+def test_where_labels_are_changes_nothing(case: str, mode: str, tmp_path: Path) -> None:
     """Weights and scores are those of shared labels; what would tell of single classes is not there."""
     results = {}
     for labels in ("shared", "at-home"):
-        settings = at_home(protocol={"labels": labels}, run={"rounds": 6}, **CASES[case])
+        changes = {**CASES[case], "protocol": {"labels": labels, "mode": mode, **CASES[case].get("protocol", {})}}
+        settings = at_home(run={"rounds": 6}, **changes)
         results[labels] = simulate(settings, out=tmp_path / labels)
     shared, private = results["shared"], results["at-home"]
     assert largest_difference(trained(tmp_path / "shared"), trained(tmp_path / "at-home")) < 1e-5
@@ -125,10 +148,11 @@ def test_where_labels_are_changes_nothing(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_exactly_and_its_model_predicts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["synchronous", "pipelined"])
+def test_an_interrupted_run_resumes_exactly_and_its_model_predicts(mode: str, tmp_path: Path) -> None:
     settings = at_home(
         run={"rounds": 6},
-        protocol={"dtype": "float16"},
+        protocol={"dtype": "float16", "mode": mode, "trunk-epochs": 2},
         first_layer={"strategy": "FedAdam", "lr": 0.01},
         trunk={"optimizer": "adam", "lr": 0.01},
     )
@@ -459,6 +483,27 @@ def test_a_node_answers_for_its_release_alone(node: AtHomeNode) -> None:
 def test_of_a_single_record_nothing_leaves(node: AtHomeNode) -> None:
     assert node.apply_head(ask(node, [(0, 0, 3, 4)]), test=False).records == 0
     assert node.apply_head(ask(node, [(0, 0, 3, 5)], number=2), test=False).records == 2
+    assert node.apply_head(ask(node, [(0, 0, 3, 4), (1, 0, 0, 4)], number=3), test=False).records == 0
+
+
+def part_of(download: HeadDownload, *devices: int) -> HeadDownload:
+    """Return the question about some of the devices that it is about."""
+    mine = np.isin(download.devices, devices)
+    rows = np.repeat(mine, download.records)
+    features = Rows(download.features.codes[rows], download.features.exponents[rows])
+    kept = {"devices": download.devices[mine], "records": download.records[mine], "features": features}
+    return replace(download, **kept)
+
+
+def test_devices_of_a_node_answer_together_or_apart(node: AtHomeNode) -> None:
+    """A server has perhaps not heard of all; what it may subtract are sums over devices, never a record's."""
+    honest = ask(node, [*ROWS, (2, 0, 0, 1)])
+    both, first, second = (node.apply_head(part_of(honest, *d), test=False) for d in ((0, 1), (0,), (1,)))
+    assert (both.records, first.records, second.records) == (11, 7, 4)
+    np.testing.assert_allclose(both.head, first.head + second.head, atol=1e-9)
+    assert np.array_equal(both.features.values(), np.concatenate([first.features.values(), second.features.values()]))
+    for devices in ((0, 1, 2), (2,), (1, 2)):
+        assert node.apply_head(part_of(honest, *devices), test=False).records == 0
 
 
 def test_of_test_records_sums_alone_leave(node: AtHomeNode) -> None:
@@ -539,12 +584,9 @@ def test_real_nodes_whose_owners_keep_their_labels_train_a_model(out: Path) -> N
 # --- what cannot work is refused ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "protocol",
-    [{"mode": "pipelined"}, {"mode": "single-pass", "chunk": "spread"}, {"mode": "release-once"}, {"trunk-epochs": 2}],
-)
-def test_other_modes_are_refused(protocol: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="labels 'at-home' is for mode 'synchronous' with trunk-epochs 1") as refused:
+@pytest.mark.parametrize("protocol", [{"mode": "single-pass", "chunk": "spread"}, {"mode": "release-once"}])
+def test_modes_that_replay_are_refused(protocol: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"'at-home' is not for mode '.*', which replays: every label") as refused:
         at_home(protocol=protocol)
     assert "\n" not in str(refused.value)
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedsplit.common.errors import ConfigError, DataError
+from fedsplit.release.admitted import unguarded
 from fedsplit.release.kept import Kept
 from fedsplit.release.policies import Bits
 from fedsplit.server.batches import Batches
@@ -25,7 +26,9 @@ def _released(outputs: np.ndarray) -> Batches:
     mask = outputs > 0
     kept = Kept.of(outputs, mask, zeros_count=False)
     targets = np.zeros(len(outputs), dtype=np.int64)
-    return Batches.join([Release.pack(kept, np.array([0]), np.array([len(outputs)]), targets, "float32", 0)])
+    return Batches.join(
+        [Release.pack(unguarded(kept, "test"), np.array([0]), np.array([len(outputs)]), targets, "float32", 0)]
+    )
 
 
 def _movements(kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -54,7 +57,7 @@ def _of(devices: list[int], targets: np.ndarray, outputs: np.ndarray, bits: int 
     """Return outputs ``(records, 24)`` as released by some devices, as many by each."""
     kept = Kept.of(outputs, outputs > 0, zeros_count=False)
     counts = np.full(len(devices), len(outputs) // len(devices))
-    return Batches.join([Release.pack(kept, np.array(devices), counts, targets, "float32", bits)])
+    return Batches.join([Release.pack(unguarded(kept, "test"), np.array(devices), counts, targets, "float32", bits)])
 
 
 def _trained(rng: np.random.Generator) -> NoveltyTrunk:

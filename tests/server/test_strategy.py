@@ -19,6 +19,7 @@ from references import largest_difference, moved, trained
 from fedsplit.common.errors import RunError
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
+from fedsplit.release.admitted import unguarded
 from fedsplit.release.kept import Kept
 from fedsplit.runs.client_app import client_app
 from fedsplit.runs.folder import open_run_folder, read_nodes
@@ -26,6 +27,7 @@ from fedsplit.runs.training import TrainingRun
 from fedsplit.server import attendance
 from fedsplit.server.checkpoint import load_checkpoint
 from fedsplit.wire import exchange as wire
+from fedsplit.wire.ledger import Reason
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -245,7 +247,7 @@ def fewer_records(reply: Message, refused: list[list[int]]) -> Message:
     """Return the reply with the last of its device's ten records left out of the release."""
     release = release_of(reply)
     kept = kept_of(release).take(np.arange(10) < 9)
-    shorter = wire.Release.pack(kept, release.devices, np.array([9]), release.targets[:9], "float32")
+    shorter = wire.Release.pack(unguarded(kept, "test"), release.devices, np.array([9]), release.targets[:9], "float32")
     return changed(reply, release=shorter, refused=np.array(refused, dtype=np.int64).reshape(-1, 3))
 
 
@@ -253,7 +255,9 @@ def twice_the_records(reply: Message) -> Message:
     release = release_of(reply)
     kept = Kept.join([kept_of(release)] * 2, release.width)
     targets = np.concatenate([release.targets] * 2)
-    return changed(reply, release=wire.Release.pack(kept, release.devices, np.array([20]), targets, "float32"))
+    return changed(
+        reply, release=wire.Release.pack(unguarded(kept, "test"), release.devices, np.array([20]), targets, "float32")
+    )
 
 
 LIES: dict[str, tuple[Callable[[Message], Message], str]] = {
@@ -286,7 +290,7 @@ LIES: dict[str, tuple[Callable[[Message], Message], str]] = {
         "records: device 1 released 9, asked 10",
     ),
     "fewer records and another device's refusal": (
-        lambda r: fewer_records(r, [[2, wire.Reason.EQUATIONS, 1]]),
+        lambda r: fewer_records(r, [[2, Reason.EQUATIONS, 1]]),
         "records: device 1 released 9, asked 10",
     ),
     "more records than were asked for": (
@@ -483,7 +487,7 @@ def test_each_exchange_of_a_round_has_its_deadline_with_labels_at_home(exchange:
         return reply
 
     began = time.monotonic()
-    protocol = {"mode": "synchronous", "labels": "at-home", "batch-size": 1000, "timeout": 30.0, "deadline": 0.3}
+    protocol = {"mode": "synchronous", "labels": "at-home", "batch-size": 1000, "timeout": 30.0, "deadline": 1.0}
     run = train(tmp_path, silent, protocol=protocol)
     assert run.result is not None and run.result["rounds"] == 4
     assert len(asked) >= exchange and time.monotonic() - began < 30
@@ -566,7 +570,7 @@ def test_devices_that_another_node_has_are_refused_without_an_offence(
 
 
 def test_a_device_may_refuse_records_and_the_run_counts_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    refusal = [[1, wire.Reason.EQUATIONS, 1]]
+    refusal = [[1, Reason.EQUATIONS, 1]]
     run = train(tmp_path, in_round_2_of_node_1(lambda r: fewer_records(r, refusal)), first_layer={"strategy": "frozen"})
     assert "left out" not in caplog.text
     assert run.result is not None
@@ -578,7 +582,9 @@ def test_all_of_a_devices_records_may_be_refused(tmp_path: Path, caplog: pytest.
     def refuses(reply: Message) -> Message:
         release = release_of(reply)
         kept = Kept.join([], release.width)
-        nothing = wire.Release.pack(kept, np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), "float32")
+        nothing = wire.Release.pack(
+            unguarded(kept, "test"), np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), "float32"
+        )
         return changed(reply, release=nothing, refused=np.array([[1, 99, 10]]))
 
     run = train(tmp_path, in_round_2_of_node_1(refuses), first_layer={"strategy": "frozen"})

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedsplit.common.seeds import seed_of
 from fedsplit.model.tasks import correct, score, summed_loss
+from fedsplit.release.admitted import unguarded
 from fedsplit.release.kept import Kept
 from fedsplit.release.policies import Bits
 from fedsplit.server.batches import Batches, minibatches
@@ -42,7 +43,7 @@ def release(counts: dict[int, int], dtype: str = "float32", targets: np.ndarray 
     kept = Kept.of(dense, np.ones(dense.shape, dtype=bool), zeros_count=False)
     if targets is None:
         targets = np.concatenate([targets_of(d, counts[d]) for d in devices] or [ints()])
-    return Release.pack(kept, ints(*devices), ints(*[counts[d] for d in devices]), targets, dtype)
+    return Release.pack(unguarded(kept, "test"), ints(*devices), ints(*[counts[d] for d in devices]), targets, dtype)
 
 
 def batches(records: int, targets: np.ndarray, device: int = 1) -> Batches:
@@ -103,7 +104,7 @@ def test_releases_of_few_bits_join(bits: int) -> None:
     def coded(device: int) -> Release:
         kept = Kept.of(dense[device], np.ones(dense[device].shape, dtype=bool), zeros_count=False)
         n = len(dense[device])
-        return Release.pack(kept, ints(device), ints(n), targets_of(device, n), "float16", bits)
+        return Release.pack(unguarded(kept, "test"), ints(device), ints(n), targets_of(device, n), "float16", bits)
 
     joined = Batches.join([coded(5), coded(2)])
     found, cells, _ = joined.dense(np.arange(7))

@@ -17,7 +17,8 @@ from fedsplit.data import Scaling
 from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
-from fedsplit.model.layer import ACTIVATIONS, FirstLayer
+from fedsplit.model.activations import ACTIVATIONS
+from fedsplit.model.layer import FirstLayer
 from fedsplit.release.policies import All, AtMost, Bits, Random, TopK
 from fedsplit.release.policy import Policy
 

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from payloads import ints, nothing_but, ones_for, some_kept
 
 from fedsplit.data import DeviceData
+from fedsplit.model.head import Head
+from fedsplit.release.admitted import unguarded
 from fedsplit.runs.nodes import simulated_node
 from fedsplit.wire.exchange import CutGradients, Download, Gradients, Upload
+from fedsplit.wire.head import HeadDownload, HeadUpload, Rows
 from fedsplit.wire.release import Release
 from fedsplit.wire.sizes import Sizes
 
@@ -26,7 +29,9 @@ def a_release(seed: int, records: int, width: int, dtype: str, bits: int, column
     shape = (records,) if columns is None or not records else (records, columns)
     y = rng.integers(0, 5, shape) if columns is None or not records else rng.normal(size=shape).astype(np.float32)
     kept = some_kept(rng, records, width, 0.4, bits)
-    return Release.pack(kept, ints(*[7][:records]), ints(*[records][: min(1, records)]), y, dtype, bits)
+    return Release.pack(
+        unguarded(kept, "test"), ints(*[7][:records]), ints(*[records][: min(1, records)]), y, dtype, bits
+    )
 
 
 @settings(max_examples=150)
@@ -35,7 +40,7 @@ def a_release(seed: int, records: int, width: int, dtype: str, bits: int, column
     records=st.integers(0, 9),
     width=st.integers(1, 70),
     coding=st.sampled_from([("float16", 0), ("float32", 0), *(("float16", bits) for bits in range(1, 9))]),
-    columns=st.none() | st.integers(1, 4),
+    columns=st.none() | st.integers(0, 4),
     failed=st.booleans(),
     refused=st.integers(0, 3),
     summed=st.booleans(),
@@ -86,6 +91,25 @@ def test_a_download_is_as_long_as_it_says(parameters: int, rows: bool, blocks: l
     sizes = Sizes(parameters, 10, 2 if dtype == "float16" else 4, 0, None)
     said = sizes.download(one(rows), one(len(blocks)), one(sum(blocks)))
     assert said.tolist() == [len(download.to_bytes())]
+
+
+@given(
+    records=st.integers(0, 9),
+    outputs=st.integers(1, 4),
+    features=st.integers(1, 9),
+    dtype=st.sampled_from(["float16", "float32"]),
+)
+def test_a_question_about_labels_and_its_answer_are_as_long_as_they_say(
+    records: int, outputs: int, features: int, dtype: str
+) -> None:
+    head, rng = Head(features, outputs, bias=True, task="classification"), np.random.default_rng(records)
+    rows = Rows.pack(rng.normal(size=(records, features)).astype(np.float32), dtype)
+    parameters = np.ones(head.size, np.float32)
+    download = HeadDownload(1, 2, 3, 4, ints(7), ints(records), parameters, rows)
+    upload = HeadUpload(3, records, 0.5, 1, parameters.astype(np.float64), rows)
+    sizes = Sizes(3, 10, 2 if dtype == "float16" else 4, 0, 0)
+    assert sizes.head_download(one(records), features, head.size).tolist() == [len(download.to_bytes())]
+    assert sizes.head_upload(one(records), features, head.size).tolist() == [len(upload.to_bytes())]
 
 
 def test_sizes_are_by_device() -> None:

@@ -17,6 +17,7 @@ from fedsplit.common.arrays import unpack_bitmap
 from fedsplit.common.errors import WireError
 from fedsplit.flower.record import from_record, to_record
 from fedsplit.model.head import Head
+from fedsplit.release.admitted import unguarded
 from fedsplit.release.kept import Kept
 from fedsplit.release.policies import Bits, Random
 from fedsplit.release.streams import simulation_secret
@@ -189,7 +190,7 @@ def test_counts_beyond_16_bits_come_back(width: int, dtype: str, bits: int) -> N
     rng = np.random.default_rng(0)
     x = rng.random((2, width)).astype(np.float32) + 0.25
     kept = Kept.of(Bits(bits).coded(x) if bits else x, np.ones(x.shape, bool), zeros_count=not bits)
-    release = Release.pack(kept, ints(3, 5, 6), ints(1, 0, 1), ints(0, 1), dtype, bits)
+    release = Release.pack(unguarded(kept, "test"), ints(3, 5, 6), ints(1, 0, 1), ints(0, 1), dtype, bits)
     assert release.counts.tolist() == [width, width]
     sent = nothing_but(release)
     assert_same(Upload.from_bytes(sent.to_bytes(), parameters=PARAMETERS), sent)
@@ -200,7 +201,9 @@ def test_what_was_kept_arrives_where_it_was(dtype: str, tolerance: float) -> Non
     rng = np.random.default_rng(0)
     x = rng.normal(size=(7, 13)).astype(np.float32)
     mask = rng.random(x.shape) < 0.5
-    release = Release.pack(Kept.of(x, mask, zeros_count=True), ints(3, 8), ints(4, 3), np.zeros(7, np.int64), dtype)
+    release = Release.pack(
+        unguarded(Kept.of(x, mask, zeros_count=True), "test"), ints(3, 8), ints(4, 3), np.zeros(7, np.int64), dtype
+    )
     found = Upload.from_bytes(nothing_but(release).to_bytes(), parameters=PARAMETERS).release
     pattern = unpack_bitmap(found.bitmap, 13)
     assert np.array_equal(pattern, mask)
@@ -212,7 +215,7 @@ def test_levels_arrive_exactly_where_they_were(bits: int) -> None:
     x = np.maximum(np.random.default_rng(0).normal(size=(7, 13)), 0).astype(np.float32)
     levels = Bits(bits).coded(x)
     kept = Kept.of(levels, np.ones(x.shape, dtype=bool), zeros_count=False)
-    release = Release.pack(kept, ints(3, 8), ints(4, 3), np.zeros(7, np.int64), "float16", bits)
+    release = Release.pack(unguarded(kept, "test"), ints(3, 8), ints(4, 3), np.zeros(7, np.int64), "float16", bits)
     found = Upload.from_bytes(nothing_but(release).to_bytes(), parameters=PARAMETERS).release
     dense = np.zeros_like(x)
     dense[unpack_bitmap(found.bitmap, 13)] = found.values()
@@ -227,12 +230,12 @@ def test_a_records_bytes_do_not_depend_on_what_it_is_sent_with(
     seed: int, records: int, width: int, dtype: str, bits: int
 ) -> None:
     kept = some_kept(np.random.default_rng(seed), records, width, bits=bits)
-    together = Release.pack(kept, ints(4), ints(records), np.zeros(records, np.int64), dtype, bits)
+    together = Release.pack(unguarded(kept, "test"), ints(4), ints(records), np.zeros(records, np.int64), dtype, bits)
     assert together.exponents.shape == (records,)
     stops = np.cumsum(together.counts)
     for i, (start, stop) in enumerate(zip(stops - together.counts, stops, strict=True)):
         row = kept.take(np.arange(records) == i)
-        alone = Release.pack(row, ints(4), ints(1), ints(0), dtype, bits)
+        alone = Release.pack(unguarded(row, "test"), ints(4), ints(1), ints(0), dtype, bits)
         assert alone.codes.dtype == together.codes.dtype
         assert alone.codes.tobytes() == together.codes[start:stop].tobytes()
         assert alone.exponents.tolist() == [together.exponents[i]]
@@ -244,7 +247,7 @@ def test_the_other_records_decide_nothing_of_a_float16_records_scale() -> None:
     """By hand: beside a record a million times larger, a shared scale would leave a few bits of the small one."""
     x = np.array([[1e-3, 2e-3, 3e-3], [1e9, 0, 2e9]], dtype=np.float32)
     kept = Kept.of(x, np.ones(x.shape, dtype=bool), zeros_count=True)
-    release = Release.pack(kept, ints(0), ints(2), ints(0, 0), "float16")
+    release = Release.pack(unguarded(kept, "test"), ints(0), ints(2), ints(0, 0), "float16")
     np.testing.assert_allclose(release.values(), x.ravel(), rtol=2**-10)
     assert release.exponents[0] != release.exponents[1]
 
@@ -282,7 +285,7 @@ def test_float16_payloads_take_the_place_of_two_bytes_per_value() -> None:
 
 @pytest.mark.parametrize("dense", [np.ones((2, 8), dtype=np.float32), [[1.0] * 8] * 2, None, {"values": 1}])
 def test_dense_activations_have_no_way_onto_the_wire(dense: Any) -> None:
-    with pytest.raises(TypeError, match="a release is packed from Kept, not from"):
+    with pytest.raises(TypeError, match="a release is packed from Admitted, not from"):
         Release.pack(dense, ints(0), ints(2), ints(0, 1), "float32")
 
 
@@ -302,7 +305,9 @@ def test_an_upload_is_at_most_an_eighth_of_dense_float32() -> None:
     mask = Random(0.2).mask(x, simulation_secret(0, 0), 1, np.arange(records))
     kept = Kept.of(x, mask, zeros_count=False)
     assert 0.09 < kept.counts.sum() / x.size < 0.11
-    release = Release.pack(kept, ints(0), ints(records), np.zeros(records, dtype=np.int64), "float16")
+    release = Release.pack(
+        unguarded(kept, "test"), ints(0), ints(records), np.zeros(records, dtype=np.int64), "float16"
+    )
     assert len(nothing_but(release).to_bytes()) <= 4 * records * width / 8
 
 
@@ -312,7 +317,9 @@ def test_an_upload_of_few_bits_is_a_small_share_of_dense_float32(bits: int, shar
     x = np.maximum(np.random.default_rng(0).normal(size=(records, width)), 0).astype(np.float32)
     kept = Kept.of(Bits(bits).coded(x), np.ones(x.shape, dtype=bool), zeros_count=False)
     assert 0.49 < kept.counts.sum() / x.size < 0.51
-    release = Release.pack(kept, ints(0), ints(records), np.zeros(records, dtype=np.int64), "float32", bits)
+    release = Release.pack(
+        unguarded(kept, "test"), ints(0), ints(records), np.zeros(records, dtype=np.int64), "float32", bits
+    )
     assert len(nothing_but(release).to_bytes()) <= 4 * records * width / share
 
 
@@ -829,7 +836,7 @@ def some_query(
     mask = np.argsort(rng.random(x.shape), axis=1) < sent
     kept = Kept.of(np.ones_like(x) if bits else x, mask, zeros_count=True)
     none, count = np.zeros(records, dtype=np.int64), np.array([records])
-    return Query(layer, Release.pack(kept, ints(0), count, none, dtype, bits)).to_bytes()
+    return Query(layer, Release.pack(unguarded(kept, "test"), ints(0), count, none, dtype, bits)).to_bytes()
 
 
 @given(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import ConfigError, DataError
-from fedsplit.model.layer import ACTIVATIONS
+from fedsplit.model.activations import ACTIVATIONS
 from fedsplit.server.batches import Batches
 
 Features = NDArray[np.float64]

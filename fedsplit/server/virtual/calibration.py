@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from fedsplit.common.arrays import unpack_bitmap
+from fedsplit.guard.releaser import Releaser
 from fedsplit.model.layer import FirstLayer
-from fedsplit.release.making import Chunk, forward
+from fedsplit.release.making import Chunk
 from fedsplit.release.policy import Policy
-from fedsplit.wire.release import Release
 
 _RECORDS, _REPEATS = 256, 7
 
@@ -30,11 +30,12 @@ def record_seconds(layer: FirstLayer, dropping: Policy, dtype: str) -> tuple[flo
     chunk = Chunk(np.array([0]), np.array([_RECORDS]), index, index[:, None], x, np.zeros(_RECORDS, np.int64))
     weights = layer.flatten(layer.initial_weights())
 
-    def release() -> None:
-        kept = forward(layer, dropping, lambda _: bytes(32), chunk, weights, 1, b"", want_slopes=True).kept
-        Release.pack(kept, chunk.devices, chunk.records, chunk.y, dtype, dropping.code.bits)
+    releaser = Releaser(layer, dropping, dtype, lambda _: bytes(32))
+    kept = releaser.make(chunk, weights, 1, "calibration", want_slopes=True).outputs.kept
 
-    kept = forward(layer, dropping, lambda _: bytes(32), chunk, weights, 1, b"", want_slopes=True).kept
+    def release() -> None:
+        made = releaser.make(chunk, weights, 1, "calibration", want_slopes=True)
+        releaser.pack_unguarded(made, "calibration")
 
     def gradient() -> None:
         dense = np.zeros(_RECORDS * layer.width, dtype=np.float32)

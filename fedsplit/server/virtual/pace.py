@@ -1,9 +1,9 @@
 """A pace by a virtual clock: devices that are away, late or lost, as a profile says.
 
 To the clock every device is a node of its own, and all that a deployment does about a node that has not answered is
-done about a device. Nodes, which host many, are asked in two steps where one message would do, since it takes the sizes
-of releases to know who is late, and a node adds up the gradients of those who are not. Devices that are never heard do
-the same work, and their ledgers count it.
+done about a device. It takes the sizes of releases to know who is late, and a node adds up its devices' gradients: so
+nodes are asked in two steps where one message would do, unless each device's gradient is asked for alone. Devices that
+are never heard do the same work, and their ledgers count it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from fedsplit.plan.schedule import Row
 from fedsplit.server.answers import PendingBlock
 from fedsplit.server.pace import Heard
 from fedsplit.server.parts import Parts
-from fedsplit.server.pending import among, without
+from fedsplit.server.pending import among, settled, without
 from fedsplit.server.round import Round, Rows
 from fedsplit.server.virtual.clock import Outcome, VirtualClock, Work
 from fedsplit.server.virtual.trace import SECOND
@@ -42,16 +42,27 @@ class OnClock:
         What one core of this machine needs to release a record, and for its gradient.
     least : int
         The run stops when fewer of the devices that were asked were heard (all of them, if fewer were asked).
+    alone : bool
+        Whether each device is asked for its own gradient, and in the same message as for its releases: as if it was
+        alone on its node. To a guard that enforces both matters.
     """
 
     def __init__(
-        self, parts: Parts, clock: VirtualClock, sizes: Sizes, record_seconds: tuple[float, float], least: int
+        self,
+        parts: Parts,
+        clock: VirtualClock,
+        sizes: Sizes,
+        record_seconds: tuple[float, float],
+        least: int,
+        *,
+        alone: bool,
     ) -> None:
         self.parts = parts
         self.clock = clock
         self.sizes = sizes
         self._seconds = record_seconds
         self._least = least
+        self._alone = alone
 
     def cohort(self, now: Round) -> Rows:
         """Return the rows of devices that are there, after waiting for some who still have something to release."""
@@ -66,7 +77,7 @@ class OnClock:
     def exchange(self, now: Round, rows: Rows, pending: Sequence[PendingBlock], *, needed: int | None = None) -> Heard:
         """Have records released, see on the clock who is heard, and have their cut gradients answered."""
         pending = among(pending, now.there)
-        uploads = now.exchange(rows, [], needed=1) if rows else []
+        uploads = now.exchange(rows, pending if self._alone else [], needed=1, alone=self._alone)
         asked = [row for those in rows.values() for row in those]
         work, released, answered = self._work(asked, uploads, pending)
         if not len(work.devices):
@@ -76,13 +87,20 @@ class OnClock:
         heard = self._heard(now, work, outcome, needed)
         unheard = set(work.devices[~outcome.heard].tolist())
         now.ask_again(row for row in asked if row[0] in unheard)
+        releases = [u.release.take(np.isin(u.release.devices, heard)) for u in uploads]
+        if self._alone:
+            self._wait_again(without(pending, heard))
+            return Heard(releases, [u.gradients.among(heard) for u in uploads])
         if wasted := without(pending, heard):
             now.waste(wasted)
         least = self.parts.options.min_nodes if needed is None else needed
-        answers = now.exchange({}, among(pending, heard), needed=least) if pending else []
-        return Heard(
-            [u.release.take(np.isin(u.release.devices, heard)) for u in uploads], [u.gradients for u in answers]
-        )
+        answers = now.exchange({}, among(pending, heard), needed=least)
+        return Heard(releases, [u.gradients for u in answers])
+
+    def _wait_again(self, pending: list[PendingBlock]) -> None:
+        """Keep cut gradients that were answered, and whose answers were not heard."""
+        progress = self.parts.progress
+        progress.pending = settled(progress.pending, (block.cut for block in pending)) + pending
 
     def answering(self, now: Round, releases: Sequence[Release], head: Head) -> Sequence[Release]:
         """Return the parts of devices whose answers come in time; of the head itself no time is counted."""
@@ -148,6 +166,9 @@ class OnClock:
         blocks = by_device([c.devices for c in cuts], [1 for _ in cuts])
         answered = by_device([c.devices for c in cuts], [b.records for b in pending])
         released = by_device([r.devices for r in releases], [r.records for r in releases])
+        summed = (blocks > 0).astype(np.int64)
+        if self._alone:  # a guard may have refused some
+            summed = by_device([u.gradients.devices for u in uploads], [1 for _ in uploads])
         work = Work(
             devices,
             self.sizes.download(chunks, blocks, by_device([c.devices for c in cuts], [c.lengths for c in cuts])),
@@ -156,7 +177,7 @@ class OnClock:
                 by_device([r.devices for r in releases], [sum_groups(r.counts, r.records) for r in releases]),
                 by_device([u.failed for u in uploads], [1 for _ in uploads]),
                 by_device([u.refused[:, 0] for u in uploads], [1 for _ in uploads]),
-                (blocks > 0).astype(np.int64),
+                summed,
             ),
             computed.astype(np.float64) * self._seconds[0] + answered.astype(np.float64) * self._seconds[1],
             chunks > 0,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks import task_of
 from fedsplit.release.making import Chunk, forward
 from fedsplit.release.policy import Policy
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
@@ -137,7 +138,7 @@ def recordings(releases: Releases, rounds: int) -> Method:
     trunk = NoveltyTrunk(
         r.trunk(int(r.batches.devices.max() + 1) * r.outputs),
         r.cut_shape,
-        "novelty",
+        task_of("novelty"),
         r.outputs,
         OPTIONS,
         rounds,
@@ -161,7 +162,7 @@ def classifier(releases: Releases) -> dict[str, Method]:
     (Lee et al., NeurIPS 2018) and nearest neighbours (Sun et al., ICML 2022) of its features.
     """
     r = releases
-    trunk = Trunk(r.trunk(r.outputs), r.cut_shape, "classification", r.outputs, OPTIONS, ROUNDS, r.seed)
+    trunk = Trunk(r.trunk(r.outputs), r.cut_shape, task_of("classification"), r.outputs, OPTIONS, ROUNDS, r.seed)
     known = r.batches.take(r.training)
     for round_number in range(1, ROUNDS + 1):
         trunk.train(known, 0, round_number)

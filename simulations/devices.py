@@ -47,7 +47,6 @@ from safetensors.torch import load_file
 from fedsplit import simulate
 from fedsplit.data import Records, Source
 from fedsplit.model.split import SplitModel
-from fedsplit.model.tasks import score
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, load_settings, presets
 from fedsplit.server.trunk import trunk_outputs
@@ -157,7 +156,7 @@ def accuracy(model: SplitModel, settings: Settings, source: Source) -> float:
     released = public_release(model, test, Experiment(settings).policy, settings.protocol.dtype, seed=0)
     outputs = trunk_outputs(model.trunk.eval(), model.first_layer.cut_shape, released)
     model.trunk.train()
-    return float(score(source.task, outputs, test.y)["test_accuracy"])
+    return float(source.task.score(outputs, test.y)["test_accuracy"])
 
 
 def figures(points: list[Point], counts: dict[str, NDArray[Any]], cost: Cost) -> dict[str, Any]:

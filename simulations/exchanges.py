@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsplit.data import Source
 from fedsplit.model.split import SplitModel
-from fedsplit.model.tasks import summed_loss
+from fedsplit.model.tasks import task_of
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.server.virtual.calibration import record_seconds
@@ -62,7 +62,7 @@ def whole(model: SplitModel) -> nn.Sequential:
 def step(net: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> None:
     """Take a step on a mini-batch."""
     optimizer.zero_grad()
-    (summed_loss("classification", net(x), y) / len(y)).backward()
+    (task_of("classification").loss(net(x), y) / len(y)).backward()
     optimizer.step()
 
 

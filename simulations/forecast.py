@@ -46,6 +46,7 @@ from fedsplit.audit.transcript import Subjects
 from fedsplit.data import Records
 from fedsplit.data import pigs as pigs_data
 from fedsplit.model.split import SplitModel
+from fedsplit.model.tasks import task_of
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings, load_settings
 from fedsplit.release.policies import All
@@ -146,7 +147,7 @@ def central(settings: Settings, pigs: Pigs) -> Float:
     model, everything = Experiment(settings).model, All()
     assert settings.public is not None
     options = WarmUp(CENTRAL_EPOCHS, settings.public.lr, settings.protocol.batch_size, penalty=0.0)
-    warm_up(model, pigs.train, "regression", everything, options, settings.run.seed)
+    warm_up(model, pigs.train, task_of("regression"), everything, options, settings.run.seed)
     return forecasts(model, pigs.test, everything, "float32", settings.run.seed)
 
 

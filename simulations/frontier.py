@@ -33,7 +33,7 @@ from fedsplit.audit.transcript import Subjects
 from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records, Source
 from fedsplit.model.split import SplitModel
-from fedsplit.model.tasks import summed_loss
+from fedsplit.model.tasks.base import Task
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.server.trunk import Trunk, TrunkOptions
@@ -199,7 +199,7 @@ def _linearised(prior: Prior, labels: Any, matrix: Any, bias: Any, basis: Any, s
     return guess
 
 
-def _train_binarised(model: SplitModel, records: Records, task: str, options: WarmUp, seed: int) -> None:
+def _train_binarised(model: SplitModel, records: Records, task: Task, options: WarmUp, seed: int) -> None:
     """Train with weights of one sign each and one-bit outputs (B-SL, Pham et al. 2022, arXiv 2206.04864)."""
     layer = model.first_layer.layer
     assert isinstance(layer, nn.Linear)
@@ -215,7 +215,7 @@ def _train_binarised(model: SplitModel, records: Records, task: str, options: Wa
         for rows in np.array_split(order, max(1, len(x) // options.batch_size)):
             outputs = torch.relu(nn.functional.linear(x[rows], binary(), layer.bias))
             sent = outputs + ((outputs > 0).float() - outputs).detach()
-            loss = summed_loss(task, model.trunk(sent), y[rows]) / len(rows)
+            loss = task.loss(model.trunk(sent), y[rows]) / len(rows)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

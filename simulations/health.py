@@ -56,6 +56,7 @@ from fedsplit.audit.transcript import Subjects
 from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records, wearables
 from fedsplit.model.split import SplitModel
+from fedsplit.model.tasks import task_of
 from fedsplit.model.zoo import build_model
 from fedsplit.release.policies import All, Bits, Random, TopK
 from fedsplit.release.policy import Policy as DroppingPolicy
@@ -120,7 +121,7 @@ def split_model(windows: Windows, novel: int, layer: str, policy: Policy, seed: 
     if layer == "donors":
         rows = np.isin(windows.person, DONORS) & (windows.y != novel)
         records = Records(windows.x[rows], (windows.targets(novel) + KNOWN * windows.device)[rows])
-        warm_up(model, records, "novelty", policy.dropping, WarmUp(40, 0.002, 64, 0.0), seed)
+        warm_up(model, records, task_of("novelty"), policy.dropping, WarmUp(40, 0.002, 64, 0.0), seed)
     return model
 
 

@@ -22,7 +22,7 @@ from flwr.simulation import run_simulation
 from fedsplit.common.seeds import scheduled
 from fedsplit.data import Records, Source
 from fedsplit.model.split import SplitModel
-from fedsplit.model.tasks import summed_loss
+from fedsplit.model.tasks import task_of
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 
@@ -138,7 +138,7 @@ def train(
             cut = torch.cat(list(cuts.values())).requires_grad_()
             labels = torch.from_numpy(np.concatenate([r.content["cut"]["labels"].numpy() for r in replies.values()]))
             optimizer.zero_grad()
-            (summed_loss("classification", trunk(cut), labels) / len(cut)).backward()
+            (task_of("classification").loss(trunk(cut), labels) / len(cut)).backward()
             assert cut.grad is not None
             parts = dict(zip(replies, cut.grad.split(BATCH), strict=True))
             back = ask("backward", {n: {"gradients": _arrays(cut=g.numpy())} for n, g in parts.items()})

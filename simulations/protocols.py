@@ -36,7 +36,6 @@ from rich.table import Table
 
 from fedsplit import simulate
 from fedsplit.common.seeds import scheduled
-from fedsplit.model.tasks import score, summed_loss
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings, load_settings
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
@@ -69,7 +68,7 @@ def centralised(settings: Settings) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = scheduled(settings.trunk.lr, settings.trunk.schedule, epoch, EPOCHS)
         for rows in minibatches(np.random.default_rng([seed, epoch]).permutation(len(x)), settings.protocol.batch_size):
-            loss = summed_loss(source.task, forward(x[rows], epoch, rows), y[rows]) / len(rows)
+            loss = source.task.loss(forward(x[rows], epoch, rows), y[rows]) / len(rows)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -77,7 +76,7 @@ def centralised(settings: Settings) -> dict[str, Any]:
     held_x, held_y = (np.concatenate([getattr(r, name) for r in test]) for name in "xy")
     with torch.no_grad():
         outputs = forward(torch.from_numpy(held_x), KEYED_ROUND, np.arange(len(held_x))).numpy()
-    return {**score(source.task, outputs, held_y), "exposures_max": EPOCHS}
+    return {**source.task.score(outputs, held_y), "exposures_max": EPOCHS}
 
 
 def changed(settings: Settings, changes: dict[str, dict[str, Any]]) -> Settings:

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsplit import simulate
-from fedsplit.model.tasks import summed_loss
+from fedsplit.model.tasks import task_of
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings
 from fedsplit.server.batches import minibatches
@@ -66,7 +66,7 @@ def plain_loop(settings: Settings) -> float:
         for chosen in minibatches(np.random.default_rng(epoch).permutation(len(x)), settings.protocol.batch_size):
             outputs = first.activation(first.outputs(x[chosen]))
             predictions = model.trunk(outputs * (torch.rand(outputs.shape) < keep))
-            loss = summed_loss("classification", predictions, y[chosen]) / len(chosen)
+            loss = task_of("classification").loss(predictions, y[chosen]) / len(chosen)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -221,7 +221,7 @@ class _Sums:
             for block in exchange.download.pending:
                 if block.round_number not in lost and (node, block.round_number) in self._released:
                     of, release = self._released[node, block.round_number]
-                    part = release.take(np.isin(release.devices, block.devices))
+                    part = release.among(block.devices)
                     those = set(block.devices.tolist())
                     of = [name for name in of if name[0] in those]
                     for name, row in zip(of, self._delta(part, block.values()), strict=True):

@@ -119,8 +119,8 @@ class Subjects:
         order = np.random.default_rng(seed_of(seed, "audit targets")).permutation(len(x))
         chosen, candidates = order[:targets], order[: max(targets, MOST_CANDIDATES)]
         known, place = tested(source) if public is None else public, np.arange(targets)
-        if source.task == "novelty" and public is not None:  # told apart by their number, as the targets' releases are
-            known = replace(public, y=public.y % source.outputs)
+        if public is not None:  # targets' labels are those of their own devices
+            known = replace(public, y=source.task.from_trunk(public.y, source.outputs))
         return cls(x[chosen], y[chosen], owner[chosen], index[chosen], x[candidates], place, known, public is None)
 
     def save(self, folder: Path) -> None:
@@ -163,7 +163,7 @@ class Exchange:
     @property
     def owners(self) -> IntArray:
         """The device of each released record."""
-        return np.repeat(self.upload.release.devices, self.upload.release.records)
+        return self.upload.release.owners
 
 
 def exchanges(folder: Path, parameters: int) -> Iterator[Exchange]:

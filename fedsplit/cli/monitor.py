@@ -56,8 +56,9 @@ def monitor(
     from fedsplit.device.predictor import Predictor
     from fedsplit.wire.query import EPISODE, LONGEST, SHORTEST
 
-    bundle = Bundle.load(device)
-    if bundle.task != "novelty":
+    own = Home(home)
+    bundle = Bundle.load(device, own.allowed)
+    if not bundle.task.watches:
         raise ConfigError(f"the model in {device} predicts: see fedsplit predict")
     if not 0 <= speed < float("inf"):
         raise ConfigError(f"--speed must be at least 0, got {speed:g}")
@@ -77,7 +78,6 @@ def monitor(
     stretches = read(recording)
     if all(len(records) < EPISODE for records, _ in stretches):
         raise DataError(f"{recording}: has no {EPISODE} consecutive records, which are judged together")
-    own = Home(home)
     own.check()
     service = remote(server, bundle.model, ca, insecure=insecure)
     watched = Monitor(Predictor(bundle, own, service), service, name)

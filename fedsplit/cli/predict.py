@@ -153,11 +153,11 @@ def predict(
 
     if (server is None) == (offline is None):
         raise ConfigError("give either --server or --offline")
-    bundle = Bundle.load(device)
-    if bundle.task == "novelty":
+    own = Home(home)
+    bundle = Bundle.load(device, own.allowed)
+    if bundle.task.watches:
         raise ConfigError(f"the model in {device} watches devices: see fedsplit monitor")
     raw = read_records(records, bundle.layer.input_shape)
-    own = Home(home)
     own.check()
     if server is not None:
         found = Predictor(bundle, own, remote(server, bundle.model, ca, insecure=insecure)).predict(raw)

@@ -99,7 +99,9 @@ def _privacy(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    for key in ("test_accuracy", "test_auc", "test_episode_auc", "test_r2", "test_rmse", "test_loss"):
+    known = ("test_accuracy", "test_auc", "test_episode_auc", "test_r2", "test_rmse", "test_loss")
+    own = [key for key, value in result.items() if key.startswith("test_") and isinstance(value, float)]  # of a task
+    for key in dict.fromkeys((*known, *own)):
         if result.get(key) is not None:
             rows.append((key, f"{result[key]:.4f}"))
     if result.get("test_f1"):

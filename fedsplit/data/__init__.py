@@ -5,13 +5,12 @@ from fedsplit.common.plugins import resolve_function
 from fedsplit.data.devices import describe, open_builder, open_folder, open_own, read_records
 from fedsplit.data.partition import PARTITIONS
 from fedsplit.data.pooled import POOLS, open_pool
-from fedsplit.data.records import TASKS, DeviceData, Records, Scaling, check_records
+from fedsplit.data.records import DeviceData, Records, Scaling, check_records
 from fedsplit.data.source import Source
 
 __all__ = [
     "PARTITIONS",
     "POOLS",
-    "TASKS",
     "DeviceData",
     "Records",
     "Scaling",
@@ -48,7 +47,8 @@ def open_source(
         Exactly one, or ``shape``: a data set of :data:`POOLS`; a folder of ``.npz`` files, one per device; or a
         function ``module:function`` that returns a device's :class:`DeviceData`.
     task : str or None
-        One of :data:`TASKS`; for a folder or builder None means classification. A data set knows its own.
+        As in :func:`fedsplit.model.tasks.task_of`; for a folder or builder None means classification. A data set knows
+        its own.
     outputs : int or None
         Number of classes, required for classification; 1 or None for binary; the targets' width for regression, None
         means 1. A data set knows its own.
@@ -87,8 +87,8 @@ def open_source(
         source = open_pool(
             name, count=count, test=test, method=partition, alpha=alpha, seed=seed, overlap=overlap, novel=novel
         )
-        if task not in (None, source.task) or outputs not in (None, source.outputs):
-            known = f"a {source.task} task with outputs = {source.outputs}"
+        if task not in (None, source.task.name) or outputs not in (None, source.outputs):
+            known = f"a {source.task.name} task with outputs = {source.outputs}"
             raise ConfigError(f"data set {name!r} is {known}, got task {task!r} and outputs {outputs}")
         return source
     if novel is not None:

@@ -10,8 +10,10 @@ import numpy as np
 
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.plugins import resolve_function
-from fedsplit.data.records import TASKS, DeviceData, Records, check_records
+from fedsplit.data.records import DeviceData, Records, check_records
 from fedsplit.data.source import Source, choose_test
+from fedsplit.model.tasks import task_of
+from fedsplit.model.tasks.base import Task
 
 _KEYS = ("x", "y", "segments", "x_test", "y_test", "segments_test")
 
@@ -101,8 +103,8 @@ def describe(
         raise ConfigError("devices.count is required with data.shape: nobody else knows how many devices there are")
     if test == "all":
         raise ConfigError("devices.test must be a number or a list of ids with data.shape, got 'all'")
-    task, outputs = _check_task(task, outputs)
-    return Source(task, outputs, shape, count, _absent, choose_test(test, count), absent=True)
+    kind, number = _check_task(task, outputs)
+    return Source(kind, number, shape, count, _absent, choose_test(test, count), absent=True)
 
 
 def _absent(device_id: int) -> DeviceData:
@@ -159,36 +161,23 @@ def _open(
     outputs: int | None,
     test: int | str | tuple[int, ...],
 ) -> Source:
-    task, outputs = _check_task(task, outputs)
+    kind, number = _check_task(task, outputs)
     chosen = choose_test(test, len(places))
-    load = partial(_load, read, places, task, outputs)
+    load = partial(_load, read, places, kind, number)
     first = load(None, 0)
     shape = first.train.x.shape[1:]
-    return Source(task, outputs, shape, len(places), partial(load, shape), chosen)
+    return Source(kind, number, shape, len(places), partial(load, shape), chosen)
 
 
-def _check_task(task: str | None, outputs: int | None) -> tuple[str, int]:
-    task = "classification" if task is None else task
-    if task not in TASKS:
-        raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    if task == "classification":
-        if outputs is None or outputs < 2:
-            raise ConfigError(f"outputs must be the number of classes, at least 2, got {outputs}")
-        return task, outputs
-    if task == "novelty" and outputs is None:
-        raise ConfigError("outputs must be the most recordings that a device has, for a novelty task")
-    outputs = 1 if outputs is None else outputs
-    if task == "binary" and outputs != 1:
-        raise ConfigError(f"outputs must be 1 or left out for a binary task, got {outputs}")
-    if outputs < 1:
-        raise ConfigError(f"outputs must be at least 1, got {outputs}")
-    return task, outputs
+def _check_task(task: str | None, outputs: int | None) -> tuple[Task, int]:
+    found = task_of("classification" if task is None else task)
+    return found, found.check_outputs(outputs)
 
 
 def _load(
     read: Callable[[int], DeviceData],
     places: tuple[str, ...],
-    task: str,
+    task: Task,
     outputs: int,
     input_shape: tuple[int, ...] | None,
     device_id: int,
@@ -202,7 +191,7 @@ def _load(
         name: check_records(part, task=task, outputs=outputs, input_shape=shape, where=f"{where}, {name}")
         for name, part in parts.items()
     }
-    _check_known(checked["train"], task, outputs, f"{where}, train")
+    task.check_training(checked["train"].y, outputs, f"{where}, train")
     return DeviceData(**checked)
 
 
@@ -221,13 +210,8 @@ def read_records(file: str, source: Source) -> Records:
         raise DataError(f"{where}: lacks x and y")
     task, outputs = source.task, source.outputs
     found = check_records(pair, task=task, outputs=outputs, input_shape=source.input_shape, where=where)
-    _check_known(found, task, outputs, where)
+    task.check_training(found.y, outputs, where)
     return found
-
-
-def _check_known(records: Records, task: str, outputs: int, where: str) -> None:
-    if task == "novelty" and (records.y == outputs).any():
-        raise DataError(f"{where}: label {outputs} is for something new, which only test records can be")
 
 
 def _read_file(files: tuple[Path, ...], places: tuple[str, ...], device_id: int) -> DeviceData:

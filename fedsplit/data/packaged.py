@@ -8,6 +8,7 @@ import numpy as np
 from fedsplit.common.errors import DataError
 from fedsplit.data import loading
 from fedsplit.data.records import Pool, Raw, Scaling, check_records
+from fedsplit.model.tasks import task_of
 
 MNIST_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 
@@ -86,7 +87,7 @@ def _needs_sklearn(name: str) -> str:
     return f"data set {name!r} needs the package scikit-learn: pip install 'fedsplit[data]'"
 
 
-def _pool(name: str, raw: Raw, task: str, outputs: int, scaling: Scaling) -> Pool:
-    where = f"data set {name!r}"
+def _pool(name: str, raw: Raw, task_name: str, outputs: int, scaling: Scaling) -> Pool:
+    where, task = f"data set {name!r}", task_of(task_name)
     records = check_records(raw, task=task, outputs=outputs, input_shape=None, where=where)
     return Pool(records.x, records.y, task, outputs, scaling=scaling)

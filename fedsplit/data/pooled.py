@@ -10,6 +10,7 @@ from fedsplit.common.errors import ConfigError
 from fedsplit.data import packaged, partition, pigs, wearables
 from fedsplit.data.records import DeviceData, IndexArray, Pool, Records
 from fedsplit.data.source import Source, choose_test
+from fedsplit.model.tasks import task_of
 
 POOLS: dict[str, Callable[..., Pool]] = {
     "wearables": wearables.load,
@@ -74,9 +75,9 @@ def open_pool(
         indices = _deal(pool, total, chosen, method, alpha, np.random.default_rng([seed, _STREAM]))
     task, outputs, labels = pool.task, pool.outputs, pool.y
     if novel is not None:
-        if task != "classification" or not 0 <= novel < outputs:
+        if task.targets(outputs).classes != outputs or not 0 <= novel < outputs:
             raise ConfigError(f"novel must be a class of a data set with several, 0..{outputs - 1} here, got {novel}")
-        task, outputs, labels = "novelty", outputs - 1, _recordings(pool.y, novel, outputs - 1)
+        task, outputs, labels = task_of("novelty"), outputs - 1, _recordings(pool.y, novel, outputs - 1)
         indices = [rows if d in chosen else rows[labels[rows] < outputs] for d, rows in enumerate(indices)]
     load = partial(_slice, Records(pool.x, labels, pool.segments), tuple(indices), chosen)
     return Source(task, outputs, pool.x.shape[1:], total, load, chosen, scaling=pool.scaling)

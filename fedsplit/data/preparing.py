@@ -219,7 +219,7 @@ def _in_recordings(anomalous: NDArray[Any], recordings: int) -> NDArray[np.int64
 def _check_labels(recipe: Recipe, done: Sequence[Prepared], layout: Layout, all_labels: bool) -> None:
     labels = f"label column {layout.label!r} (or the annotations of EDF)"
     names = {n: ", ".join(name for name, m in recipe.numbers.items() if m == n) for n in recipe.numbers.values()}
-    if recipe.task != "classification" and names:
+    if recipe.classes is None and names:
         for device in done:
             if not device.windows[0]:
                 raise DataError(f"device {device.name!r} has no normal data: {labels} makes no window {names[0]}")

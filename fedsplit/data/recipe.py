@@ -99,7 +99,7 @@ class Recipe(Section):
 
     @property
     def task(self) -> str:
-        """The task of the records, one of :data:`fedsplit.data.TASKS`."""
+        """The name of the records' task, one of :data:`fedsplit.model.tasks.TASKS`."""
         if self.recordings is not None:
             return "novelty"
         return "binary" if self.classes is None else "classification"

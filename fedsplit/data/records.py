@@ -7,9 +7,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.common.errors import DataError
-
-TASKS = ("classification", "binary", "regression", "novelty")
+from fedsplit.common.arrays import finite
+from fedsplit.common.errors import DataError, FedsplitError
+from fedsplit.model.tasks.base import Task
 
 IndexArray = NDArray[np.int64]
 
@@ -123,8 +123,7 @@ class Pool:
     ----------
     x, y : arrays
         As in :class:`Records`.
-    task : str
-        One of :data:`TASKS`.
+    task : Task
     outputs : int
         Number of classes; 1 for binary; the targets' width for regression.
     owners : int array (records,) or None
@@ -142,7 +141,7 @@ class Pool:
 
     x: NDArray[np.float32]
     y: NDArray[Any]
-    task: str
+    task: Task
     outputs: int
     owners: IndexArray | None = None
     people: tuple[int, ...] = ()
@@ -151,17 +150,16 @@ class Pool:
     scaling: Scaling = field(default_factory=Scaling)
 
 
-def check_records(raw: Raw, *, task: str, outputs: int, input_shape: tuple[int, ...] | None, where: str) -> Records:
+def check_records(raw: Raw, *, task: Task, outputs: int, input_shape: tuple[int, ...] | None, where: str) -> Records:
     """Convert ``raw`` to the dtypes of :class:`Records` and refuse what training cannot use.
 
     Parameters
     ----------
     raw : Records or pair of arrays (x, y)
         Regression targets may be ``(records,)`` if there is one output.
-    task : str
-        One of :data:`TASKS`.
+    task : Task
     outputs : int
-        Number of classes; 1 for binary; the targets' width for regression; the most recordings of a device for novelty.
+        Of the task.
     input_shape : tuple of int or None
         Shape of one record; None takes it from ``x``.
     where : str
@@ -170,9 +168,8 @@ def check_records(raw: Raw, *, task: str, outputs: int, input_shape: tuple[int, 
     Raises
     ------
     DataError
-        If x or y holds NaN, infinity or anything but numbers, if their shapes or lengths do not fit, or if a label is
-        not an integer of 0..outputs-1 (0 or 1 for binary, 0..outputs for novelty). The text never holds a record's
-        values.
+        If x or y holds NaN, infinity or anything but numbers, if their shapes or lengths do not fit, or if targets
+        are not the task's. The text never holds a record's values.
     """
     try:
         records = _as_records(raw)
@@ -188,8 +185,8 @@ def check_records(raw: Raw, *, task: str, outputs: int, input_shape: tuple[int, 
         raise DataError(f"{where}: x must have shape (records, ...) with no empty side, got {x.shape}")
     if x.shape[1:] != shape:
         raise DataError(f"{where}: records must have shape {shape}, got {x.shape[1:]}")
-    targets = _targets(y, outputs, where) if task == "regression" else _labels(y, task, outputs, where)
-    return Records(_finite(x, "x", where), targets, _segments(records.segments, len(x), where))
+    targets = _targets(y, task, outputs, where)
+    return Records(finite(x, "x", where), targets, _segments(records.segments, len(x), where))
 
 
 def _as_records(raw: Raw) -> Records:
@@ -211,34 +208,10 @@ def _segments(raw: Any, count: int, where: str) -> IndexArray | None:
     return found.astype(np.int64)
 
 
-def _finite(array: NDArray[Any], name: str, where: str) -> NDArray[np.float32]:
-    if array.dtype.kind not in "biuf":
-        raise DataError(f"{where}: {name} must hold numbers, got dtype {array.dtype.name}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is refused below
-        converted = np.ascontiguousarray(array, dtype=np.float32)
-    if not np.isfinite(converted).all():
-        raise DataError(f"{where}: {name} holds NaN, infinity or numbers beyond float32")
-    return converted
-
-
-def _targets(y: NDArray[Any], outputs: int, where: str) -> NDArray[np.float32]:
-    if len(y) == 0:
-        return np.empty((0, outputs), np.float32)
-    columns = y.reshape(-1, 1) if y.ndim == 1 else y
-    if columns.shape != (len(y), outputs):
-        raise DataError(f"{where}: y must have shape (records, {outputs}), got {y.shape}")
-    return _finite(columns, "y", where)
-
-
-def _labels(y: NDArray[Any], task: str, outputs: int, where: str) -> NDArray[np.int64]:
-    if len(y) == 0:  # np.array([]) is float64: there is no label that could be wrong
-        return np.empty(0, np.int64)
-    if y.ndim != 1:
-        raise DataError(f"{where}: y must have shape (records,), got {y.shape}")
-    if y.dtype.kind not in "biu":
-        _finite(y, "y", where)  # NaN is the better reason
-        raise DataError(f"{where}: labels must be integers, got dtype {y.dtype.name}")
-    highest = {"binary": 1, "novelty": outputs}.get(task, outputs - 1)
-    if y.min() < 0 or y.max() > highest:
-        raise DataError(f"{where}: labels must be in 0..{highest} for a {task} task with {outputs} outputs")
-    return y.astype(np.int64)
+def _targets(y: NDArray[Any], task: Task, outputs: int, where: str) -> NDArray[Any]:
+    try:
+        return task.check_targets(y, outputs, where)
+    except FedsplitError:
+        raise
+    except Exception as error:  # of a task's own code: its text could hold targets
+        raise DataError(f"{where}: task {task.name!r} raised {type(error).__name__} at the targets") from None

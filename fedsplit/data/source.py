@@ -6,6 +6,7 @@ from functools import cached_property
 
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data.records import DeviceData, Scaling
+from fedsplit.model.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,7 @@ class Source:
 
     Attributes
     ----------
-    task : str
-        One of :data:`fedsplit.data.TASKS`.
+    task : Task
     outputs : int
         Number of classes; 1 for binary; the targets' width for regression; the most recordings of a device for novelty.
     input_shape : tuple of int
@@ -32,7 +32,7 @@ class Source:
         How records were made of raw numbers, as far as that is known here.
     """
 
-    task: str
+    task: Task
     outputs: int
     input_shape: tuple[int, ...]
     count: int
@@ -40,11 +40,6 @@ class Source:
     chosen: tuple[int, ...] | None
     absent: bool = False
     scaling: Scaling = field(default_factory=Scaling)
-
-    @property
-    def trunk_outputs(self) -> int:
-        """How many outputs the trunk has: for novelty one for every recording of every device."""
-        return self.count * self.outputs if self.task == "novelty" else self.outputs
 
     @cached_property
     def test_devices(self) -> tuple[int, ...]:

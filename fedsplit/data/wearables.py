@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedsplit.data import loading
 from fedsplit.data.records import Pool, Scaling, check_records
+from fedsplit.model.tasks import task_of
 
 PACKAGE, PATH = "seglearn", "seglearn/data/watch_dataset.npy"
 SHA256 = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
@@ -75,14 +76,12 @@ def load(overlap: bool = True) -> Pool:
     person = np.repeat(recordings["subject"].astype(np.int64), counts)
     side = np.repeat(recordings["side"].astype(np.int64), counts)
     labels = np.repeat(recordings["y"], counts)
-    raw = (np.concatenate(windows), labels)
-    records = check_records(
-        raw, task="classification", outputs=len(CLASSES), input_shape=(6, WINDOW), where="data set 'wearables'"
-    )
+    raw, task = (np.concatenate(windows), labels), task_of("classification")
+    records = check_records(raw, task=task, outputs=len(CLASSES), input_shape=(6, WINDOW), where="data set 'wearables'")
     return Pool(
         records.x,
         records.y,
-        task="classification",
+        task=task,
         outputs=len(CLASSES),
         owners=SIDES * (person - 1) + side,
         people=tuple(p for p in range(1, 11) for _ in range(SIDES)),

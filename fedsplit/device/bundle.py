@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, field_validator, model_serializer
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -24,6 +24,8 @@ from fedsplit.data import Scaling
 from fedsplit.model.activations import ACTIVATIONS
 from fedsplit.model.kinds import kind_named
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks import TASKS, is_task_name, task_of
+from fedsplit.model.tasks.base import Task
 from fedsplit.release.chosen import built_in, from_outside, numbers_of, with_noise
 from fedsplit.release.policies import BUILT_IN
 from fedsplit.release.policy import Policy
@@ -92,13 +94,20 @@ class Dropping(_Strict):
 class _Description(_Strict):
     format: Literal[1]
     model: str
-    task: Literal["classification", "binary", "regression", "novelty"]
+    task: str
     outputs: int
     layer: Layer
     dropping: Dropping
     dtype: Literal["float16", "float32"]
     scaling: Scaling
     sha256: str
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if not is_task_name(task):
+            raise ValueError("there is no such task")
+        return task
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ class Bundle:
         Of activations on the wire.
     scaling : Scaling
         From raw numbers to records.
-    task : str
+    task : Task
     outputs : int
     """
 
@@ -122,7 +131,7 @@ class Bundle:
     dropping: Policy
     dtype: str
     scaling: Scaling
-    task: str
+    task: Task
     outputs: int
 
     @property
@@ -141,7 +150,7 @@ class Bundle:
         description = _Description(
             format=1,
             model=self.model,
-            task=self.task,  # type: ignore[arg-type]
+            task=self.task.name,
             outputs=self.outputs,
             layer=described(self.layer),
             dropping=Dropping.of(self.dropping),
@@ -172,7 +181,7 @@ class Bundle:
         ----------
         folder : Path
         allow : collection of str
-            The policies from outside, as ``module:Name``, whose code the device's owner lets run.
+            The policies and tasks from outside, as ``module:Name``, whose code the device's owner lets run.
 
         Raises
         ------
@@ -188,7 +197,10 @@ class Bundle:
             raise DataError(f"{folder / DESCRIPTION} is damaged, or of another version of fedsplit") from None
         if sha256(content).hexdigest() != found.sha256:
             raise DataError(f"{folder / WEIGHTS} is damaged: its SHA-256 is not the one in {DESCRIPTION}")
-        dropping = _policy(found.dropping, allow, folder / DESCRIPTION)
+        try:
+            dropping, task = found.dropping.built(allow), _task(found.task, allow)
+        except ConfigError as error:
+            raise DataError(f"{folder / DESCRIPTION}: {error}") from None
         try:
             layer = _built(found.layer)
             layer.load_weights(load(content))
@@ -198,7 +210,7 @@ class Bundle:
                 raise ValueError
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
             raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
-        bundle = cls(layer, dropping, found.dtype, scaling, found.task, found.outputs)
+        bundle = cls(layer, dropping, found.dtype, scaling, task, found.outputs)
         if not np.isfinite(bundle.weights).all():
             raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
         if bundle.model != found.model:
@@ -206,11 +218,10 @@ class Bundle:
         return bundle
 
 
-def _policy(found: Dropping, allow: Collection[str], path: Path) -> Policy:
-    try:
-        return found.built(allow)
-    except ConfigError as error:
-        raise DataError(f"{path}: {error}") from None
+def _task(name: str, allow: Collection[str]) -> Task:
+    if name not in TASKS and name not in allow:
+        raise ConfigError(f"task {name!r} is not among what the device's owner allows (allow in node.toml)")
+    return task_of(name)
 
 
 def model_name(weights: FloatArray) -> str:

@@ -64,7 +64,7 @@ class Monitor:
     Parameters
     ----------
     predictor : Predictor
-        Of a novelty task; releases records as far as the owner's limits allow.
+        Of a task that watches; releases records as far as the owner's limits allow.
     remote : Remote
         The service.
     device : str

@@ -18,6 +18,7 @@ from fedsplit.common.errors import DataError, RunError
 from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import ASKED, Home
 from fedsplit.guard.releaser import Releaser
+from fedsplit.model.tasks.base import Task
 from fedsplit.release.making import Chunk
 from fedsplit.release.streams import KEYED_ROUND
 from fedsplit.wire.exchange import weights_digest
@@ -39,21 +40,16 @@ class Predictions:
         The trunk's; NaN for records that did not leave.
     refused : int64 array (records,)
         0, or why the guard let a record not leave (:class:`fedsplit.wire.ledger.Reason`).
-    task : str
+    task : Task
     """
 
     outputs: FloatArray
     refused: IntArray
-    task: str
+    task: Task
 
     def values(self) -> list[Any]:
-        """Return a class, 0 or 1, or a list of numbers for each record; None for one that did not leave."""
-        if self.task == "classification":
-            found: list[Any] = self.outputs.argmax(axis=1).tolist()
-        elif self.task == "binary":
-            found = (self.outputs[:, 0] > 0).astype(int).tolist()
-        else:
-            found = self.outputs.tolist()
+        """Return what the task decides, such as a class or a list of numbers; None for one that did not leave."""
+        found = self.task.decide(self.outputs).tolist()
         return [None if reason else value for value, reason in zip(found, self.refused.tolist(), strict=True)]
 
     def why(self) -> dict[str, int]:
@@ -112,7 +108,8 @@ class Predictor:
         """
         from fedsplit.device.remote import Remote
 
-        bundle, own = Bundle.load(Path(device)), Home(Path(home))
+        own = Home(Path(home))
+        bundle = Bundle.load(Path(device), own.allowed)
         own.check()
         return cls(bundle, own, Remote(server, bundle.model, token, Path(authority) if authority else None))
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError
-from fedsplit.model.tasks import correct, summed_loss
+from fedsplit.model.tasks.base import Task
 
 
 def cut_head(trunk: nn.Module) -> tuple[nn.Sequential, nn.Linear]:
@@ -40,7 +40,7 @@ class Sums:
     loss : float
         Summed over the records.
     correct : int
-        Records classified right; 0 for regression.
+        Records classified right; 0 if the task has no classes.
     features : float64 array (records, features)
         Gradient of the summed loss at the features.
     head : float64 array (parameters,)
@@ -61,17 +61,16 @@ class Head:
     ----------
     features, outputs : int
     bias : bool
-    task : str
-        ``classification``, ``binary`` or ``regression``.
+    task : Task
     """
 
     features: int
     outputs: int
     bias: bool
-    task: str
+    task: Task
 
     @classmethod
-    def of(cls, trunk: nn.Module, task: str) -> "Head":
+    def of(cls, trunk: nn.Module, task: Task) -> "Head":
         """Return the shape of a trunk's head; raises ConfigError."""
         layer = cut_head(trunk)[1]
         return cls(layer.in_features, layer.out_features, layer.bias is not None, task)
@@ -96,9 +95,9 @@ class Head:
         outputs = inputs @ vector[:split].reshape(self.outputs, self.features).T
         if self.bias:
             outputs = outputs + vector[split:]
-        loss = summed_loss(self.task, outputs, torch.from_numpy(targets))
+        loss = self.task.loss(outputs, torch.from_numpy(targets))
         at_features, at_head = torch.autograd.grad(loss, (inputs, vector))
         right = 0
-        if self.task != "regression":
-            right = int(correct(self.task, outputs.detach().numpy(), targets).sum())
+        if self.task.classifies:
+            right = int(self.task.correct(outputs.detach().numpy(), targets).sum())
         return Sums(loss.item(), right, at_features.numpy(), at_head.numpy())

@@ -52,11 +52,14 @@ class Experiment:
             novel=data.novel,
             shape=tuple(data.shape) if data.shape else None,
         )
-        if source.task == "novelty" and (mode := self.settings.protocol.facts).teaches:
+        protocol = self.settings.protocol
+        if source.task.watches and protocol.facts.teaches:
             raise ConfigError(
-                f"a novelty task is for protocol.mode 'release-once', not {mode.name!r}: only releases of one "
+                f"{source.task.noun} is for protocol.mode 'release-once', not {protocol.mode!r}: only releases of one "
                 "first layer tell what is normal"
             )
+        if protocol.labels == "at-home" and not source.task.labels_at_home:
+            raise ConfigError(f"protocol.labels 'at-home' is not for {source.task.noun}: its loss may be negative")
         return source
 
     @cached_property
@@ -119,24 +122,22 @@ class Experiment:
 
     @property
     def _trunk_outputs(self) -> int:
-        """How many outputs the trunk has: of a novelty task also those for the recordings of ``public.file``."""
+        """How many outputs the trunk has; a ``public.file`` counts as one device more."""
         source, public = self.source, self.settings.public
-        also = source.task == "novelty" and public is not None and public.file is not None
-        return source.trunk_outputs + (source.outputs if also else 0)
+        also = public is not None and public.file is not None
+        return source.task.trunk_outputs(source.outputs, source.count + also)
 
     def _given(self) -> Records:
         """Return the records of the devices that give theirs."""
         source, donors = self.source, self.settings.donors
         given = [source.device(device).train for device in donors]
-        first = [device * source.outputs if source.task == "novelty" else 0 for device in donors]  # their recordings
-        labels = [records.y + n for records, n in zip(given, first, strict=True)]
-        return Records(np.concatenate([r.x for r in given]), np.concatenate(labels))
+        targets = [source.task.to_trunk(r.y, source.outputs, d) for r, d in zip(given, donors, strict=True)]
+        return Records(np.concatenate([r.x for r in given]), np.concatenate(targets))
 
     def _read(self, file: str) -> Records:
-        public = read_records(file, self.source)
-        if self.source.task == "novelty":  # as if of one device more
-            return Records(public.x, public.y + self.source.trunk_outputs)
-        return public
+        source = self.source
+        public = read_records(file, source)
+        return Records(public.x, source.task.to_trunk(public.y, source.outputs, source.count))  # one device more
 
     def _check_disjoint(self, public: Records) -> None:
         source, known = self.source, {row.tobytes() for row in public.x}

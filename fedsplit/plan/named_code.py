@@ -1,5 +1,6 @@
 """Which settings name code: what a node's owner must allow, and what travels or is found beside a settings file."""
 
+from fedsplit.model.tasks import TASKS
 from fedsplit.plan.settings import Settings
 
 _SERVER_ALONE = (
@@ -22,6 +23,7 @@ def names_code(settings: Settings, *, on_nodes: bool = False) -> dict[str, str]:
     """
     found = {
         "data.builder": settings.data.builder,
+        "data.task": None if settings.data.task in TASKS else settings.data.task,
         "model.builder": settings.model.builder,
         "dropping.policy": settings.dropping.policy if settings.dropping.own else None,
         "first-layer.strategy": settings.first_layer.strategy,

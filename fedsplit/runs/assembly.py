@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from fedsplit.common.seeds import scheduled
+from fedsplit.model.tasks.targets import Withheld
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.schedule import Schedule
 from fedsplit.plan.settings import ProfileSettings, Settings, load_settings
 from fedsplit.server.aggregation import Aggregation, FirstLayerServer, Frozen, build_strategy
-from fedsplit.server.answers import UNLABELLED
 from fedsplit.server.at_home import LabelsAtHome
 from fedsplit.server.body import Body
 from fedsplit.server.learning import SharedLabels
@@ -40,7 +40,7 @@ def split_strategy(
     """
     settings, source = experiment.settings, experiment.source
     at_home = settings.protocol.labels == "at-home"
-    trunk = _trunk(experiment, kind or (Body if at_home else NoveltyTrunk if source.task == "novelty" else Trunk))
+    trunk = _trunk(experiment, kind or (Body if at_home else NoveltyTrunk if source.task.watches else Trunk))
     parts = Parts(
         trunk=trunk,
         first_layer=_aggregation(experiment, secret_noise=secret_noise),
@@ -49,7 +49,7 @@ def split_strategy(
         roster=Roster(source.count, settings.protocol.max_offences, owners),
         options=_options(experiment),
         progress=Progress(run),
-        targets=UNLABELLED if at_home else source.task,
+        targets=Withheld() if at_home else source.task.targets(source.outputs),
     )
     pace = _pace(experiment, parts)
     learner = LabelsAtHome(parts, trunk, pace) if isinstance(trunk, Body) else SharedLabels(parts)
@@ -127,14 +127,13 @@ def _pace(experiment: Experiment, parts: Parts) -> Pace:
 
 def _on_clock(experiment: Experiment, profile: ProfileSettings, parts: Parts) -> OnClock:
     protocol, source, seed = experiment.settings.protocol, experiment.source, experiment.settings.run.seed
-    columns = 0 if protocol.labels == "at-home" else source.outputs if source.task == "regression" else None
     value = 2 if protocol.dtype == "float16" else 4
     return OnClock(
         parts,
         VirtualClock(
             Profile.of(profile, source.count, seed), min(protocol.timeout, protocol.deadline or protocol.timeout), seed
         ),
-        Sizes(parts.layer.size, parts.layer.width, value, experiment.policy.code.bits, columns),
+        Sizes(parts.layer.size, parts.layer.width, value, experiment.policy.code.bits, parts.targets.columns),
         _record_seconds(experiment, profile),
         protocol.min_nodes,
         alone=experiment.settings.guard.mode == "enforce",

@@ -7,11 +7,9 @@ import numpy as np
 
 from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import WireError
+from fedsplit.model.tasks.targets import Targets
 from fedsplit.wire.container import LARGEST
 from fedsplit.wire.exchange import CutGradients, Download, Upload
-from fedsplit.wire.release import Release
-
-UNLABELLED = "unlabelled"  # in a task's place: labels stay at home
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,19 @@ class PendingBlock:
         )
 
 
-def check_size(size: int, asked: Download, width: int, parameters: int, outputs: int) -> None:
+def check_size(size: int, asked: Download, width: int, parameters: int, targets: Targets) -> None:
     """Refuse a payload that is larger than any answer to a download; raises WireError."""
     records = int((asked.schedule[:, 3] - asked.schedule[:, 2]).sum())
     devices = len(asked.schedule) + sum(len(block.devices) for block in asked.pending)
-    each = 4 * width + -(-width // 8) + 4 * outputs + 16  # values, bitmap, targets, what else there is of a record
+    target = 4 * (targets.columns or 1)
+    each = 4 * width + -(-width // 8) + target + 16  # values, bitmap, target, what else there is of a record
     most = records * each + devices * (8 * parameters + 256) + 8 * parameters + 4096
     if size > most:
         raise WireError(f"size must be at most {most} bytes, got {size}")
 
 
 def check_upload(
-    upload: Upload, asked: Download, pending: Sequence[PendingBlock], width: int, task: str, outputs: int
+    upload: Upload, asked: Download, pending: Sequence[PendingBlock], width: int, targets: Targets
 ) -> None:
     """Refuse an upload that does not answer a download.
 
@@ -64,8 +63,8 @@ def check_upload(
         Holds at least the blocks that went with ``asked``.
     width : int
         Outputs of the first layer.
-    task, outputs
-        Which targets there can be; of :data:`UNLABELLED` records none.
+    targets : Targets
+        What the task's are, or that they stay at home.
 
     Raises
     ------
@@ -86,7 +85,7 @@ def check_upload(
     if given and release.width != width:
         raise WireError(f"width must be {width}, got {release.width}")
     if len(release.targets):
-        _check_targets(release, task, outputs)
+        targets.check(release.targets)
     _check_gradients(upload, asked, pending)
 
 
@@ -111,18 +110,3 @@ def _check_gradients(upload: Upload, asked: Download, pending: Sequence[PendingB
     found = dict(zip(upload.gradients.devices.tolist(), upload.gradients.records.tolist(), strict=True))
     if found != {group: count for group, count in expected.items() if count}:
         raise WireError("gradient records must be those of the pending chunks")
-
-
-def _check_targets(release: Release, task: str, outputs: int) -> None:
-    targets = release.targets
-    if task == UNLABELLED:
-        if targets.shape[1:] != (0,):
-            raise WireError("targets must not be there: labels stay at home")
-        return
-    if task == "regression":
-        if targets.dtype.kind != "f" or targets.shape[1:] != (outputs,):
-            raise WireError(f"targets must be float32 with {outputs} columns")
-        return
-    classes = {"binary": 2, "novelty": outputs + 1}.get(task, outputs)
-    if targets.dtype.kind != "i" or targets.ndim != 1 or targets.min() < 0 or targets.max() >= classes:
-        raise WireError(f"targets must be classes in 0..{classes - 1}")

@@ -73,8 +73,7 @@ class LabelsAtHome:
         if not answers:
             return {}
         loss, accuracy = self._means(answers)
-        scores: dict[str, Any] = {"test_loss": loss, "test_accuracy": accuracy}
-        return scores if accuracy is not None else {**scores, "test_rmse": loss**0.5}
+        return self.body.task.score_sums(loss, accuracy)
 
     def _step(self, now: Round, releases: Sequence[Release], batches: Batches, epoch: int) -> Learned | None:
         """Take a step over the records whose devices answer; None, if there are none."""
@@ -131,7 +130,7 @@ class LabelsAtHome:
         records = sum(u.records for u in answers.values())
         loss = sum(u.loss for u in answers.values()) / records
         right = sum(u.correct for u in answers.values()) / records
-        return loss, None if self.body.task == "regression" else right
+        return loss, right if self.body.task.classifies else None
 
 
 def _answerable(releases: Sequence[Release]) -> list[Release]:

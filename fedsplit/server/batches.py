@@ -37,7 +37,7 @@ class Batches:
     @classmethod
     def join(cls, releases: Sequence[Release]) -> "Batches":
         """Join the releases of one round, whatever nodes they came from, into canonical order."""
-        devices = np.concatenate([np.repeat(r.devices, r.records) for r in releases])
+        devices = np.concatenate([r.owners for r in releases])
         order = np.argsort(devices, kind="stable")  # a device's own records are in order already
         counts = np.concatenate([r.counts for r in releases])
         values = np.concatenate([r.values() for r in releases])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks.targets import Targets
 from fedsplit.plan.schedule import Schedule
 from fedsplit.server.aggregation import Aggregation
 from fedsplit.server.progress import Progress, ProtocolOptions
@@ -29,8 +30,8 @@ class Parts:
     options : ProtocolOptions
     progress : Progress
         What changes from round to round.
-    targets : str
-        Which targets come with releases: those of a task, or :data:`fedsplit.server.answers.UNLABELLED`.
+    targets : Targets
+        Which targets come with releases.
     """
 
     trunk: Trunk
@@ -40,7 +41,7 @@ class Parts:
     roster: Roster
     options: ProtocolOptions
     progress: Progress
-    targets: str
+    targets: Targets
 
     @property
     def can_do_without(self) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fedsplit.common.arrays import FloatArray, IntArray, sum_groups
+from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.server.answers import PendingBlock
 from fedsplit.wire.exchange import CutGradients
 from fedsplit.wire.release import Release
@@ -27,15 +27,14 @@ def packed(releases: Sequence[Release], values: FloatArray, round_number: int, d
         Of the wire.
     """
     devices = np.concatenate([r.devices for r in releases])
-    lengths = np.concatenate([sum_groups(r.counts, r.records) for r in releases])
+    lengths = np.concatenate([r.lengths for r in releases])
     order = np.argsort(devices)
     stops = np.cumsum(lengths[order])
     where = {d: slice(stop - n, stop) for d, n, stop in zip(devices[order], lengths[order], stops, strict=True)}
     blocks = []
     for release in releases:
         mine = np.concatenate([values[where[d]] for d in release.devices])
-        own = sum_groups(release.counts, release.records)
-        cut = CutGradients.pack(round_number, digest, release.devices, own, mine, dtype)
+        cut = CutGradients.pack(round_number, digest, release.devices, release.lengths, mine, dtype)
         blocks.append(PendingBlock(cut, release.records))
     return blocks
 

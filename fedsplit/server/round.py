@@ -218,9 +218,9 @@ class Round:
         parts = self.parts
 
         def read(payload: bytes, download: Download) -> Upload:
-            check_size(len(payload), download, parts.layer.width, parts.layer.size, parts.trunk.outputs)
+            check_size(len(payload), download, parts.layer.width, parts.layer.size, parts.targets)
             upload = Upload.from_bytes(payload, parameters=parts.layer.size)
-            check_upload(upload, download, pending, parts.layer.width, parts.targets, parts.trunk.outputs)
+            check_upload(upload, download, pending, parts.layer.width, parts.targets)
             return upload
 
         found = self.question(asked, read, needed, test=test)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from fedsplit.common.arrays import FloatArray, IntArray
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.common.plugins import resolve_function
 from fedsplit.common.seeds import scheduled, seed_of
-from fedsplit.model.tasks import score, summed_loss
+from fedsplit.model.tasks.base import Task
 from fedsplit.server.batches import Batches, minibatches
 
 TRUNK = "trunk.safetensors"
@@ -61,10 +62,9 @@ class Trunk:
     module : nn.Module
         Takes ``(batch, *cut_shape)``, returns ``(batch, outputs)``.
     cut_shape : tuple[int, ...]
-    task : str
-        One of :data:`fedsplit.data.TASKS`.
+    task : Task
     outputs : int
-        Columns of the module's output, but for ``novelty``; see :class:`fedsplit.server.novelty.trunk.NoveltyTrunk`.
+        Of the task; the module's output has :meth:`fedsplit.model.tasks.base.Task.trunk_outputs` columns.
     options : TrunkOptions
     rounds, seed : int
         Of the run.
@@ -74,7 +74,7 @@ class Trunk:
         self,
         module: nn.Module,
         cut_shape: tuple[int, ...],
-        task: str,
+        task: Task,
         outputs: int,
         options: TrunkOptions,
         rounds: int,
@@ -134,7 +134,7 @@ class Trunk:
                     loss, correct = loss + step_loss, correct + step_correct
         self._check_finite(round_number, loss, gradients)
         metrics = {"train_loss": loss / len(batches)}
-        if self.task != "regression":
+        if self.task.classifies:
             metrics["train_accuracy"] = correct / len(batches)
         return gradients[batches.starts[fresh] :], metrics
 
@@ -154,23 +154,31 @@ class Trunk:
         cut = torch.from_numpy(outputs).reshape(-1, *self.cut_shape).requires_grad_()
         targets = torch.from_numpy(batches.targets[rows])
         predictions = self.module(thinned(cut, self.options.thinning))
-        loss = summed_loss(self.task, predictions, targets)
+        loss = self.task.loss(predictions, targets)
         self.optimizer.zero_grad()
         (loss / len(rows)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         assert cut.grad is not None
         gradients[positions] = cut.grad.flatten().numpy()[cells] * len(rows)
-        return loss.item(), _correct(self.task, predictions.detach(), targets)
+        return loss.item(), self._correct(predictions.detach().numpy(), batches.targets[rows])
+
+    def _correct(self, outputs: FloatArray, targets: NDArray[Any]) -> int:
+        return int(self.task.correct(outputs, targets).sum()) if self.task.classifies else 0
 
     def predict(self, batches: Batches) -> FloatArray:
         """Return the outputs ``(records, outputs)`` for released records."""
         return trunk_outputs(self.module.eval(), self.cut_shape, batches)
 
     def evaluate(self, batches: Batches) -> dict[str, Any]:
-        """Return ``test_loss`` and the task's scores over released test records; see :func:`score`."""
+        """Return ``test_loss`` and the task's scores over released test records."""
         outputs = self.predict(batches)
-        loss = summed_loss(self.task, torch.from_numpy(outputs), torch.from_numpy(batches.targets))
-        return {"test_loss": loss.item() / len(batches), **score(self.task, outputs, batches.targets)}
+        loss = self.task.loss(torch.from_numpy(outputs), torch.from_numpy(batches.targets))
+        nothing = {"test_loss": loss.item() / len(batches), "test_accuracy": None}
+        return {**nothing, **self.task.score(outputs, batches.targets)}
+
+    def prepare_comparison(self, other: "Trunk", test: Batches) -> bool:
+        """Take over what another trunk is told besides its task; return whether test records can tell them apart."""
+        return True
 
     def files(self) -> dict[str, bytes]:
         """Return the contents of a checkpoint's files by name, for use elsewhere: the weights."""
@@ -216,10 +224,3 @@ def thinned(cut: Tensor, most: float) -> Tensor:
         return cut
     share = most * torch.rand((len(cut), *[1] * (cut.ndim - 1)))
     return cut * (torch.rand(cut.shape) >= share)
-
-
-def _correct(task: str, outputs: Tensor, targets: Tensor) -> int:
-    if task == "regression":
-        return 0
-    classes = (outputs.squeeze(1) > 0).long() if task == "binary" else outputs.argmax(1)
-    return int((classes == targets).sum())

@@ -19,12 +19,11 @@ from fedsplit.common.seeds import seed_of
 from fedsplit.data import Records
 from fedsplit.guard.releaser import Releaser
 from fedsplit.model.split import SplitModel
-from fedsplit.model.tasks import correct, summed_loss
+from fedsplit.model.tasks.base import Task
 from fedsplit.release.making import Chunk
 from fedsplit.release.policy import Policy
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
 from fedsplit.server.batches import Batches, minibatches
-from fedsplit.server.novelty.trunk import NoveltyTrunk
 from fedsplit.server.trunk import Trunk
 
 PUBLIC = -1  # the device id that public records go by
@@ -51,7 +50,7 @@ class WarmUp:
     penalty: float
 
 
-def warm_up(model: SplitModel, public: Records, task: str, dropping: Policy, options: WarmUp, seed: int) -> None:
+def warm_up(model: SplitModel, public: Records, task: Task, dropping: Policy, options: WarmUp, seed: int) -> None:
     """Train both halves in place on public records, dropping as the devices will.
 
     Raises
@@ -74,7 +73,7 @@ def warm_up(model: SplitModel, public: Records, task: str, dropping: Policy, opt
             order = np.random.default_rng(seed_of(seed, "warm-up", epoch)).permutation(n)
             for rows in minibatches(order, options.batch_size):
                 kept = _dropped(model, x[rows], rows, dropping, secret, epoch + 1)
-                loss = summed_loss(task, model.trunk(kept), y[rows]) / len(rows)
+                loss = task.loss(model.trunk(kept), y[rows]) / len(rows)
                 if factors is not None:
                     loss = loss + options.penalty * covariance_penalty(first.unrolled(), factors)
                 optimizer.zero_grad()
@@ -173,25 +172,23 @@ class PublicOnly:
         Returns
         -------
         dict
-            ``public_only_accuracy`` (or ``public_only_r2``; or ``public_only_auc``, if something new is tested); for
-            classes also ``gain_over_public`` and ``gain_interval``, the 95 % half-width of the paired difference.
+            ``public_only_accuracy``, or of another task the first of its figures so; for classes also
+            ``gain_over_public`` and ``gain_interval``, the 95 % half-width of the paired difference.
         """
         alone = copy.deepcopy(self._trunk)
-        if isinstance(alone, NoveltyTrunk) and isinstance(trunk, NoveltyTrunk):
-            alone.normal = trunk.known  # devices know what is normal for them, whatever the trunk has learned from
-            if not (test.targets == trunk.outputs).any():
-                return {}
+        if not alone.prepare_comparison(trunk, test):
+            return {}
         for round_number in range(1, self._rounds + 1):
             alone.train(self.public, 0, round_number)
         scored = alone.evaluate(test)
-        if trunk.task == "novelty":
-            return {"public_only_auc": scored["test_auc"]}
-        if trunk.task == "regression":
-            return {"public_only_r2": scored["test_r2"]}
-        right = [correct(t.task, t.predict(test), test.targets).astype(np.float64) for t in (trunk, alone)]
+        figure = trunk.task.figures[0]
+        found = {f"public_only_{figure.removeprefix('test_')}": scored[figure]}
+        if scored["test_accuracy"] is None:
+            return found
+        right = [t.task.correct(t.predict(test), test.targets).astype(np.float64) for t in (trunk, alone)]
         difference = right[0] - right[1]
         return {
-            "public_only_accuracy": scored["test_accuracy"],
+            **found,
             "gain_over_public": float(difference.mean()),
             "gain_interval": float(1.96 * difference.std() / np.sqrt(len(difference))),
         }

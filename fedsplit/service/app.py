@@ -226,8 +226,7 @@ def service(models: Sequence[Served], tokens: Tokens | None, *, rate: float = 0.
     async def names(request: Request) -> dict[str, list[dict[str, Any]]]:
         """The models that are served."""
         let_in(request)
-        of = [{"name": m.name, "task": m.bundle.task, "outputs": m.bundle.outputs} for m in models]
-        return {"models": of}
+        return {"models": [model.facts for model in models]}
 
     plain = app.openapi
 

@@ -21,7 +21,7 @@ from fedsplit.audit.prior import Prior
 from fedsplit.audit.transcript import Subjects, tested
 from fedsplit.common.errors import ConfigError, WireError
 from fedsplit.data import Records
-from fedsplit.device.bundle import DESCRIPTION, WEIGHTS
+from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
 from fedsplit.plan.experiment import Experiment
 from fedsplit.release.chosen import built_in
 from fedsplit.release.policies import BUILT_IN
@@ -35,6 +35,8 @@ from fedsplit.wire.release import Release
 _PAGE = Path(__file__).parent / "page"
 _MOST_PUBLIC = 2000  # records that the attacker knows
 _SHOWN = 4  # decimals of a reconstruction
+_ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")  # those of page/layer.js, and its kinds
+_KINDS = ("Linear", "Conv1d", "Conv2d")
 _TYPES = {DESCRIPTION: "application/json", WEIGHTS: "application/octet-stream"}
 
 
@@ -78,18 +80,17 @@ class Attacker:
         rows = np.random.default_rng(0).permutation(len(public.x))[:_MOST_PUBLIC]
         known = Records(public.x[rows], public.y[rows])
         bundle = served.bundle
-        if type(bundle.dropping) not in BUILT_IN.values() or "GELU" in bundle.layer.description:
-            raise ConfigError(
-                "--demo is not for models with noise or GELU or a policy from outside: no page computes them"
-            )
-        classes = bundle.outputs if bundle.task == "classification" else 2 if bundle.task == "binary" else 0
+        if not _on_a_page(bundle):
+            why = "the page computes neither these nor kinds, numbers or policies of somebody's own"
+            raise ConfigError(f"--demo is not for models with noise or GELU: {why}")
+        classes = bundle.task.targets(bundle.outputs).classes
         return cls(served, known, known_before(known, classes), classes)
 
     def attack(self, release: Release, dropping: Policy) -> dict[str, Any]:
         """Return what the attacks make of one record's release: numbers ``(n,)`` of the scaled record by attack."""
         bundle, shape = self.served.bundle, self.served.bundle.layer.input_shape
         outputs = self.served.outputs([release])
-        label = outputs.argmax(axis=1) if bundle.task == "classification" else (outputs[:, 0] > 0).astype(np.int64)
+        label = bundle.task.decide(outputs)
         labels = label if self.classes else None
         nothing, target = np.zeros((1, *shape), dtype=np.float32), np.arange(1)
         subjects = Subjects(nothing, label, target, target, nothing, target, self.public, False)
@@ -101,6 +102,13 @@ class Attacker:
             "without": _shown(without_releases(self.prior, labels, 1)),
             "peak": peak_of(self.public),
         }
+
+
+def _on_a_page(bundle: Bundle) -> bool:
+    """Whether ``page/layer.js`` has all that the device's half is made of."""
+    layer = bundle.layer
+    known = layer.nonlinearity.name in _ACTIVATIONS and not layer.nonlinearity.numbers and layer.kind.name in _KINDS
+    return known and type(bundle.dropping) in BUILT_IN.values()
 
 
 def _shown(guesses: dict[str, Any]) -> dict[str, list[float]]:

@@ -54,7 +54,7 @@ class Fleet:
     Parameters
     ----------
     served : Served
-        Of a novelty task.
+        Of a task that watches.
     folder : Path
         Where what is normal for devices is kept.
     false_alarms : float

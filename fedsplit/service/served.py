@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -36,7 +37,7 @@ class Served:
     trunk : nn.Module
     name : str
     detector : Detector or None
-        Of a novelty task: what is known of normal recordings.
+        Of a task that watches: what is known of normal recordings.
     """
 
     bundle: Bundle
@@ -54,8 +55,21 @@ class Served:
             model.trunk.load_state_dict(load(path.read_bytes()))
         except (OSError, SafetensorError, RuntimeError):
             raise DataError(f"{path} is missing or damaged, or of another model") from None
-        detector = _detector(folder / "checkpoint" / DETECTOR) if bundle.task == "novelty" else None
+        detector = _detector(folder / "checkpoint" / DETECTOR) if bundle.task.watches else None
         return cls(bundle, model.trunk.eval(), bundle.model, detector)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What clients are told of it; ``classes`` is 0 where outputs stand for none."""
+        task, outputs = self.bundle.task, self.bundle.outputs
+        classes = task.targets(outputs).classes
+        return {
+            "name": self.name,
+            "task": task.name,
+            "outputs": outputs,
+            "classes": classes,
+            "watches": task.watches,
+        }
 
     @property
     def most_bytes(self) -> int:

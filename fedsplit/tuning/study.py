@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 import ray
@@ -23,8 +23,10 @@ from ray.exceptions import RayError
 
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.common.files import locked, replacing
+from fedsplit.model.tasks import TASKS, task_of
+from fedsplit.model.tasks.base import Task
 from fedsplit.plan.experiment import Experiment
-from fedsplit.plan.settings import MAXIMISED, Settings, TuneSettings, check_settings, flattened
+from fedsplit.plan.settings import MAXIMISED, Objective, Settings, TuneSettings, check_settings, flattened
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.engine import running_ray
 from fedsplit.runs.folder import check_fresh
@@ -309,14 +311,20 @@ def _check_fit(settings: Settings, plan: Plan) -> None:
             raise ConfigError(f"{name!r} is an audit's: audit.targets must be at least 1, got 0")
         if name.startswith("test_") and not source.test_devices:
             raise ConfigError(f"{name!r} needs test devices, devices.test names none")
-        if name == "test_accuracy" and source.task == "regression":
-            raise ConfigError("a regression has no 'test_accuracy', use 'test_loss'")
-        if name in ("test_accuracy", "test_loss") and source.task == "novelty":
-            raise ConfigError(f"a novelty task has no {name!r}, use 'test_auc'")
-        if name == "test_auc" and source.task != "novelty":
-            raise ConfigError(f"'test_auc' is for a novelty task, not for {source.task}")
+        if name.startswith("test_"):
+            _check_figure(name, source.task)
     split_strategy(experiment, run=0)
     _ = experiment.public  # raises
+
+
+def _check_figure(name: str, task: Task) -> None:
+    if name in task.figures:
+        return
+    owners = [other for other in map(task_of, TASKS) if name in other.figures]
+    if len(owners) == 1:
+        raise ConfigError(f"{name!r} is for {owners[0].noun}, not for {task.name}")
+    instead = [figure for figure in task.figures if figure in get_args(Objective)][:1]
+    raise ConfigError(f"{task.noun} has no {name!r}{''.join(f', use {figure!r}' for figure in instead)}")
 
 
 def _full(number: int) -> str:

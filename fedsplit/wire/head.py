@@ -149,7 +149,7 @@ class HeadUpload:
     loss : float
         Summed over them.
     correct : int
-        How many of them are classified right; 0 for regression.
+        How many of them are classified right; 0 if the task has no classes.
     head : float64 array (parameters,)
         Gradient of the summed loss; empty where only test records were scored.
     features : Rows
@@ -211,16 +211,17 @@ class HeadUpload:
 def _check_possible(upload: HeadUpload, head: Head, asked: HeadDownload) -> None:
     """Refuse gradients that no labels give: a node's say must not be larger than labels of its choice would make it.
 
-    At the outputs of classes no gradient is larger than 1, nor do those of a record add up to more than 2.
+    How much larger than what labels give it can be, follows from :meth:`fedsplit.model.tasks.base.Task.steepest`.
     """
     at_features, at_head = upload.features.values(), upload.head
     check("head", bool(np.isfinite(at_head).all()), "must be finite")
     columns = most = np.full(head.features, LARGEST)
     each = LARGEST
-    if head.task != "regression":
-        columns = np.abs(asked.features.values()).sum(axis=0, dtype=np.float64) * _ROUNDING
-        most = 2 * np.abs(head.weight(asked.head)).max(axis=0).astype(np.float64) * _ROUNDING
-        each = len(at_features) * _ROUNDING
+    if bounds := head.task.steepest(head.outputs):
+        at_one, at_all = bounds
+        columns = at_one * np.abs(asked.features.values()).sum(axis=0, dtype=np.float64) * _ROUNDING
+        most = at_all * np.abs(head.weight(asked.head)).max(axis=0).astype(np.float64) * _ROUNDING
+        each = at_one * len(at_features) * _ROUNDING
     check("features", bool((np.abs(at_features) <= most).all()), "must be gradients that labels can give")
     weight, bias = head.weight(at_head), at_head[head.outputs * head.features :]
     inside = bool((np.abs(weight) <= columns).all() and (np.abs(bias) <= each).all())

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.common.arrays import FloatArray, IntArray
+from fedsplit.common.arrays import FloatArray, IntArray, sum_groups
 from fedsplit.common.errors import WireError
 from fedsplit.release.admitted import Admitted
 from fedsplit.release.codes import Code
@@ -81,8 +81,21 @@ class Release:
         """Return the sent outputs as float32."""
         return dequantise(self.codes, self.counts, self.exponents)
 
-    def take(self, rows: NDArray[np.bool_]) -> "Release":
-        """Return the releases of some of the devices."""
+    @property
+    def owners(self) -> IntArray:
+        """The device of each record."""
+        return np.repeat(self.devices, self.records)
+
+    @property
+    def lengths(self) -> IntArray:
+        """How many values each device has sent."""
+        return sum_groups(self.counts, self.records)
+
+    def among(self, devices: IntArray) -> "Release":
+        """Return the releases of those of some devices that are here."""
+        rows = np.isin(self.devices, devices)
+        if rows.all():
+            return self
         of_records = np.repeat(rows, self.records)
         return replace(
             self,
@@ -94,11 +107,6 @@ class Release:
             codes=self.codes[np.repeat(of_records, self.counts)],
             exponents=self.exponents[of_records],
         )
-
-    def among(self, devices: IntArray) -> "Release":
-        """Return the releases of those of some devices that are here."""
-        rows = np.isin(self.devices, devices)
-        return self if rows.all() else self.take(rows)
 
     def arrays(self) -> list[NDArray[Any]]:
         """Return the fields as arrays in wire order."""

@@ -1,5 +1,6 @@
 """The audit inverts what activations it meets, by their own numbers: no layer is taken for safe for being unusual."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import module_with
 from torch import nn
 
 from fedsplit import simulate
@@ -62,8 +62,9 @@ def by_hand(activation: nn.Module, a: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.interp(a, activation(torch.from_numpy(z)).numpy(), z), a > 0
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("activation", "dtype"), [*((a, "float16") for a in ACTIVATIONS[:5]), (nn.Tanh(), "float32")], ids=str
+)
 def test_the_strongest_attack_does_what_least_squares_does(activation: nn.Module, dtype: str) -> None:
     evidence = evidence_of(activation, dtype)
     found = audit(evidence, seed=0, quick=True).report
@@ -94,7 +95,7 @@ from fedsplit import FirstLayer, SplitModel
 
 def model():
     trunk = nn.Sequential(nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10))
-    return SplitModel(FirstLayer(nn.Linear(64, 192), {activation}, (1, 8, 8)), trunk)
+    return SplitModel(FirstLayer(nn.Linear(64, 192), {activation}, (64,)), trunk)
 """
 
 
@@ -103,7 +104,9 @@ def model():
 def test_a_run_that_sends_everything_fails_its_audit(
     activation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[..., Any]
 ) -> None:
-    module_with(BUILDER.format(activation=activation), "unusual", tmp_path, monkeypatch)
+    (tmp_path / "unusual.py").write_text(BUILDER.format(activation=activation), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "unusual", raising=False)
     settings = check_settings(
         {
             "run": {"name": "unusual", "rounds": 1, "engine": "inline"},

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_folder_devices_are_files_in_the_order_of_names(folder):
     source = opened(folder=str(folder), outputs=3, test="all")
-    assert (source.task, source.outputs, source.input_shape, source.count) == ("classification", 3, (3,), 3)
+    assert (source.task.name, source.outputs, source.input_shape, source.count) == ("classification", 3, (3,), 3)
     sizes = [(len(source.device(d).train), len(source.device(d).test)) for d in range(3)]
     assert sizes == [(4, 0), (4, 2), (0, 2)]
     assert source.test_devices == (1, 2)
@@ -168,7 +168,10 @@ def test_refuses_a_folder_that_is_missing_or_empty(tmp_path):
         ({"count": 2}, "count must be 3 .* got 2"),
         ({"outputs": None}, "outputs must be the number of classes, at least 2, got None"),
         ({"outputs": 1}, "outputs must be the number of classes, at least 2, got 1"),
-        ({"task": "ranking"}, "task must be one of classification, binary, regression, novelty, got 'ranking'"),
+        (
+            {"task": "ranking"},
+            "task must be one of classification, binary, regression, novelty or 'module:Name', got 'ranking'",
+        ),
         ({"task": "binary", "outputs": 2}, "outputs must be 1 or left out for a binary task, got 2"),
         ({"task": "regression", "outputs": 0}, "outputs must be at least 1, got 0"),
         ({"partition": "iid"}, "partition must be 'natural' for a folder.*, got 'iid'"),

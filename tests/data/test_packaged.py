@@ -23,7 +23,7 @@ TESTERS = tuple(range(14, 20))
 
 def test_wearables_have_20_devices_of_4677_windows():
     source = opened(name="wearables", test=TESTERS)
-    assert (source.task, source.outputs, source.input_shape) == ("classification", 7, (6, 100))
+    assert (source.task.name, source.outputs, source.input_shape) == ("classification", 7, (6, 100))
     assert source.count == 20 and source.test_devices == TESTERS
     devices = [source.device(d) for d in range(20)]
     assert [len(d.train) + len(d.test) for d in devices] == WINDOWS and sum(WINDOWS) == 4677
@@ -139,7 +139,7 @@ def test_pigs_windows_are_relative_to_their_last_pressure(two_pigs):
     one, other = rng.normal(5, 1, (2, 2000))
     two_pigs(one, other)
     pool = pigs.load()
-    assert (pool.task, pool.outputs, pool.x.shape, pool.y.shape) == ("regression", 1, (4, 1, 100), (4, 1))
+    assert (pool.task.name, pool.outputs, pool.x.shape, pool.y.shape) == ("regression", 1, (4, 1, 100), (4, 1))
     assert pool.owners.tolist() == [0, 0, 39, 39] and pool.held_out.tolist() == [False, False, True, True]
     for row, begin in enumerate((0, 750)):
         averages = one[begin : begin + 750].reshape(150, 5).mean(axis=1)
@@ -208,7 +208,7 @@ def test_mnist_is_500_images_of_each_digit():
 def test_digits_and_breast_cancer():
     digits, cancer = load_pool("digits"), load_pool("breast-cancer")
     assert digits.x.shape == (1797, 64) and digits.outputs == 10 and (digits.x.min(), digits.x.max()) == (0, 1)
-    assert cancer.x.shape == (569, 30) and (cancer.task, cancer.outputs) == ("binary", 1)
+    assert cancer.x.shape == (569, 30) and (cancer.task.name, cancer.outputs) == ("binary", 1)
     assert np.bincount(cancer.y).tolist() == [212, 357]
     np.testing.assert_allclose(cancer.x.mean(axis=0), 0, atol=1e-3)
     np.testing.assert_allclose(cancer.x.std(axis=0), 1, atol=1e-3)

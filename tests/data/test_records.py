@@ -12,10 +12,12 @@ from fedsplit.data import (
     Records,
     check_records,
 )
+from fedsplit.model.tasks import task_of
 
 
 def check(x: Any, y: Any, task: str = "classification", outputs: int = 3, shape: Any = (2,)) -> Records:
-    return check_records((x, y), task=task, outputs=outputs, input_shape=shape, where="device 3 (b.npz), train")
+    where = "device 3 (b.npz), train"
+    return check_records((x, y), task=task_of(task), outputs=outputs, input_shape=shape, where=where)
 
 
 def test_converts_to_the_dtypes_of_the_task():
@@ -91,7 +93,7 @@ def test_refuses_records_with_an_empty_side():
 
 def test_refuses_what_is_not_a_pair():
     with pytest.raises(DataError, match=r"device 0, train: must be a pair of arrays"):
-        check_records((1, 2, 3), task="binary", outputs=1, input_shape=None, where="device 0, train")
+        check_records((1, 2, 3), task=task_of("binary"), outputs=1, input_shape=None, where="device 0, train")
 
 
 @pytest.mark.parametrize(("task", "outputs", "label"), [("classification", 3, 3), ("binary", 1, 2)])
@@ -119,7 +121,7 @@ def test_device_data_takes_pairs_and_may_leave_out_test():
 def with_segments(segments: Any, records: int = 4) -> Records:
     return check_records(
         Records(np.ones((records, 2)), np.zeros(records, int), segments),
-        task="classification",
+        task=task_of("classification"),
         outputs=3,
         input_shape=(2,),
         where="device 3 (b.npz), train",

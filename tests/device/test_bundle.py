@@ -13,6 +13,7 @@ from fedsplit.data import Scaling
 from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
 from fedsplit.model.activations import ACTIVATIONS
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks import task_of
 from fedsplit.release.policies import All, Random
 from fedsplit.runs.folder import run_bundle
 
@@ -30,13 +31,13 @@ LAYERS = {
 def test_a_bundle_comes_back_as_it_was(name: str, activation: str, tmp_path: Path) -> None:
     module, shape = LAYERS[name]
     layer = FirstLayer(module, ACTIVATIONS[activation](), shape)
-    bundle = Bundle(layer, Random(0.25), "float16", SCALED, "classification", 3)
+    bundle = Bundle(layer, Random(0.25), "float16", SCALED, task_of("classification"), 3)
     bundle.save(tmp_path / "device")
     assert sorted(path.name for path in (tmp_path / "device").iterdir()) == [DESCRIPTION, WEIGHTS]
     again = Bundle.load(tmp_path / "device")
     assert np.array_equal(again.weights, bundle.weights) and again.model == bundle.model
     assert (again.dropping, again.dtype, again.scaling, again.task, again.outputs) == (
-        bundle.dropping, "float16", SCALED, "classification", 3
+        bundle.dropping, "float16", SCALED, task_of("classification"), 3
     )  # fmt: skip
     x = np.random.default_rng(1).normal(size=(4, *shape)).astype(np.float32)
     before, after = (b.layer.activation(b.layer.pre_activations(b.layer.initial_weights(), x)) for b in (bundle, again))
@@ -48,7 +49,7 @@ def test_a_bundle_comes_back_as_it_was(name: str, activation: str, tmp_path: Pat
 @pytest.mark.parametrize("activation", [nn.LeakyReLU(0.3), nn.GELU("tanh")], ids=repr)
 def test_an_activation_keeps_its_own_numbers(activation: nn.Module, tmp_path: Path) -> None:
     layer = FirstLayer(nn.Linear(3, 4), activation, (3,))
-    Bundle(layer, All(), "float32", Scaling(), "binary", 1).save(tmp_path / "device")
+    Bundle(layer, All(), "float32", Scaling(), task_of("binary"), 1).save(tmp_path / "device")
     assert repr(Bundle.load(tmp_path / "device").layer.activation) == repr(activation)
 
 
@@ -60,7 +61,7 @@ def test_usual_numbers_are_not_in_the_file(trained: Path) -> None:
 def test_a_layer_of_a_kind_that_says_nothing_of_its_form_is_not_exported() -> None:
     layer = FirstLayer(nn.Conv3d(1, 2, 2), nn.ReLU(), (1, 3, 3, 3))
     with pytest.raises(ConfigError, match="first layer Conv3d cannot be exported"):
-        Bundle(layer, All(), "float32", Scaling(), "binary", 1).files()
+        Bundle(layer, All(), "float32", Scaling(), task_of("binary"), 1).files()
 
 
 def test_the_trunk_is_not_in_it(trained: Path, tmp_path: Path) -> None:

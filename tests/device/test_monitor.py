@@ -218,7 +218,7 @@ def test_a_class_of_a_data_set_can_be_the_novelty() -> None:
     }
     del (tables := small_settings(**{"trunk": {}}).tables())["data"], tables["devices"]
     source = Experiment(check_settings(tables | {k: tables.get(k, {}) | v for k, v in raw.items()})).source
-    assert (source.task, source.outputs, source.trunk_outputs) == ("novelty", 9, 54)
+    assert (source.task.name, source.outputs, source.task.trunk_outputs(9, source.count)) == ("novelty", 9, 54)
     train, test = source.device(1).train, source.device(5).test
     assert set(train.y.tolist()) == set(range(9)) and set(test.y.tolist()) == set(range(10))
 

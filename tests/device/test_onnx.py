@@ -19,6 +19,7 @@ from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
 from fedsplit.device.onnx_export import ONNX, onnx_model
 from fedsplit.model.activations import ACTIVATIONS
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks import task_of
 from fedsplit.release.policies import All, Random
 from fedsplit.runs.simulation import simulate
 
@@ -37,7 +38,7 @@ def bundle_of(name: str, activation: str, scaling: Scaling) -> Bundle:
     torch.manual_seed(3)
     module, shape = LAYERS[name]
     layer = FirstLayer(module(), ACTIVATIONS[activation](), shape)
-    return Bundle(layer, Random(0.25), "float16", scaling, "classification", 3)
+    return Bundle(layer, Random(0.25), "float16", scaling, task_of("classification"), 3)
 
 
 def undropped(bundle: Bundle, raw: FloatArray) -> FloatArray:
@@ -79,7 +80,7 @@ def test_the_file_says_what_it_takes_and_what_is_not_in_it() -> None:
 
 @pytest.mark.parametrize("activation", [nn.GELU(approximate="tanh"), nn.LeakyReLU(0.3)], ids=repr)
 def test_an_activation_keeps_its_own_numbers(activation: nn.Module) -> None:
-    bundle = Bundle(FirstLayer(nn.Linear(3, 64), activation, (3,)), All(), "float32", Scaling(), "binary", 1)
+    bundle = Bundle(FirstLayer(nn.Linear(3, 64), activation, (3,)), All(), "float32", Scaling(), task_of("binary"), 1)
     raw = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     assert np.abs(run(onnx_model(bundle), raw) - undropped(bundle, raw)).max() < 1e-5
 
@@ -87,7 +88,7 @@ def test_an_activation_keeps_its_own_numbers(activation: nn.Module) -> None:
 def test_a_layer_of_a_kind_that_says_nothing_of_its_form_is_not_exported() -> None:
     layer = FirstLayer(nn.Conv3d(1, 2, 2), nn.ReLU(), (1, 3, 3, 3))
     with pytest.raises(ConfigError, match="first layer Conv3d has no form in ONNX"):
-        onnx_model(Bundle(layer, All(), "float32", Scaling(), "binary", 1))
+        onnx_model(Bundle(layer, All(), "float32", Scaling(), task_of("binary"), 1))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks import task_of
 from fedsplit.release.policies import All, TopK
 from fedsplit.runs.folder import run_bundle
 from fedsplit.service.served import Served
@@ -112,7 +113,7 @@ def test_the_same_weights_in_another_layer_are_another_release(other: str, tmp_p
     activation = nn.ReLU() if isinstance(OTHERS[other], nn.Conv1d) else OTHERS[other]
     refused = []
     for layer in (FirstLayer(module, nn.ReLU(), (2, 9)), FirstLayer(changed, activation, (2, 9))):
-        bundle = Bundle(layer, TopK(2), "float32", Scaling(), "binary", 1)
+        bundle = Bundle(layer, TopK(2), "float32", Scaling(), task_of("binary"), 1)
         refused.append(released(bundle, home, raw)[1])
     assert refused == [[0] * 4, [Reason.RELEASES] * 4]
 

@@ -27,6 +27,7 @@ from fedsplit.guard.guard import Guard
 from fedsplit.guard.limits import Limits
 from fedsplit.guard.proposal import Proposal, Summed, release_name
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks.targets import Classes
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.preflight import check_limits
 from fedsplit.plan.settings import Settings, load_settings
@@ -782,7 +783,7 @@ class Server:
         upload = Upload.from_bytes(self.heard[-1], parameters=self.layer.size)
         if honest:
             blocks = [PendingBlock(cut, self.released[cut.digest, cut.round_number]) for cut in download.pending]
-            check_upload(upload, download, blocks, self.layer.width, "classification", 3)
+            check_upload(upload, download, blocks, self.layer.width, Classes(3))
         self.released[weights_digest(download.weights), download.round_number] = upload.release.records
         return upload
 

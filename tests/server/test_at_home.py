@@ -24,6 +24,7 @@ from fedsplit.device.home import Home
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record, to_record
 from fedsplit.model.head import Head, cut_head
+from fedsplit.model.tasks import task_of
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.client_app import HOME, client_app
 from fedsplit.runs.folder import open_run_folder
@@ -37,7 +38,7 @@ from fedsplit.wire.head import HeadDownload, HeadUpload, Rows
 from fedsplit.wire.release import Release
 
 DEVICES = 5
-HEAD = Head(8, 3, bias=True, task="classification")  # of own:linear_model
+HEAD = Head(8, 3, bias=True, task=task_of("classification"))  # of own:linear_model
 AT_HOME = {"mode": "synchronous", "labels": "at-home", "batch-size": 1000}
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedsplit.common.errors import ConfigError, DataError
+from fedsplit.model.tasks import task_of
 from fedsplit.release.admitted import unguarded
 from fedsplit.release.kept import Kept
 from fedsplit.release.policies import Bits
@@ -50,7 +51,7 @@ def _options(thinning: float = 0.5) -> TrunkOptions:
 
 
 def _novelty_trunk(recordings: int, rounds: int, seed: int = 0) -> NoveltyTrunk:
-    return NoveltyTrunk(_trunk(2 * recordings), CUT, "novelty", recordings, _options(), rounds, seed)
+    return NoveltyTrunk(_trunk(2 * recordings), CUT, task_of("novelty"), recordings, _options(), rounds, seed)
 
 
 def _of(devices: list[int], targets: np.ndarray, outputs: np.ndarray, bits: int = 0) -> Batches:

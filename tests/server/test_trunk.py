@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedsplit.common.seeds import seed_of
-from fedsplit.model.tasks import correct, score, summed_loss
+from fedsplit.model.tasks import task_of
 from fedsplit.release.admitted import unguarded
 from fedsplit.release.kept import Kept
 from fedsplit.release.policies import Bits
@@ -197,7 +197,7 @@ def network(outputs: int, *, seed: int = 4) -> nn.Sequential:
 def trunk(task: str, module: nn.Module, cut_shape: tuple[int, ...] = (WIDTH,), **options: Any) -> Trunk:
     chosen = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
     chosen |= {"batch_size": 1000, "epochs": 1} | options
-    return Trunk(module, cut_shape, task, TASKS[task], TrunkOptions(**chosen), rounds=4, seed=9)
+    return Trunk(module, cut_shape, task_of(task), TASKS[task], TrunkOptions(**chosen), rounds=4, seed=9)
 
 
 def reference_gradient(task: str, module: nn.Module, dense: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -211,7 +211,7 @@ def reference_gradient(task: str, module: nn.Module, dense: np.ndarray, targets:
 def test_the_loss_is_summed_over_records(task: str) -> None:
     outputs = torch.from_numpy(np.random.default_rng(1).normal(size=(9, TASKS[task])).astype(np.float32))
     targets = some_targets(task, 9)
-    found = summed_loss(task, outputs, torch.from_numpy(targets))
+    found = task_of(task).loss(outputs, torch.from_numpy(targets))
     torch.testing.assert_close(found, obvious_loss(task, outputs, targets))
 
 
@@ -338,7 +338,7 @@ def test_evaluate_gives_the_mean_loss_and_the_scores(task: str) -> None:
     found = made.evaluate(batches(20, targets))
     outputs = network(TASKS[task])(torch.from_numpy(dense_of(1, 20))).detach()
     assert found.pop("test_loss") == pytest.approx(obvious_loss(task, outputs, targets).item() / 20, rel=1e-5)
-    expected = score(task, outputs.numpy(), targets)
+    expected = task_of(task).score(outputs.numpy(), targets)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(value)
@@ -348,40 +348,40 @@ def test_evaluate_gives_the_mean_loss_and_the_scores(task: str) -> None:
 def test_scores_of_classes_by_hand() -> None:
     predicted, actual = [0, 0, 0, 1, 2, 2], ints(0, 0, 1, 1, 1, 2)
     outputs = np.eye(4, dtype=np.float32)[predicted]
-    found = score("classification", outputs, actual)
+    found = task_of("classification").score(outputs, actual)
     assert found["test_accuracy"] == pytest.approx(4 / 6)
     assert found["test_f1"] == pytest.approx([4 / 5, 2 / 4, 2 / 3, 0.0])  # nothing is or is said to be class 3
 
 
 def test_correct_by_hand_and_as_the_accuracy_says() -> None:
     outputs = np.eye(4, dtype=np.float32)[[0, 0, 0, 1, 2, 2]]
-    right = correct("classification", outputs, ints(0, 0, 1, 1, 1, 2))
+    right = task_of("classification").correct(outputs, ints(0, 0, 1, 1, 1, 2))
     assert right.tolist() == [True, True, False, True, False, True]
-    assert score("classification", outputs, ints(0, 0, 1, 1, 1, 2))["test_accuracy"] == right.mean()
+    assert task_of("classification").score(outputs, ints(0, 0, 1, 1, 1, 2))["test_accuracy"] == right.mean()
     chances, actual = np.array([[0.5], [-0.1], [2.0], [-3.0], [0.0]], dtype=np.float32), ints(1, 1, 0, 0, 0)
-    right = correct("binary", chances, actual)
+    right = task_of("binary").correct(chances, actual)
     assert right.tolist() == [True, False, False, True, True]
-    assert score("binary", chances, actual)["test_accuracy"] == right.mean()
+    assert task_of("binary").score(chances, actual)["test_accuracy"] == right.mean()
 
 
 def test_scores_of_two_classes_by_hand() -> None:
-    found = score("binary", np.array([[0.5], [-0.1], [2.0], [-3.0]], dtype=np.float32), ints(1, 1, 0, 0))
+    found = task_of("binary").score(np.array([[0.5], [-0.1], [2.0], [-3.0]], dtype=np.float32), ints(1, 1, 0, 0))
     assert found == {"test_accuracy": 0.5, "test_f1": pytest.approx([0.5, 0.5])}
-    found = score("binary", np.array([[1.0], [1.0], [1.0]], dtype=np.float32), ints(1, 1, 0))
+    found = task_of("binary").score(np.array([[1.0], [1.0], [1.0]], dtype=np.float32), ints(1, 1, 0))
     assert found == {"test_accuracy": pytest.approx(2 / 3), "test_f1": pytest.approx([0.0, 0.8])}
 
 
 def test_scores_of_a_regression_by_hand() -> None:
     targets = np.array([[1.0], [2.0], [3.0]], dtype=np.float32)
-    found = score("regression", np.array([[1.0], [2.0], [4.0]], dtype=np.float32), targets)
+    found = task_of("regression").score(np.array([[1.0], [2.0], [4.0]], dtype=np.float32), targets)
     assert found["test_accuracy"] is None
     assert found["test_rmse"] == pytest.approx((1 / 3) ** 0.5)
     assert found["test_r2"] == pytest.approx(1 - (1 / 3) / (2 / 3))
-    assert score("regression", targets, targets)["test_r2"] == 1.0
-    assert score("regression", np.full_like(targets, 2.0), targets)["test_r2"] == pytest.approx(0.0)
-    assert score("regression", targets, np.ones_like(targets))["test_r2"] == 0.0  # no variance to explain
+    assert task_of("regression").score(targets, targets)["test_r2"] == 1.0
+    assert task_of("regression").score(np.full_like(targets, 2.0), targets)["test_r2"] == pytest.approx(0.0)
+    assert task_of("regression").score(targets, np.ones_like(targets))["test_r2"] == 0.0  # no variance to explain
 
 
 def test_variance_is_about_each_columns_own_mean() -> None:
     targets = np.array([[0.0, 100.0], [2.0, 102.0]], dtype=np.float32)
-    assert score("regression", targets + 1, targets)["test_r2"] == pytest.approx(0.0)
+    assert task_of("regression").score(targets + 1, targets)["test_r2"] == pytest.approx(0.0)

@@ -28,6 +28,7 @@ from fedsplit.data.pooled import load_pool
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.flower.record import from_record
 from fedsplit.model.split import SplitModel
+from fedsplit.model.tasks import task_of
 from fedsplit.model.zoo import build_model
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
@@ -150,7 +151,7 @@ def options(epochs: int = 25, lr: float = 0.01, penalty: float = 0.0) -> WarmUp:
 
 def trunk_of(model: SplitModel, task: str = "classification", outputs: int = 10) -> Trunk:
     chosen = TrunkOptions("adam", 0.01, 0.0, 0.0, "constant", 32, 1)
-    return Trunk(model.trunk, model.first_layer.cut_shape, task, outputs, chosen, rounds=3, seed=4)
+    return Trunk(model.trunk, model.first_layer.cut_shape, task_of(task), outputs, chosen, rounds=3, seed=4)
 
 
 def parameters(model: SplitModel) -> torch.Tensor:
@@ -166,7 +167,7 @@ def penalty_of(model: SplitModel, public: Records) -> float:
 def test_a_warm_up_teaches_both_halves_what_devices_will_send(policy: Policy, accuracy: float) -> None:
     """Chance is 0.1; records that nobody learned from are released as a device would, and scored."""
     model, before = digits_model(), digits_model()
-    warm_up(model, digits_records(0, 600), "classification", policy, options(), seed=5)
+    warm_up(model, digits_records(0, 600), task_of("classification"), policy, options(), seed=5)
     for half, old in ((model.first_layer.layer, before.first_layer.layer), (model.trunk, before.trunk)):
         assert all((a - b).abs().max() > 0.01 for a, b in zip(half.parameters(), old.parameters(), strict=True))
     test = public_release(model, digits_records(600, 1000), policy, "float16", seed=6)
@@ -188,7 +189,7 @@ def test_the_first_step_is_adams_along_the_gradient_at_what_is_sent(name: str) -
     passes = (pre >= -1) & (pre <= levels.max() + 1) if policy.code.bits else mask & (pre > 0)
     delta = torch.autograd.grad(loss, sent)[0] * torch.from_numpy(passes)
     gradient, before = delta.T @ x, layer.weight.detach().clone()
-    warm_up(model, public, "classification", policy, options(epochs=1, lr=0.01), seed=5)
+    warm_up(model, public, task_of("classification"), policy, options(epochs=1, lr=0.01), seed=5)
     step = layer.weight.detach() - before
     assert (gradient.abs() > 1e-5).float().mean() > 0.1
     assert (step[gradient == 0] == 0).all()
@@ -200,7 +201,14 @@ def test_the_first_step_is_adams_along_the_gradient_at_what_is_sent(name: str) -
 def test_equal_seeds_give_equal_warm_ups(name: str) -> None:
     def warmed(seed: int) -> torch.Tensor:
         model = digits_model()
-        warm_up(model, digits_records(0, 100), "classification", BY_NAME[name], options(epochs=2, penalty=0.1), seed)
+        warm_up(
+            model,
+            digits_records(0, 100),
+            task_of("classification"),
+            BY_NAME[name],
+            options(epochs=2, penalty=0.1),
+            seed,
+        )
         return parameters(model)
 
     state = torch.get_rng_state()
@@ -216,7 +224,7 @@ def test_a_trunk_that_draws_random_numbers_has_its_own_too() -> None:
     def warmed(seed: int) -> torch.Tensor:
         model = digits_model()
         dropout = SplitModel(model.first_layer, torch.nn.Sequential(torch.nn.Dropout(), *model.trunk))
-        warm_up(dropout, digits_records(0, 40), "classification", All(), options(epochs=1), seed)
+        warm_up(dropout, digits_records(0, 40), task_of("classification"), All(), options(epochs=1), seed)
         return parameters(dropout)
 
     first = warmed(5)
@@ -226,7 +234,7 @@ def test_a_trunk_that_draws_random_numbers_has_its_own_too() -> None:
 
 def test_no_epochs_teach_nothing() -> None:
     model = digits_model()
-    warm_up(model, digits_records(0, 100), "classification", All(), options(epochs=0), seed=5)
+    warm_up(model, digits_records(0, 100), task_of("classification"), All(), options(epochs=0), seed=5)
     assert torch.equal(parameters(model), parameters(digits_model()))
 
 
@@ -234,7 +242,7 @@ def test_the_penalty_makes_a_first_layer_that_sees_less() -> None:
     public, found = digits_records(0, 300), {}
     for weight in (0.0, 1.0):
         model = digits_model(width=16)
-        warm_up(model, public, "classification", TopK(4), options(epochs=8, penalty=weight), seed=5)
+        warm_up(model, public, task_of("classification"), TopK(4), options(epochs=8, penalty=weight), seed=5)
         found[weight] = penalty_of(model, public)
     assert found[1.0] < found[0.0] - 0.1
 
@@ -251,14 +259,14 @@ def test_other_layers_and_tasks_warm_up(data: str, model: str, task: str, output
     public = source.device(4).train
     built = Experiment(run).model
     before = trunk_of(built, task, outputs).evaluate(public_release(built, public, All(), "float32", 0))
-    warm_up(built, public, task, All(), options(epochs=60, penalty=0.01), seed=5)
+    warm_up(built, public, task_of(task), All(), options(epochs=60, penalty=0.01), seed=5)
     after = trunk_of(built, task, outputs).evaluate(public_release(built, public, All(), "float32", 0))
     assert after["test_loss"] < 0.5 * before["test_loss"]
 
 
 def test_a_warm_up_that_diverges_says_what_to_lower() -> None:
     with pytest.raises(RunError, match=r"the warm-up's weights are not finite: lower public\.lr"):
-        warm_up(digits_model(), digits_records(0, 100), "classification", All(), options(lr=1e30), seed=5)
+        warm_up(digits_model(), digits_records(0, 100), task_of("classification"), All(), options(lr=1e30), seed=5)
 
 
 # --- the public release ----------------------------------------------------------------------------------------
@@ -284,7 +292,7 @@ def test_public_records_are_released_as_a_devices_would_be() -> None:
 def warm_trunk_and_records() -> tuple[Trunk, Batches, Batches, Batches]:
     """A trunk after a warm-up on 60 digits; what these, 300 private ones and 200 to test would release."""
     model, policy, public = digits_model(), TopK(6), digits_records(0, 60)
-    warm_up(model, public, "classification", policy, options(epochs=6), seed=5)
+    warm_up(model, public, task_of("classification"), policy, options(epochs=6), seed=5)
     parts = (public, digits_records(60, 360), digits_records(360, 560))
     return trunk_of(model), *(public_release(model, records, policy, "float16", seed=6) for records in parts)
 
@@ -441,7 +449,14 @@ def test_release_once_moves_no_first_layer_and_sends_no_gradients(strategy: str,
     run, grid, _ = watch(chosen, out)
     model = Experiment(chosen).model
     assert run.public is not None
-    warm_up(model, run.public, "classification", Experiment(chosen).policy, WarmUp(4, 0.005, 64, 0.0), chosen.run.seed)
+    warm_up(
+        model,
+        run.public,
+        task_of("classification"),
+        Experiment(chosen).policy,
+        WarmUp(4, 0.005, 64, 0.0),
+        chosen.run.seed,
+    )
     weights = model.first_layer.flatten(model.first_layer.initial_weights())
     assert len(grid.sent) > 20
     for _, _, download in grid.sent:
@@ -612,7 +627,14 @@ def test_other_modes_begin_where_the_warm_up_ended(out: Path) -> None:
     run, grid, _ = watch(chosen, out)
     model = Experiment(chosen).model
     assert run.public is not None and run.result is not None
-    warm_up(model, run.public, "classification", Experiment(chosen).policy, WarmUp(4, 0.005, 64, 0.0), chosen.run.seed)
+    warm_up(
+        model,
+        run.public,
+        task_of("classification"),
+        Experiment(chosen).policy,
+        WarmUp(4, 0.005, 64, 0.0),
+        chosen.run.seed,
+    )
     weights = model.first_layer.flatten(model.first_layer.initial_weights())
     by_round = {d.round_number: d.weights for _, _, d in grid.sent}
     assert np.array_equal(by_round[1], weights)

@@ -19,6 +19,7 @@ from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.model.activations import ACTIVATIONS
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks import task_of
 from fedsplit.release.policies import All, AtMost, Bits, Random, TopK
 from fedsplit.release.policy import Policy
 
@@ -48,7 +49,9 @@ def bundle(name: str, dropping: Policy, activation: str = "relu", dtype: str = "
     torch.manual_seed(3)
     channels = shape[0]
     scaling = Scaling(tuple(np.linspace(-1, 2, channels)), tuple(np.linspace(3, 7, channels)))
-    return Bundle(FirstLayer(build(), ACTIVATIONS[activation](), shape), dropping, dtype, scaling, "classification", 4)
+    return Bundle(
+        FirstLayer(build(), ACTIVATIONS[activation](), shape), dropping, dtype, scaling, task_of("classification"), 4
+    )
 
 
 @dataclass
@@ -110,7 +113,7 @@ def test_values_of_all_sizes_are_rounded_alike(tmp_path: Path) -> None:
     layer = nn.Linear(64, 64, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.diag(torch.exp2(-torch.arange(64) / 2)))
-    made = Bundle(FirstLayer(layer, nn.Identity(), (64,)), All(), "float16", Scaling(), "regression", 1)
+    made = Bundle(FirstLayer(layer, nn.Identity(), (64,)), All(), "float16", Scaling(), task_of("regression"), 1)
     rng = np.random.default_rng(1)
     raw = np.concatenate([rng.normal(size=(30, 64)), 1 + rng.integers(0, 4096, size=(30, 64)) / 2048])
     ours, theirs = sent(tmp_path, [Asked(made, raw.astype(np.float32).astype(np.float64))])

@@ -31,6 +31,7 @@ from fedsplit.data import Scaling
 from fedsplit.device.bundle import Bundle
 from fedsplit.device.home import Home
 from fedsplit.model.layer import FirstLayer
+from fedsplit.model.tasks import task_of
 from fedsplit.release import policies
 from fedsplit.service.app import service
 from fedsplit.service.served import Served
@@ -69,7 +70,7 @@ def small_model(number: int, policy: str, home: Home) -> Model:
     torch.manual_seed(number)
     layer = FirstLayer(nn.Linear(4, width, bias=False), nn.ReLU(), (4,))
     layer.load_weights({"weight": np.roll(np.eye(width, 4, dtype=np.float32), number, axis=1)})
-    bundle = Bundle(layer, dropping, dtype, Scaling(), "classification", 3)
+    bundle = Bundle(layer, dropping, dtype, Scaling(), task_of("classification"), 3)
     trunk = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     return Model(Served(bundle, trunk, bundle.model), released(bundle, home, RECORDS)[0].to_bytes())
 

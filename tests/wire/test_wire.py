@@ -17,6 +17,7 @@ from fedsplit.common.arrays import unpack_bitmap
 from fedsplit.common.errors import WireError
 from fedsplit.flower.record import from_record, to_record
 from fedsplit.model.head import Head
+from fedsplit.model.tasks import task_of
 from fedsplit.release.admitted import unguarded
 from fedsplit.release.kept import Kept
 from fedsplit.release.policies import Bits, Random
@@ -29,7 +30,7 @@ from fedsplit.wire.query import Query
 from fedsplit.wire.release import Release
 
 KINDS = {"upload": 1, "download": 2, "registration": 3, "head download": 5, "head upload": 6}
-HEAD = Head(4, 3, bias=True, task="classification")
+HEAD = Head(4, 3, bias=True, task=task_of("classification"))
 Arrays = list[np.ndarray]
 
 

@@ -21,11 +21,7 @@ Flags = NDArray[np.bool_]
 
 
 class NoveltyTrunk(Trunk):
-    """A trunk of the task ``novelty``, of which ``outputs`` is the most recordings that a device has.
-
-    A target is the number of a device's recording, 0..outputs-1, or ``outputs`` in records tested that are something
-    new. The module has an output for every recording of every device: those of device d begin at ``d * outputs``.
-    """
+    """A trunk of a task that watches devices; see :class:`fedsplit.model.tasks.novelty.Novelty`."""
 
     detector: Detector | None = None
     """Of the last evaluation."""
@@ -44,6 +40,12 @@ class NoveltyTrunk(Trunk):
         known = batches.take(np.flatnonzero(public | (batches.targets < self.outputs)))
         self.known = replace(known, targets=np.maximum(known.devices, 0) * self.outputs + known.targets)
         return super().train(self.known, len(known), round_number)
+
+    def prepare_comparison(self, other: Trunk, test: Batches) -> bool:
+        """Take over what is normal for devices, whatever was learned from; without something new there is no score."""
+        assert isinstance(other, NoveltyTrunk)
+        self.normal = other.known
+        return bool((test.targets == self.outputs).any())
 
     def evaluate(self, batches: Batches) -> dict[str, Any]:
         """Score the tested devices' records by what is normal for each, and keep a :class:`Detector`.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsplit.common.arrays import IntArray, sum_groups
+from fedsplit.common.arrays import IntArray
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.model.head import Head
 from fedsplit.plan.schedule import Row
@@ -87,7 +87,7 @@ class OnClock:
         heard = self._heard(now, work, outcome, needed)
         unheard = set(work.devices[~outcome.heard].tolist())
         now.ask_again(row for row in asked if row[0] in unheard)
-        releases = [u.release.take(np.isin(u.release.devices, heard)) for u in uploads]
+        releases = [u.release.among(heard) for u in uploads]
         if self._alone:
             self._wait_again(without(pending, heard))
             return Heard(releases, [u.gradients.among(heard) for u in uploads])
@@ -174,7 +174,7 @@ class OnClock:
             self.sizes.download(chunks, blocks, by_device([c.devices for c in cuts], [c.lengths for c in cuts])),
             self.sizes.upload(
                 released,
-                by_device([r.devices for r in releases], [sum_groups(r.counts, r.records) for r in releases]),
+                by_device([r.devices for r in releases], [r.lengths for r in releases]),
                 by_device([u.failed for u in uploads], [1 for _ in uploads]),
                 by_device([u.refused[:, 0] for u in uploads], [1 for _ in uploads]),
                 summed,

@@ -18,7 +18,7 @@ async function ask(path) {
 
 async function begin() {
   try {
-    const models = (await ask("/v1/models")).models.filter(({ task }) => task === "novelty");
+    const models = (await ask("/v1/models")).models.filter(({ watches }) => watches);
     $("entry").hidden = true;
     $("models").replaceChildren(...models.map(({ name }) => new Option(name, name)));
     $("models-row").hidden = models.length < 2;

@@ -35,9 +35,11 @@ export class Device {
    * @param {Uint8Array} secret 32 bytes that the server does not have
    */
   constructor(description, weights, secret) {
-    if (!(description.layer.activation in ACTIVATIONS)) {
-      throw new Error(`activation ${description.layer.activation} is not for this page`);
+    const { activation, numbers } = description.layer;
+    if (!(activation in ACTIVATIONS) || numbers) {
+      throw new Error(`activation ${activation}${numbers ? " of these numbers" : ""} is not for this page`);
     }
+    if (description.dropping.fields) throw new Error(`policy ${description.dropping.policy} is not for this page`);
     this.description = description;
     this.shape = description.layer.input_shape;
     this.size = this.shape.reduce((a, b) => a * b, 1);

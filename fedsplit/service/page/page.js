@@ -6,7 +6,7 @@ const PEN = 18, STEP = 7; // pixels of the drawing area
 const COLOURS = ["#8ab4f8", "#f28b82", "#81c995", "#fdd663", "#c58af9", "#78d9ec"];
 
 // `release` is what Send would send, with all that belongs to it: what comes back is shown only if it still is
-export const state = { device: null, raw: null, release: null, policies: [], asked: 0 };
+export const state = { device: null, raw: null, release: null, policies: [], classes: {}, asked: 0 };
 
 /** The secret that masks are drawn from: made here, kept by this browser, never sent. */
 function ownSecret() {
@@ -45,6 +45,7 @@ async function begin() {
     $("entry").hidden = true;
     $("models").replaceChildren(...models.map(({ name }) => new Option(name, name)));
     $("models-row").hidden = models.length < 2;
+    state.classes = Object.fromEntries(models.map(({ name, classes }) => [name, classes]));
     await choose(models[0].name);
     $("work").hidden = false;
   } catch (error) {
@@ -278,7 +279,7 @@ $("send").addEventListener("click", async () => {
   try {
     const { outputs: [outputs] } = await (await ask(`/v1/models/${description.model}/predict`, options)).json();
     if (mine !== state.release) return; // the record, the policy or the model is another by now
-    answered(outputs, description.task);
+    answered(outputs, state.classes[description.model]);
     $("attack").textContent = "Attacking what was sent (some seconds) ...";
     const { policy, keep, k, bits } = dropping;
     const query = new URLSearchParams({ policy, keep, k, bits });
@@ -293,8 +294,8 @@ $("send").addEventListener("click", async () => {
   }
 });
 
-function answered(outputs, task) {
-  if (task === "classification") {
+function answered(outputs, classes) {
+  if (classes && outputs.length > 1) {
     const most = Math.max(...outputs), weights = outputs.map((v) => Math.exp(v - most));
     const sum = weights.reduce((a, b) => a + b, 0), order = [...outputs.keys()].sort((a, b) => outputs[b] - outputs[a]);
     $("answer").textContent = `${order[0]}`;
@@ -305,7 +306,7 @@ function answered(outputs, task) {
     }));
     $("scores").hidden = false;
   } else {
-    $("answer").textContent = task === "binary" ? `${Number(outputs[0] > 0)}` : outputs.map((v) => v.toPrecision(4)).join(", ");
+    $("answer").textContent = classes ? `${Number(outputs[0] > 0)}` : outputs.map((v) => v.toPrecision(4)).join(", ");
   }
   $("answer").className = "large";
 }

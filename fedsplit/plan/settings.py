@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.common.tables import Section, one_line
-from fedsplit.model.tasks import TASKS, is_task_name
+from fedsplit.model.tasks import TASKS
 from fedsplit.plan.combinations import refusal
 from fedsplit.plan.modes import MODES, Mode
 from fedsplit.plan.strategies import STRATEGIES
@@ -101,15 +101,8 @@ class DataSettings(Section):
     shape: Annotated[list[Positive], Field(min_length=1)] | None = None
     overlap: bool = True
     novel: Annotated[int, Field(ge=0)] | None = None
-    task: str | None = None
+    task: Annotated[str, one_of(*TASKS, own="Name")] | None = None
     outputs: Positive | None = None
-
-    @field_validator("task")
-    @classmethod
-    def _known(cls, task: str | None) -> str | None:
-        if task is not None and not is_task_name(task):
-            raise ValueError(f"should be one of {', '.join(map(repr, TASKS))} or 'module:Name', got {task!r}")
-        return task
 
 
 class LogNormal(Section):

@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedsplit.data import Scaling
-from fedsplit.device.bundle import Bundle
+from fedsplit.device.bundle import Bundle, Dropping
 from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.model.activations import ACTIVATIONS
@@ -73,7 +73,7 @@ def sent(tmp_path: Path, asked: list[Asked]) -> tuple[list[str], list[str]]:
         chosen = each.made if each.dropping is None else replace(each.made, dropping=each.dropping)
         predictor = Predictor(chosen, home, lambda payload: np.zeros((1, 1)))
         ours += [predictor.release(row[None])[0].to_bytes().hex() for row in each.raw]
-        dropping = None if each.dropping is None else asdict(each.dropping)
+        dropping = None if each.dropping is None else Dropping.of(each.dropping).model_dump()
         records = each.raw.reshape(len(each.raw), -1).tolist()
         theirs.append({"folder": str(folder), "secret": home.secret.hex(), "records": records, "dropping": dropping})
     (tmp_path / "asked.json").write_text(json.dumps(theirs))

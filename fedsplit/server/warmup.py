@@ -106,7 +106,7 @@ def _dropped(
         noise = np.random.default_rng(seed_of(mask_round, int(rows[0]))).normal(size=values.shape)
         scales = torch.from_numpy(noisy.scales(values, mask))
         sent = sent * scales + torch.from_numpy(noise.astype(np.float32)) * noisy.noise * noisy.clip
-    kept: Tensor = sent * torch.from_numpy(mask)
+    kept: Tensor = sent * torch.from_numpy(np.array(mask))
     return kept.reshape(-1, *first.cut_shape)
 
 

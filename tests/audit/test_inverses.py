@@ -1,6 +1,5 @@
 """The audit inverts what activations it meets, by their own numbers: no layer is taken for safe for being unusual."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,20 +99,21 @@ def model():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activation", ["nn.LeakyReLU(0.3)", "nn.GELU()", "nn.Tanh()"])
+@pytest.mark.parametrize(
+    ("name", "activation"), [("leaky", "nn.LeakyReLU(0.3)"), ("gelu", "nn.GELU()"), ("tanh", "nn.Tanh()")]
+)
 def test_a_run_that_sends_everything_fails_its_audit(
-    activation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[..., Any]
+    name: str, activation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: Callable[..., Any]
 ) -> None:
-    (tmp_path / "unusual.py").write_text(BUILDER.format(activation=activation), encoding="utf-8")
+    (tmp_path / f"unusual_{name}.py").write_text(BUILDER.format(activation=activation), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "unusual", raising=False)
     settings = check_settings(
         {
             "run": {"name": "unusual", "rounds": 1, "engine": "inline"},
             "data": {"name": "digits"},
             "devices": {"count": 12, "per-node": 6, "partition": "iid", "test": 2},
             "public": {"devices": [0, 1], "epochs": 0},
-            "model": {"builder": "unusual:model"},
+            "model": {"builder": f"unusual_{name}:model"},
             "dropping": {"policy": "none"},
             "protocol": {"mode": "pipelined"},
             "audit": {"targets": 12},

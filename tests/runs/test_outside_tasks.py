@@ -16,13 +16,13 @@ from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.device.bundle import DESCRIPTION, Bundle
 from fedsplit.device.home import Home
 from fedsplit.device.node import Node
+from fedsplit.device.nodes import real_node
 from fedsplit.device.predictor import Predictor
 from fedsplit.model.tasks import task_of
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.auditing import audit_run
 from fedsplit.runs.folder import run_bundle
-from fedsplit.runs.nodes import real_node
 from fedsplit.runs.simulation import simulate
 from fedsplit.service.served import Served
 
@@ -128,14 +128,14 @@ def test_a_device_imports_no_task_that_its_owner_has_not_allowed(run: Path, tmp_
 
 
 def test_a_real_node_imports_no_task_that_its_owner_has_not_allowed(tmp_path: Path) -> None:
-    settings = labels().to_json()
+    terms = Experiment(labels()).terms.to_json()
     named = ["outside:labelled", "own:linear_model"]
     Home.create(tmp_path / "home", [0], named)
     with pytest.raises(ConfigError, match=r"data\.task 'outside:Labels' is not among what the node's owner allows"):
-        real_node(settings, str(tmp_path / "home"))
+        real_node(terms, str(tmp_path / "home"))
     allowed = Home.create(tmp_path / "other", [0], [*named, "outside:Labels"])
     (allowed.folder / "limits.toml").write_text("enforce = false\n")
-    assert isinstance(real_node(settings, str(allowed.folder)), Node)
+    assert isinstance(real_node(terms, str(allowed.folder)), Node)
 
 
 def test_bad_names_and_unfit_protocols_are_told_before_anything_runs(refused: Callable[..., str]) -> None:

@@ -7,7 +7,7 @@ The seeds are others than those of the study `devices`, the held-out devices the
 
 from dataclasses import dataclass
 
-from fedsplit.plan.settings import presets
+from fedsplit.plan.profiles import presets
 from simulations.devices.measuring import measure
 from simulations.devices.report import draw, tables
 from simulations.devices.rows import CHOICES

@@ -29,6 +29,8 @@ torch.set_num_threads(1)  # tests share the machine, and threads that wait for e
 
 _LONGEST = 3600  # seconds for all tests together
 _RAY = ("test_engine", "test_simulation", "test_readme", "test_tune")  # each looks for what it has left running
+_APART = ("test_pages",)  # whose tests may run in any process
+_RAY_PAGE = "[tune]"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -39,7 +41,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "ray" if Path(file).stem in _RAY else file
+            if Path(file).stem in _RAY or nodeid.endswith(_RAY_PAGE):
+                return "ray"
+            return nodeid if Path(file).stem in _APART else file
 
     return Files(config, log)
 

@@ -25,8 +25,8 @@ from fedsplit.runs.comparing import differing, read_runs
 from fedsplit.runs.simulation import simulate
 from fedsplit.tuning.space import Space, usual_space
 
-DOCS = Path(__file__).parent.parent / "docs"
-BLOCKS = re.compile(r"```(python|toml)\n(?:# (\S+\.(?:py|toml))\n)?(.*?)```", re.DOTALL)
+DOCS = Path(__file__).parent.parent / "docs" / "how-to"
+BLOCKS = re.compile(r'```(python|toml)(?: title="(\S+)")?\n(.*?)```', re.DOTALL)
 MODULES = ("every_other", "circulant", "circulant_kind")
 
 
@@ -51,7 +51,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def settings(here: Path) -> Settings:
-    write_files("extending-policy.md", here)
+    write_files("own-policy.md", here)
     return load_settings(here / "every_other.toml")
 
 
@@ -60,7 +60,7 @@ def changed(settings: Settings, **dropping: Any) -> Settings:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["extending-policy.md", "extending-layer.md"])
+@pytest.mark.parametrize("page", ["own-policy.md", "own-layer.md"])
 def test_a_pages_code_runs(page: str, here: Path) -> None:
     for code in write_files(page, here):
         exec(compile(code, page, "exec"), {"__name__": "page"})

@@ -64,3 +64,8 @@ def test_a_new_room_needs_a_floor(tree: Path) -> None:
 
 def test_the_root_holds_the_facade_and_addresses_alone() -> None:
     assert sorted(path.name for path in PACKAGE.glob("*.py")) == ["__init__.py", "client_app.py", "server_app.py"]
+
+
+def test_no_module_is_too_long() -> None:
+    lengths = {str(p.relative_to(PACKAGE)): len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
+    assert {name: n for name, n in lengths.items() if n > 350} == {}

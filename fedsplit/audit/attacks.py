@@ -127,9 +127,23 @@ def _units(before: Tensor, after: Tensor) -> Tensor:
 
 
 def lmmse(prior: Prior, public: Public, features: Floats, labels: Labels) -> Array:
-    """Return linear estimates ``(T, n)`` within classes from releases ``(T, f)`` that give no equations.
+    """Return linear estimates, within classes, from releases that give no equations.
 
     The ridge is the best of seven on every tenth public record.
+
+    Parameters
+    ----------
+    prior : Prior
+        What is known before any release.
+    public : Public
+        Public records' releases ``(P, f)``, the records ``(P, n)`` and their labels.
+    features : array (T, f)
+        The targets' releases.
+    labels : int array (T,), optional
+
+    Returns
+    -------
+    float64 array (T, n)
     """
     f, x = (np.asarray(values, np.float64) for values in public[:2])
     y = classes_of(public[2], len(x))
@@ -154,10 +168,28 @@ def _ridge(inputs: Array, targets: Array, ridge: float) -> Array:
 
 
 def decoder(prior: Prior, public: Public, features: Floats, labels: Labels, *, seed: int, steps: int = 600) -> Array:
-    """Return a small network's estimates ``(T, n)`` from releases ``(T, f)`` and labels.
+    """Return a small network's estimates from releases and labels.
 
-    It learns from public records' own releases, in ``steps`` of Adam, to tell how a record differs from the mean of
-    its class; of every twentieth step the best on every tenth public record is used.
+    From public records' own releases it learns how a record differs from the mean of its class. Of every twentieth step
+    the best on every tenth public record is used.
+
+    Parameters
+    ----------
+    prior : Prior
+        What is known before any release.
+    public : Public
+        Public records' releases ``(P, f)``, the records ``(P, n)`` and their labels.
+    features : array (T, f)
+        The targets' releases.
+    labels : int array (T,), optional
+    seed : int
+        Of torch's random stream.
+    steps : int
+        Of Adam.
+
+    Returns
+    -------
+    float64 array (T, n)
     """
     f, y = np.asarray(public[0], np.float64), classes_of(public[2], len(public[1]))
 

@@ -96,7 +96,20 @@ def known_before(public: Records, classes: int) -> Prior:
 
 
 def without_releases(prior: Prior, labels: Labels, count: int) -> dict[str, Array]:
-    """Return the best guesses ``(count, n)`` without any release, by name."""
+    """Return the best guesses without any release, by name.
+
+    Parameters
+    ----------
+    prior : Prior
+    labels : int array (count,), optional
+        The targets' labels. Without them there is no mean of a class.
+    count : int
+        The number of targets.
+
+    Returns
+    -------
+    dict of str to float64 array (count, n)
+    """
     guesses = {"mean": np.broadcast_to(prior.mean, (count, len(prior.mean)))}
     return guesses if labels is None else {**guesses, "class mean": prior.means[labels]}
 
@@ -104,7 +117,29 @@ def without_releases(prior: Prior, labels: Labels, count: int) -> dict[str, Arra
 def reconstructions(
     evidence: Evidence, prior: Prior, targets: IntArray, labels: Labels, *, seed: int, quick: bool
 ) -> tuple[dict[str, Array], dict[str, str]]:
-    """Return what every attack makes of the targets ``(targets, n)``, and why others had nothing to go by."""
+    """Run every attack on the targets.
+
+    Parameters
+    ----------
+    evidence : Evidence
+        Everything that left.
+    prior : Prior
+        What is known before any release.
+    targets : int array (targets,)
+        Which of the evidence's subjects are attacked.
+    labels : int array (targets,), optional
+    seed : int
+        Equal seeds, equal guesses.
+    quick : bool
+        Without the constrained search.
+
+    Returns
+    -------
+    dict of str to float64 array (targets, n)
+        What each attack makes of the targets.
+    dict of str to str
+        Why the other attacks had nothing to go by.
+    """
     guesses: dict[str, Array] = {}
     skipped: dict[str, str] = {}
     for name, attack in _attacks(quick).items():

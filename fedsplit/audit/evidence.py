@@ -88,7 +88,22 @@ class Evidence:
 
 
 def recorded(folder: Path, layer: FirstLayer, dropping: Policy, dtype: str) -> Evidence:
-    """Read what a finished run has recorded; raises DataError."""
+    """Read what a finished run has recorded.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the run recorded its exchanges and subjects.
+    layer : FirstLayer
+    dropping : Policy
+    dtype : str
+        ``float16`` or ``float32``, of the values on the wire.
+
+    Raises
+    ------
+    DataError
+        If a file is missing or damaged.
+    """
     subjects = Subjects.load(folder)
     place = {(d, i): t for t, (d, i) in enumerate(zip(subjects.device.tolist(), subjects.index.tolist(), strict=True))}
     seen: list[Seen] = []
@@ -105,7 +120,18 @@ def recorded(folder: Path, layer: FirstLayer, dropping: Policy, dtype: str) -> E
 
 
 def rehearsed(layer: FirstLayer, dropping: Policy, dtype: str, subjects: Subjects, seed: int) -> Evidence:
-    """Return what one release of the targets under the layer's own weights would show, before any training."""
+    """Return what one release of the targets would show before any training, under the layer's own weights.
+
+    Parameters
+    ----------
+    layer : FirstLayer
+    dropping : Policy
+    dtype : str
+        ``float16`` or ``float32``, of the values on the wire.
+    subjects : Subjects
+    seed : int
+        Of the simulated device's secret.
+    """
     weights = layer.flatten(layer.initial_weights())
     pattern, values = released(layer, dropping, dtype, weights, subjects.x, seed)
     seen = Seen(weights, np.arange(len(subjects.x)), pattern, values)
@@ -115,13 +141,51 @@ def rehearsed(layer: FirstLayer, dropping: Policy, dtype: str, subjects: Subject
 def released(
     layer: FirstLayer, dropping: Policy, dtype: str, weights: FloatArray, x: FloatArray, seed: int
 ) -> tuple[NDArray[np.bool_], FloatArray]:
-    """Return pattern and values ``(records, width)`` that some records would release."""
+    """Return which outputs some records would release, and their values.
+
+    Parameters
+    ----------
+    layer : FirstLayer
+    dropping : Policy
+    dtype : str
+        ``float16`` or ``float32``, of the values on the wire.
+    weights : float32 array
+        The layer's, flat.
+    x : float32 array (records, *input_shape)
+    seed : int
+        Of the simulated device's secret.
+
+    Returns
+    -------
+    pattern : bool array (records, width)
+    values : float32 array (records, width)
+        0 where nothing is sent.
+    """
     chunk = Chunk.of(0, Records(x, np.zeros(len(x), dtype=np.int64)))
     return dense(_release(layer, dropping, dtype, weights, chunk, simulation_secret(seed, 0)))
 
 
 def released_bytes(layer: FirstLayer, dropping: Policy, dtype: str, chunk: Chunk, secret: bytes) -> tuple[bytes, int]:
-    """Return a device's release under the layer's own weights as it would stand on the wire, and the outputs in it."""
+    """Return a device's release as it would stand on the wire, under the layer's own weights.
+
+    Parameters
+    ----------
+    layer : FirstLayer
+    dropping : Policy
+    dtype : str
+        ``float16`` or ``float32``, of the values on the wire.
+    chunk : Chunk
+        The device's records.
+    secret : bytes
+        The device's.
+
+    Returns
+    -------
+    bytes
+        The release.
+    int
+        The number of outputs in it.
+    """
     release = _release(layer, dropping, dtype, layer.flatten(layer.initial_weights()), chunk, secret)
     return b"".join(np.ascontiguousarray(array).tobytes() for array in release.arrays()), int(release.counts.sum())
 

@@ -173,10 +173,26 @@ def _solve(gram: Tensor, left: Tensor, noise: Tensor) -> Tensor:
 def negative_control(
     first_layer: FirstLayer, weights: Mapping[str, FloatArray], x: FloatArray, seed: int, peak: float = 1.0
 ) -> float:
-    """Return the PSNR in dB of the *worst* of the records that one raw float32 gradient brings back, without a prior.
+    """Return how well the *worst* of some records comes back from one raw float32 gradient, without a prior.
 
-    Where that gradient decides the records ``x (N, *input_shape)``, as for N far below the units of a linear layer or
-    two windows of a wide convolution, less than 60 dB means that the attacks are broken.
+    The gradient decides the records where there are few of them: far fewer than the units of a linear layer, or two
+    windows of a wide convolution. Less than 60 dB there means that the attacks are broken.
+
+    Parameters
+    ----------
+    first_layer : FirstLayer
+    weights : mapping of str to float32 array
+        The layer's, by name.
+    x : float32 array (records, *input_shape)
+    seed : int
+        Of the gradients at the cut, which are drawn.
+    peak : float
+        The range of the records' numbers.
+
+    Returns
+    -------
+    float
+        PSNR in dB, at most 120.
     """
     delta = np.random.default_rng(seed).normal(size=(len(x), *first_layer.cut_shape)).astype(np.float32)
     delta *= first_layer.derivative(first_layer.pre_activations(weights, x).numpy())

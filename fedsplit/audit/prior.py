@@ -93,7 +93,18 @@ def classes_of(labels: Labels, count: int) -> IntArray:
 
 
 def class_means(x: Array, y: IntArray, classes: int) -> Array:
-    """Return ``(classes, n)``; a class of few records gets the mean of all."""
+    """Return the mean of each class; a class of few records gets the mean of all.
+
+    Parameters
+    ----------
+    x : float64 array (records, n)
+    y : int array (records,)
+    classes : int
+
+    Returns
+    -------
+    float64 array (classes, n)
+    """
     own = [x[y == c] for c in range(classes)]
     return np.stack([(part if len(part) >= _FEW else x).mean(axis=0) for part in own])
 
@@ -111,7 +122,24 @@ def equations_of(equations: tuple[Rows, Rows, Noise], i: int) -> tuple[Tensor, T
 
 
 def whiten(covariance: Tensor, rows: Tensor, left: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Return V ``(k, n)`` and t ``(k,)`` so that N(0, C) given ``rows x = left + noise`` is N(V't, C - V'V)."""
+    """Return V and t so that N(0, C), given ``rows x = left + noise``, is N(V't, C - V'V).
+
+    Parameters
+    ----------
+    covariance : float64 Tensor (n, n)
+        C.
+    rows : float64 Tensor (k, n)
+    left : float64 Tensor (k,)
+    noise : float64 Tensor (k,)
+        Its standard deviation for each equation.
+
+    Returns
+    -------
+    float64 Tensor (k, n)
+        V.
+    float64 Tensor (k,)
+        t.
+    """
     cross = rows @ covariance  # (k, n)
     gram = cross @ rows.T
     floor = 1e-12 * gram.trace() / max(1, len(rows)) + 1e-30  # rows can depend on each other, or be zero
@@ -121,7 +149,25 @@ def whiten(covariance: Tensor, rows: Tensor, left: Tensor, noise: Tensor) -> tup
 
 
 def posterior(prior: Prior, c: int, rows: Tensor, rhs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean ``(n,)`` of a record of class c given its equations, and V: its covariance is C - V'V."""
+    """Return what equations tell of a record of a class.
+
+    Parameters
+    ----------
+    prior : Prior
+    c : int
+        The class.
+    rows : float64 Tensor (k, n)
+    rhs : float64 Tensor (k,)
+    noise : float64 Tensor (k,)
+        Its standard deviation for each equation.
+
+    Returns
+    -------
+    float64 Tensor (n,)
+        The record's mean.
+    float64 Tensor (k, n)
+        V: the record's covariance is C - V'V.
+    """
     mean = torch.from_numpy(prior.means[c])
     v, told = whiten(torch.from_numpy(prior.covariances[c]), rows, rhs - rows @ mean, noise)
     return mean + v.T @ told, v

@@ -10,12 +10,33 @@ CAP = 120.0  # dB; an exact copy has no finite PSNR
 
 
 def psnr(x: NDArray[np.floating], guess: NDArray[np.floating], peak: float) -> Array:
-    """Return each record's peak signal-to-noise ratio ``(T,)`` in dB, at most 120."""
+    """Return each record's peak signal-to-noise ratio ``(T,)`` in dB, at most 120.
+
+    Parameters
+    ----------
+    x, guess : arrays (T, n)
+        Originals and reconstructions.
+    peak : float
+        The range of the records' numbers.
+
+    Examples
+    --------
+    >>> psnr(np.zeros((1, 4)), np.full((1, 4), 0.1), peak=1.0).round(6).tolist()
+    [20.0]
+    """
     return _decibels(_errors(x, guess), peak)
 
 
 def pooled_psnr(x: NDArray[np.floating], guess: NDArray[np.floating], peak: float) -> float:
-    """Return the PSNR in dB of the mean squared error over all records, at most 120."""
+    """Return the PSNR in dB of the mean squared error over all records, at most 120.
+
+    Parameters
+    ----------
+    x, guess : arrays (T, n)
+        Originals and reconstructions.
+    peak : float
+        The range of the records' numbers.
+    """
     return float(_decibels(_errors(x, guess).mean(), peak))
 
 
@@ -40,10 +61,17 @@ def nmse(x: NDArray[np.floating], guess: NDArray[np.floating], variance: NDArray
 
 
 def ssim(x: NDArray[np.floating], guess: NDArray[np.floating], peak: float) -> Array:
-    """Return the mean structural similarity ``(T,)`` of images ``(T, h, w)``.
+    """Return the mean structural similarity ``(T,)`` of images.
 
     Wang, Bovik, Sheikh and Simoncelli (2004): Gaussian window of 11 x 11 (7 x 7 if a side is below 11) and deviation
     1.5, K1 = 0.01, K2 = 0.03, over the windows that lie inside the image.
+
+    Parameters
+    ----------
+    x, guess : arrays (T, h, w)
+        Originals and reconstructions.
+    peak : float
+        The range of the records' numbers.
     """
     side = min(x.shape[1:])
     size = 11 if side >= 11 else min(7, side)

@@ -25,7 +25,18 @@ _EXCHANGES, _SUBJECTS = "exchanges", "subjects.npz"
 
 
 def record_exchange(folder: Path, node: int, download: Download, upload: Upload, index: IntArray) -> None:
-    """Write one exchange of a simulated node; ``index`` are the released records' indices on their devices."""
+    """Write one exchange of a simulated node.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it is not there.
+    node : int
+    download : Download
+    upload : Upload
+    index : int64 array (records,)
+        The released records' indices on their devices.
+    """
     folder = folder / _EXCHANGES
     folder.mkdir(parents=True, exist_ok=True)
     half = "release" if len(download.schedule) else f"gradient-{_asked(download):08x}"
@@ -105,10 +116,22 @@ class Subjects:
     ) -> "Subjects":
         """Draw targets from all private training records.
 
+        Parameters
+        ----------
+        source : Source
+        public : Records, optional
+            What the attacker knows. Without it test records stand in.
+        donors : tuple of int
+            Devices whose records are public, and so no targets.
+        targets : int
+            How many are drawn.
+        seed : int
+            The run's.
+
         Raises
         ------
         DataError
-            If there are fewer, or no public records and no test records in their stead.
+            If there are fewer private records, or no public records and no test records in their stead.
         """
         private = [d for d in range(source.count) if d not in donors and len(source.device(d).train)]
         parts = [source.device(d).train for d in private]

@@ -112,7 +112,8 @@ def run(
     from fedsplit.cli.report import result_table
     from fedsplit.plan.experiment import Experiment
     from fedsplit.plan.named_code import names_code
-    from fedsplit.plan.settings import AuditSettings, GuardSettings, default_folder, load_settings
+    from fedsplit.plan.sections import AuditSettings, GuardSettings
+    from fedsplit.plan.settings import default_folder, load_settings
     from fedsplit.runs.folder import RunFolder
     from fedsplit.runs.following import follow, forget_state
     from fedsplit.server.link import runs

@@ -18,7 +18,21 @@ FloatArray = NDArray[np.float32]
 
 
 def finite(array: NDArray[Any], name: str, where: str) -> FloatArray:
-    """Return a user's array as float32; raises DataError, ``where`` first, if it holds anything but finite numbers."""
+    """Return a user's array as float32.
+
+    Parameters
+    ----------
+    array : array
+    name : str
+        What the array is called in the error.
+    where : str
+        What the error begins with, such as a file.
+
+    Raises
+    ------
+    DataError
+        If it holds anything but finite numbers; without one of its values.
+    """
     if array.dtype.kind not in "biuf":
         raise DataError(f"{where}: {name} must hold numbers, got dtype {array.dtype.name}")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is refused below

@@ -15,15 +15,29 @@ def seed_of(*parts: int | str) -> int:
 
 
 def scheduled(lr: float, schedule: str, round_number: int, rounds: int) -> float:
-    """Return the learning rate of a round (counted from 1).
+    """Return the learning rate of a round.
 
-    ``constant``; ``cosine``: to zero after the last round; ``step``: times 0.1 after each third of the rounds. Or
-    ``module:function``: somebody's own, which is given the round and the number of rounds and returns a factor.
+    Parameters
+    ----------
+    lr : float
+        The rate of the first round.
+    schedule : str
+        ``constant``; ``cosine``, to zero after the last round; ``step``, times 0.1 after each third of the rounds; or
+        ``module:function``, your own: it is given the round and the number of rounds and returns a factor.
+    round_number : int
+        Counted from 1.
+    rounds : int
+        All rounds of the run.
 
     Raises
     ------
     ConfigError
         If there is no such function, or it returns no finite number of at least 0.
+
+    Examples
+    --------
+    >>> [scheduled(0.1, "cosine", number, 4) for number in (1, 3)]
+    [0.1, 0.05]
     """
     if ":" in schedule:
         return lr * _own_factor(schedule, round_number, rounds)

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Layout:
-    """How files hold what is wanted; the defaults are for files that call things as they are called here.
+    """Where files keep times, labels and channels; the defaults fit files that use the names used here.
 
     Attributes
     ----------
@@ -85,7 +85,25 @@ Raises DataError in one line, and ConfigError if a package is missing.
 
 
 def read_csv(path: Path, columns: Sequence[str], layout: Layout, numbers: Mapping[str, int] | None) -> Raw:
-    """Read a table of text in UTF-8 with a header, separated by commas, semicolons or tabs; a :data:`Reader`."""
+    """Read a table of text in UTF-8 with a header, separated by commas, semicolons or tabs.
+
+    It is a :data:`Reader`.
+
+    Parameters
+    ----------
+    path : Path
+    columns : sequence of str
+        The wanted columns.
+    layout : Layout
+        Which columns hold times and labels.
+    numbers : mapping of str to int, optional
+        Numbers by label. Without it labels are not read.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, or a column is missing; in one line, without a value of the file.
+    """
     wanted = _wanted(columns, layout, numbers)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -102,7 +120,27 @@ def read_csv(path: Path, columns: Sequence[str], layout: Layout, numbers: Mappin
 
 
 def read_parquet(path: Path, columns: Sequence[str], layout: Layout, numbers: Mapping[str, int] | None) -> Raw:
-    """Read a Parquet table; a :data:`Reader`."""
+    """Read a Parquet table.
+
+    It is a :data:`Reader`.
+
+    Parameters
+    ----------
+    path : Path
+    columns : sequence of str
+        The wanted columns.
+    layout : Layout
+        Which columns hold times and labels.
+    numbers : mapping of str to int, optional
+        Numbers by label. Without it labels are not read.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, or a column is missing; in one line, without a value of the file.
+    ConfigError
+        If pyarrow is missing.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -126,7 +164,27 @@ def read_parquet(path: Path, columns: Sequence[str], layout: Layout, numbers: Ma
 
 
 def read_edf(path: Path, columns: Sequence[str], layout: Layout, numbers: Mapping[str, int] | None) -> Raw:
-    """Read signals of an EDF or BDF file by their labels, and its annotations as labels; a :data:`Reader`."""
+    """Read signals of an EDF or BDF file by their labels, and its annotations as labels.
+
+    It is a :data:`Reader`.
+
+    Parameters
+    ----------
+    path : Path
+    columns : sequence of str
+        The wanted signals.
+    layout : Layout
+        Not used: the format says it all.
+    numbers : mapping of str to int, optional
+        Numbers by label. Without it labels are not read.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, or a signal is missing; in one line, without a value of the file.
+    ConfigError
+        If edfio is missing.
+    """
     try:
         import edfio
     except ImportError:

@@ -1,4 +1,4 @@
-"""Finding what others installed: data files inside packages, and a user's own functions."""
+"""Data files inside installed packages."""
 
 import hashlib
 from importlib import metadata

@@ -38,12 +38,25 @@ def natural(owners: NDArray[np.integer[Any]], count: int) -> list[IndexArray]:
 
 
 def iid(n: int, count: int, rng: np.random.Generator) -> list[IndexArray]:
-    """Deal ``n`` records to ``count`` devices at random, in parts that differ by at most one record.
+    """Deal records to devices at random, in parts that differ by at most one record.
+
+    Parameters
+    ----------
+    n : int
+        The number of records.
+    count : int
+        The number of devices.
+    rng : numpy.random.Generator
 
     Raises
     ------
     ConfigError
         If a device gets no record.
+
+    Examples
+    --------
+    >>> [len(part) for part in iid(7, 3, np.random.default_rng(0))]
+    [3, 2, 2]
     """
     return _none_empty("iid", [np.sort(part) for part in np.array_split(rng.permutation(n), count)])
 

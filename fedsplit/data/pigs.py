@@ -1,4 +1,4 @@
-"""Central venous pressure of 52 pigs, each a device, to forecast its mean over the next second from.
+"""Central venous pressure of 52 pigs, each a device, for a forecast of its mean over the next second.
 
 Source: M. Guillame-Bert and A. Dubrawski, "Classification of Time Sequences using Graphs of Temporal Constraints", JMLR
 18 (2017), recordings before and after an induced bleeding; cut into pieces of 2,000 samples for the UCR archive

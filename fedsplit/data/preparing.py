@@ -22,7 +22,7 @@ from fedsplit.data.windows import Windows
 
 @dataclass(frozen=True)
 class Owner:
-    """A device to be: its name, which orders devices, and the files of its recordings."""
+    """A future device: its name, which orders devices, and the files of its recordings."""
 
     name: str
     files: tuple[Path, ...]
@@ -50,7 +50,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What has become of a device's recordings: numbers of windows, and of those left out by reason."""
+    """How many windows a device's recordings gave, and how many were left out, by reason."""
 
     name: str
     recordings: int
@@ -61,7 +61,7 @@ class Prepared:
 
     @property
     def windows(self) -> Counter[int]:
-        """Of train and test together, by label."""
+        """The numbers of windows by label, of train and test together."""
         return self.train + self.test
 
 
@@ -90,7 +90,22 @@ def _owner(path: Path) -> Owner:
 
 
 def measure(recipe: Recipe, donors: Sequence[Owner], layout: Layout, test: HeldOut) -> Recipe:
-    """Return a recipe with the constants of what donors have to train with: everybody will know these.
+    """Measure the constants of a recipe on what donors train with. Everybody will know these constants.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Without constants.
+    donors : sequence of Owner
+    layout : Layout
+        Of all files.
+    test : HeldOut
+        What it holds out is not measured.
+
+    Returns
+    -------
+    Recipe
+        With constants.
 
     Raises
     ------

@@ -113,11 +113,20 @@ class Recipe(Section):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of one record: channels and samples."""
+        """The shape of one record: channels and samples."""
         return len(self.channels), round(self.seconds * self.rate)
 
     def read(self, path: Path, layout: Layout, *, labelled: bool = True) -> Recording:
-        """Read a recording, with or without its labels; see :func:`fedsplit.data.recordings.read_recording`."""
+        """Read a recording; see :func:`fedsplit.data.recordings.read_recording`.
+
+        Parameters
+        ----------
+        path : Path
+        layout : Layout
+            Which columns of the file hold what.
+        labelled : bool
+            Whether its labels are read.
+        """
         return read_recording(
             path,
             [Channel(*each) for each in zip(self.channels, self.units, strict=True)],

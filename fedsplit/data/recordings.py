@@ -45,7 +45,7 @@ _SLOWER = 0.99  # of the wanted rate: a recorder's clock may be that slow
 
 @dataclass(frozen=True)
 class Channel:
-    """A channel that is wanted, and its unit; without one it is as in the file, which then must not name a unit."""
+    """A wanted channel and its unit. Without a unit values stay as in the file, which then must not name one."""
 
     name: str
     unit: str = ""

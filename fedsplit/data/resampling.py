@@ -86,7 +86,23 @@ def on_grid(
 
 
 def labels_on_grid(times: FloatArray, labels: Labels, *, start: float, rate: float, count: int) -> Labels:
-    """Return the labels at ``start + i / rate``: of the samples that fall there the highest, else of the one before."""
+    """Return the labels on an even grid of times.
+
+    A time of the grid has the highest label of the samples that fall there. If none does, it has the label of the
+    sample before.
+
+    Parameters
+    ----------
+    times : float64 array (samples,)
+        Ascending.
+    labels : Labels (samples,)
+    start : float
+        The grid's first time.
+    rate : float
+        Times of the grid per second.
+    count : int
+        Times of the grid.
+    """
     before = np.searchsorted(times, start + np.arange(count) / rate + 1e-9, side="right") - 1
     grid = labels[np.maximum(before, 0)]
     places = np.rint((times - start) * rate).astype(np.int64)

@@ -98,7 +98,26 @@ def cut(recording: Recording, seconds: float, stride: float, *, events: bool = F
 
 
 def whole_samples(name: str, seconds: float, rate: float) -> int:
-    """Return how many samples a time has; raises ConfigError if that is not a whole number above 0."""
+    """Return how many samples a time has.
+
+    Parameters
+    ----------
+    name : str
+        What the time is called in the error.
+    seconds : float
+    rate : float
+        In Hz.
+
+    Raises
+    ------
+    ConfigError
+        If that is not a whole number above 0.
+
+    Examples
+    --------
+    >>> whole_samples("stride", 0.5, 50.0)
+    25
+    """
     samples = seconds * rate
     if not 1 <= round(samples) < 2**31 or abs(samples - round(samples)) > 1e-6 * samples:
         raise ConfigError(f"{name} must be a whole number of samples, got {seconds:g} s of {rate:g} Hz: {samples:g}")

@@ -53,7 +53,7 @@ class Cost:
 
     @classmethod
     def of(cls, count: int, **known: NDArray[np.generic] | float) -> "Cost":
-        """Return a cost of 0 for ``count`` records but for what is given."""
+        """Return the costs of ``count`` records: 0, except for what is given."""
         columns: dict[str, Any] = {
             name: np.broadcast_to(np.asarray(known.get(name, 0), kind), (count,))
             for name, kind in _TABLE.items()
@@ -191,7 +191,18 @@ class ExposureAccountant:
         return Spent(**{name: np.fmax.reduce(column[place], axis=1) for name, column in table.items()})
 
     def step(self, records: IntArray, segments: IntArray, release: bytes, cost: Cost) -> None:
-        """Count a release of records that :meth:`is_new` says have not left under this name."""
+        """Count a release of records that :meth:`is_new` says have not left under this name.
+
+        Parameters
+        ----------
+        records : int64 array (records,)
+        segments : int64 array (records, pieces)
+            The names that the records are counted under.
+        release : bytes
+            The release's name.
+        cost : Cost
+            What the release tells of each record.
+        """
         if not len(records):
             return
         if release not in self._releases:
@@ -207,9 +218,18 @@ class ExposureAccountant:
         return tuple(self._sums)
 
     def add_gradient(self, name: bytes, segments: IntArray, leverage: Float64) -> None:
-        """Count a sum of gradients that records were part of with such leverages; it is no release of its own.
+        """Count a sum of gradients; it is no release of its own.
 
-        ``name`` is a 32-byte digest of all that decides it. It has no noise, whatever the activations had.
+        It has no noise, whatever the activations had.
+
+        Parameters
+        ----------
+        name : bytes
+            A 32-byte digest of all that decides the sum.
+        segments : int64 array (records, pieces)
+            The segments of the records that were part of it.
+        leverage : float64 array (records,)
+            The records' leverages in the sum.
         """
         self._sums.append(name)
         bare = Cost.of(len(segments), gradient=leverage, precision=np.inf, fisher=np.inf, leverage=np.nan)

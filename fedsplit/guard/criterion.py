@@ -187,9 +187,18 @@ class Coordinates:
 
 
 def coordinates(releases: Sequence[Release], *, probes: int = 8, iterations: int = 2000, seed: int = 0) -> Coordinates:
-    """Return what is known of each record from all its releases, which list the same records, together.
+    """Return what is known of each record from all its releases together.
 
-    Exact where a record's rows have at most 2e7 elements, otherwise by :func:`null_probe`.
+    It is exact where a record's rows have at most 2e7 elements, and :func:`null_probe` estimates it otherwise.
+
+    Parameters
+    ----------
+    releases : sequence of Release
+        All list the same records.
+    probes, iterations : int
+        Of :func:`null_probe`.
+    seed : int
+        Of the probes.
     """
     maps, kept, alive = stacked(releases)
     n, ends = maps[0].n, np.cumsum([m.width for m in maps])[:-1]

@@ -50,7 +50,18 @@ class History:
         self._layer = np.frombuffer(sha256(layer.description.encode()).digest(), dtype=np.uint8)
 
     def keep_release(self, name: bytes, weights: FloatArray, records: IntArray, bitmap: NDArray[np.uint8]) -> None:
-        """Keep which outputs of some records leave, beside those that left under this name before."""
+        """Keep which outputs of some records leave, beside those that left under this name before.
+
+        Parameters
+        ----------
+        name : bytes
+            Of the release; see :func:`fedsplit.guard.guard.release_name`.
+        weights : float32 array
+            The layer's, flat.
+        records : int64 array (records,)
+        bitmap : uint8 array (records, bytes)
+            The outputs that leave.
+        """
         if (old := self._load(name)) is not None:
             records, bitmap = np.concatenate([old["records"], records]), np.concatenate([old["bitmap"], bitmap])
         records, first = np.unique(records, return_index=True)
@@ -84,7 +95,17 @@ class History:
         return found, count, complete
 
     def keep_sum(self, name: bytes, records: IntArray, segments: IntArray, delta: FloatArray) -> None:
-        """Keep a sum of gradients that leaves."""
+        """Keep a sum of gradients that leaves.
+
+        Parameters
+        ----------
+        name : bytes
+            Of the sum; see :meth:`fedsplit.guard.accountant.ExposureAccountant.add_gradient`.
+        records : int64 array (records,)
+        segments : int64 array (records, pieces)
+        delta : float32 array (records, width)
+            The gradients at the layer's outputs.
+        """
         self._save(name, records=records, segments=segments, delta=delta)
 
     def related_sums(self, records: IntArray) -> list["Sum"]:

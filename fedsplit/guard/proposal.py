@@ -102,13 +102,35 @@ class Summed:
 
 
 def release_name(layer: FirstLayer, weights: FloatArray, policy: str, mask_round: int) -> bytes:
-    """Return a 32-byte name under which equal records give equal bytes."""
+    """Return a 32-byte name under which equal records give equal bytes.
+
+    Parameters
+    ----------
+    layer : FirstLayer
+    weights : float32 array
+        The layer's, flat.
+    policy : str
+        The description of the policy and the wire's dtype.
+    mask_round : int
+        The round that masks are drawn for.
+    """
     text = f"{layer.description}|{policy}|{mask_round}".encode()
     return sha256(sha256(weights.tobytes()).digest() + text).digest()
 
 
 def release_cost(kept: Kept, layer: FirstLayer, dropping: Policy, dtype: str, weights: FloatArray) -> Cost:
-    """Return what releases tell of their records, without leverage."""
+    """Return what releases tell of their records, without leverage.
+
+    Parameters
+    ----------
+    kept : Kept
+    layer : FirstLayer
+    dropping : Policy
+    dtype : str
+        ``float16`` or ``float32``, of the values on the wire.
+    weights : float32 array
+        The layer's, flat.
+    """
     code, noisy = dropping.code, dropping.noisy
     fisher: Float64 | float = np.inf
     if noisy is not None:

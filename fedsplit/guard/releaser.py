@@ -100,7 +100,16 @@ class Releaser:
         return Made(chunk, outputs, weights, name)
 
     def admit(self, guard: Guard, made: Made, run: int = 0, round_number: int = 0) -> Leaving:
-        """Ask the guard, which has written down what leaves before this returns.
+        """Ask the guard, which writes down what leaves before this returns.
+
+        Parameters
+        ----------
+        guard : Guard
+        made : Made
+            The releases that are about to leave.
+        run : int
+            The run's number.
+        round_number : int
 
         Raises
         ------
@@ -131,7 +140,16 @@ class Releaser:
         return self._packed(leaving.admitted, leaving.chunk, targets)
 
     def unguarded(self, chunk: Chunk, weights: FloatArray, why: str) -> Release:
-        """Return a release of records that nobody has to protect, such as public ones, with prediction's masks."""
+        """Return a release of records that nobody has to protect, such as public ones, with prediction's masks.
+
+        Parameters
+        ----------
+        chunk : Chunk
+        weights : float32 array
+            The layer's, flat.
+        why : str
+            Why they need no guard.
+        """
         return self.pack_unguarded(self.make(chunk, weights, KEYED_ROUND, why), why)
 
     def pack_unguarded(self, made: Made, why: str) -> Release:

@@ -29,11 +29,22 @@ class SplitModel:
     def from_sequential(cls, net: nn.Sequential, input_shape: tuple[int, ...], cut: int = 1) -> "SplitModel":
         """Cut an existing (for example pretrained) network after its first layer and that layer's activation.
 
+        Parameters
+        ----------
+        net : nn.Sequential
+            Its first module is Linear, Conv1d or Conv2d; a Flatten before a Linear is left out.
+        input_shape : tuple of int
+            The shape of one record.
+        cut : int
+            The number of layers that devices compute: 1.
+
         Raises
         ------
         ConfigError
             If ``cut`` is not 1 or the network has fewer than two parts.
 
+        Examples
+        --------
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> SplitModel.from_sequential(net, input_shape=(4,)).trunk
         Sequential(

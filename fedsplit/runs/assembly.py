@@ -3,8 +3,9 @@
 from fedsplit.common.seeds import scheduled
 from fedsplit.model.tasks.targets import Withheld
 from fedsplit.plan.experiment import Experiment
+from fedsplit.plan.profiles import ProfileSettings
 from fedsplit.plan.schedule import Schedule
-from fedsplit.plan.settings import ProfileSettings, Settings
+from fedsplit.plan.settings import Settings
 from fedsplit.runs.folder import RunFolder
 from fedsplit.server.aggregation import Aggregation, FirstLayerServer, Frozen, build_strategy
 from fedsplit.server.at_home import LabelsAtHome

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.common.errors import EngineError, RunError
 from fedsplit.flower.grid import InProcessGrid, PollingGrid
-from fedsplit.plan.settings import RunSettings
+from fedsplit.plan.sections import RunSettings
 
 Start = Callable[[ClientApp, int], Callable[[], Grid]]
 _PATIENCE = 3.0  # seconds

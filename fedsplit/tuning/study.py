@@ -26,7 +26,8 @@ from fedsplit.common.files import alone, put
 from fedsplit.model.tasks import TASKS, task_of
 from fedsplit.model.tasks.base import Task
 from fedsplit.plan.experiment import Experiment
-from fedsplit.plan.settings import INCIDENTAL, Settings, TuneSettings, check_settings, flattened
+from fedsplit.plan.learning import TuneSettings
+from fedsplit.plan.settings import INCIDENTAL, Settings, check_settings, flattened
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.engine import running_ray
 from fedsplit.runs.folder import RunFolder

@@ -34,7 +34,27 @@ def quantise(values: FloatArray, lengths: IntArray, dtype: str) -> tuple[NDArray
 
 
 def dequantise(codes: NDArray[Any], lengths: IntArray, exponents: NDArray[np.int32]) -> FloatArray:
-    """Undo :func:`quantise`, as float32."""
+    """Undo :func:`quantise`.
+
+    Parameters
+    ----------
+    codes : float16 or float32 array (values,)
+        The groups' codes behind one another.
+    lengths : int array (groups,)
+        How many codes each group has.
+    exponents : int32 array (groups,)
+
+    Returns
+    -------
+    float32 array (values,)
+
+    Examples
+    --------
+    >>> lengths = np.array([2, 1])
+    >>> codes, exponents = quantise(np.array([0.5, -2.0, 3.0], np.float32), lengths, "float16")
+    >>> dequantise(codes, lengths, exponents).tolist()
+    [0.5, -2.0, 3.0]
+    """
     values = codes.astype(np.float32)
     return np.ldexp(values, np.repeat(exponents, lengths)) if exponents.any() else values
 
@@ -48,7 +68,26 @@ def pack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack_codes(packed: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint8]:
-    """Undo :func:`pack_codes` for ``count`` codes. Raises WireError."""
+    """Undo :func:`pack_codes`.
+
+    Parameters
+    ----------
+    packed : uint8 array
+    count : int
+        How many codes there are.
+    bits : int
+        Bits of a code, in 1..8.
+
+    Raises
+    ------
+    WireError
+        If the array's length is not that of so many codes, or a code is too large.
+
+    Examples
+    --------
+    >>> unpack_codes(pack_codes(np.array([3, 1, 2], np.uint8), bits=2), count=3, bits=2).tolist()
+    [3, 1, 2]
+    """
     check("codes", len(packed) == (-(-count * bits // 8) if bits > 1 else 0), f"must be {count} of {bits} bits")
     if bits == 1:
         return np.ones(count, dtype=np.uint8)

@@ -39,9 +39,21 @@ def pack_arrays(kind: int, arrays: Sequence[NDArray[Any]]) -> bytes:
 
 
 def stack_rows(payloads: Sequence[bytes], kind: int, same: int) -> bytes:
-    """Return one payload with the rows of several, whose tables and first ``same`` arrays must be equal.
+    """Return one payload with the rows of several.
 
-    Raises WireError if they are not.
+    Parameters
+    ----------
+    payloads : sequence of bytes
+        At least one. Their tables must be equal.
+    kind : int
+        The kind of all payloads.
+    same : int
+        The first so many arrays must be equal in all payloads, and stand once in the result.
+
+    Raises
+    ------
+    WireError
+        If the payloads are not alike.
     """
     first = Reader(payloads[0], kind)
     start = first.offset
@@ -63,7 +75,16 @@ def stack_rows(payloads: Sequence[bytes], kind: int, same: int) -> bytes:
 
 
 def check(field: str, holds: bool, rule: str) -> None:
-    """Raise WireError with the field and the rule it breaks."""
+    """Raise WireError if a rule does not hold.
+
+    Parameters
+    ----------
+    field : str
+        What the rule is about.
+    holds : bool
+    rule : str
+        Follows the field in the error, as "must be positive".
+    """
     if not holds:
         raise WireError(f"{field} {rule}")
 
@@ -120,7 +141,24 @@ class Reader:
     def array(
         self, field: str, dtypes: str | tuple[str, ...], ndim: int | tuple[int, ...], size: int | None = None
     ) -> NDArray[Any]:
-        """Return the next array (a read-only view), which must have one of the dtypes and ``size`` rows."""
+        """Return the next array, a read-only view.
+
+        Parameters
+        ----------
+        field : str
+            What the array is called in an error.
+        dtypes : str or tuple of str
+            The dtypes that it may have, such as ``i8``.
+        ndim : int or tuple of int
+            The numbers of axes that it may have.
+        size : int, optional
+            The rows that it must have.
+
+        Raises
+        ------
+        WireError
+            If it is missing or not as it must be.
+        """
         if self._next == len(self.table):
             raise WireError(f"{field} is missing")
         code, shape = self.table[self._next]

@@ -153,7 +153,21 @@ class CutGradients:
         values: FloatArray,
         dtype: str,
     ) -> "CutGradients":
-        """Quantise float32 ``values`` per device."""
+        """Quantise gradients, with one scale per device.
+
+        Parameters
+        ----------
+        round_number : int
+            The round in which the chunk was released.
+        digest : int
+            Of the weights that released it; see :func:`weights_digest`.
+        devices, lengths : int64 arrays (devices,)
+            Device ids, and how many values each has.
+        values : float32 array (values,)
+            One per output that was sent, in the order of the release.
+        dtype : str
+            ``float16`` or ``float32``.
+        """
         return cls(round_number, digest, devices, lengths, *quantise(values, lengths, dtype))
 
     def take(self, rows: NDArray[np.bool_]) -> "CutGradients":

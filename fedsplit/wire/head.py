@@ -55,7 +55,22 @@ class Rows:
 
     @classmethod
     def read(cls, take: Reader, field: str, records: int, columns: int) -> "Rows":
-        """Check and read the rows of some records; raises WireError."""
+        """Check and read the rows of some records.
+
+        Parameters
+        ----------
+        take : Reader
+            Stands before the rows.
+        field : str
+            What they are called in an error.
+        records, columns : int
+            The shape that they must have.
+
+        Raises
+        ------
+        WireError
+            If anything is not as it must be.
+        """
         codes = take.array(field, ("f2", "f4"), 2, size=records)
         check(field, codes.shape[1] == columns, f"must have {columns} columns")
         exponents = take.array(f"{field} exponents", "i2", 1, size=records).astype(np.int32)
@@ -157,10 +172,20 @@ class HeadUpload:
     def from_bytes(cls, payload: bytes, head: Head, asked: HeadDownload, *, test: bool) -> "HeadUpload":
         """Check and read the answer to a download.
 
+        Parameters
+        ----------
+        payload : bytes
+        head : Head
+            The trunk's last layer.
+        asked : HeadDownload
+            What was asked: the answer repeats its nonce.
+        test : bool
+            Whether the records are test records, which give no gradients.
+
         Raises
         ------
         WireError
-            Also if the numbers are none that any labels would give.
+            If anything is not as it must be, or the numbers are none that any labels would give.
         """
         most = asked.features.codes.size * 4 + 2 * len(asked.features.codes) + 8 * head.size + _SPARE
         check("size", len(payload) <= most, f"must be at most {most} bytes, got {len(payload)}")

@@ -49,7 +49,18 @@ class Release:
     ) -> "Release":
         """Make a release of what may leave; nothing else can be released.
 
-        With ``bits``, the values are levels of so many bits, and ``dtype`` does not matter.
+        Parameters
+        ----------
+        admitted : Admitted
+            What the guard has let through.
+        devices, records : int64 arrays (devices,)
+            Device ids, ascending, and how many records each releases.
+        targets : array (records,) or (records, outputs)
+            The records' labels.
+        dtype : str
+            ``float16`` or ``float32``, of the values; for codes it does not matter.
+        bits : int
+            0, or the bits of each value's code.
 
         Raises
         ------
@@ -132,7 +143,25 @@ class Release:
     def read_outputs(
         cls, take: "Reader", devices: IntArray, records: IntArray, targets: NDArray[Any], width: int, bits: int
     ) -> "Release":
-        """Check and read what follows the head of a release; raises WireError."""
+        """Check and read what follows the head of a release.
+
+        Parameters
+        ----------
+        take : Reader
+            Stands before the counts.
+        devices, records : int64 arrays (devices,)
+            Device ids, and how many records each releases.
+        targets : array (records,) or (records, outputs)
+        width : int
+            The first layer's outputs.
+        bits : int
+            0 for floats, or the bits of each value's code.
+
+        Raises
+        ------
+        WireError
+            If anything is not as it must be.
+        """
         n = int(records.sum())
         counts = take.array("counts", ("u2", "u4"), 1, size=n).astype(np.int64)
         bitmap = take.array("bitmap", "u1", 2, size=n)

@@ -91,7 +91,17 @@ class Sizes:
         return fixed + self._rows(records, features)
 
     def head_upload(self, records: IntArray, features: int, head: int) -> IntArray:
-        """Return the bytes of the answers; see :meth:`head_download`."""
+        """Return the bytes of the answers to :meth:`head_download`.
+
+        Parameters
+        ----------
+        records : int64 array (devices,)
+            Records that each device released.
+        features : int
+            The last layer's inputs.
+        head : int
+            The last layer's parameters.
+        """
         fixed = _HEAD + (_ONE + 3 * 8) + (_ONE + 8) + (_ONE + 8 * head)
         return fixed + self._rows(records, features)
 

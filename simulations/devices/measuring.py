@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from fedsplit.plan.settings import Settings, load_settings, presets
+from fedsplit.plan.profiles import presets
+from fedsplit.plan.settings import Settings, load_settings
 from simulations.devices.exchanges import Cost, measured
 from simulations.devices.rows import ROWS, Row
 from simulations.devices.runs import run

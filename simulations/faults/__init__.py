@@ -1,4 +1,4 @@
-"""What faults do to a real deployment on this machine: every fault that docs/deployment.md lists is injected.
+"""What faults do to a real deployment on this machine: every fault that docs/how-to/deploy.md lists is injected.
 
     python -m simulations faults
 

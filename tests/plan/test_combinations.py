@@ -15,10 +15,11 @@ from conftest import small_settings
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.plan.combinations import REFUSALS, refusal
+from fedsplit.plan.learning import ProtocolSettings
 from fedsplit.plan.modes import MODES
-from fedsplit.plan.settings import ProtocolSettings, Settings
+from fedsplit.plan.settings import Settings
 
-PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
+PAGE = Path(__file__).parents[2] / "docs" / "design" / "protocol.md"
 _BEGIN, _END = "<!-- Written by: python tests/plan/test_combinations.py --write -->\n", "<!-- end -->\n"
 CLOCK = {"uplink": 1.0, "downlink": 1.0}
 PLACES = list(itertools.product(("shared", "at-home"), (None, CLOCK)))

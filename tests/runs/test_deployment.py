@@ -36,7 +36,7 @@ def test_a_deployment_is_the_simulation(trial: Deployment) -> None:
     for name, devices in (("gateway", [0, 2]), ("wearable", [1]), ("tester", [3])):
         trial.make_node(name, devices, settings)
         trial.start_node(name, warm=False)
-    rounds = "run.rounds=2"  # each takes long: see docs/deployment.md
+    rounds = "run.rounds=2"  # each takes long: see docs/studies/deployment.md
     trial.run(config, "run", "--set", rounds)
     result = trial.result("run", timeout=200)
     settings = load_settings(trial.folder / "simulated.toml", [rounds, "run.engine=inline"])

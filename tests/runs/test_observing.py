@@ -24,7 +24,7 @@ from fedsplit.runs.observing import Begun
 from fedsplit.runs.training import TrainingRun
 
 HEARD: list[tuple[str, Any]] = []
-PAGE = (Path(__file__).parents[2] / "docs" / "extending-tracker.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "own-tracker.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -190,8 +190,8 @@ def test_the_page_about_observers_runs(
     """Every block of code in it, as it stands there."""
     shutil.copytree(CONFIGS, tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
-    for block in re.findall(r"```python\n(# (\w+\.py)\n.*?)```", PAGE, flags=re.S):
-        (tmp_path / block[1]).write_text(block[0])
+    for block in re.findall(r'```python title="(\w+\.py)"\n(.*?)```', PAGE, flags=re.S):
+        (tmp_path / block[0]).write_text(block[1])
     commands = [shlex.split(block) for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.S)]
     for command in commands:
         assert command[0] == "fedsplit"

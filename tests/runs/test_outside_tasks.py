@@ -162,15 +162,15 @@ def test_the_page_about_tasks_of_ones_own_is_true(
     tmp_path: Path, main: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its files are written, its commands run, and the predictions are those of three labels."""
-    page = (ROOT / "docs" / "extending-task.md").read_text(encoding="utf-8")
-    files = re.findall(r"^`([\w.]+)`[^\n]*\n\n```\w+\n(.*?)```", page, flags=re.S | re.M)
+    page = (ROOT / "docs" / "how-to" / "own-task.md").read_text(encoding="utf-8")
+    files = re.findall(r'^```\w+ title="([\w.]+)"\n(.*?)```', page, flags=re.S | re.M)
     assert [name for name, _ in files] == ["labels.py", "wards.py", "labels.toml"]
     for name, content in files:
         (tmp_path / name).write_text(content)
     np.save(tmp_path / "new.npy", np.random.default_rng(0).normal(size=(5, 12)))
     monkeypatch.chdir(tmp_path)
     (commands,) = re.findall(r"```bash\n(.*?)```", page, flags=re.S)
-    for command in commands.splitlines():
+    for command in filter(lambda line: line.startswith("fedsplit "), commands.splitlines()):
         capsys.readouterr()
         main(*command.split()[1:])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

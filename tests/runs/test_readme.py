@@ -46,6 +46,11 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
+def test_the_readme_stays_short_and_says_the_rest_elsewhere() -> None:
+    assert len(README.splitlines()) <= 150
+    assert re.search(r"!\[[^]]+\]\(docs/images/[\w-]+\.(svg|png)\)", README)
+
+
 def test_every_file_the_readme_names_exists() -> None:
     for name in set(re.findall(r"`((?:configs|fedsplit|simulations|tests)/[\w./-]*)`", README)):
         assert (ROOT / name).exists(), name

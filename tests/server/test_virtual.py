@@ -16,7 +16,8 @@ from payloads import ints
 
 from fedsplit import SplitModel
 from fedsplit.common.errors import ConfigError, RunError
-from fedsplit.plan.settings import LogNormal, OnOff, ProfileSettings, check_settings, presets
+from fedsplit.plan.profiles import LogNormal, OnOff, ProfileSettings, presets
+from fedsplit.plan.settings import check_settings
 from fedsplit.release.policies import All, Bits, TopK
 from fedsplit.release.policy import Policy
 from fedsplit.server.checkpoint import _from_tensors, _to_tensors

@@ -1,4 +1,4 @@
-"""The proxy of docs/deployment.md, with its very text: what it keeps from the network, and a run over it."""
+"""The proxy of docs/how-to/deploy.md, with its very text: what it keeps from the network, and a run over it."""
 
 import http.client
 import os
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.timeout(280),
     pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx"),
 ]
-PAGE = Path(__file__).parents[2] / "docs" / "deployment.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "deploy.md"
 KEPT = ("/v1/control/start-run", "/v1/control/register-node", "/v1/control/list-runs", "/v1/runtime/acquire-task")
 TRICKS = (
     "/v1/fleet/../control/start-run",

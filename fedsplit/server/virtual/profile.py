@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.common.seeds import seed_of
-from fedsplit.plan.settings import LogNormal, OnOff, ProfileSettings
+from fedsplit.plan.profiles import LogNormal, OnOff, ProfileSettings
 from fedsplit.server.virtual.presence import ByChance, ByTrace, ByTurns, Presence
 from fedsplit.server.virtual.trace import QUANTITIES, Trace
 

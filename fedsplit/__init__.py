@@ -7,14 +7,16 @@ if TYPE_CHECKING:
     from fedsplit.device.predictor import Predictor as Predictor
     from fedsplit.model.layer import FirstLayer as FirstLayer
     from fedsplit.model.split import SplitModel as SplitModel
+    from fedsplit.runs.observing import Observer as Observer
     from fedsplit.runs.simulation import simulate as simulate
     from fedsplit.server.rounds import SplitStrategy as SplitStrategy
 
 __version__ = "0.1.0"
-__all__ = ["DeviceData", "FirstLayer", "Predictor", "SplitModel", "SplitStrategy", "simulate"]
+__all__ = ["DeviceData", "FirstLayer", "Observer", "Predictor", "SplitModel", "SplitStrategy", "simulate"]
 _HOMES = {
     "DeviceData": "fedsplit.data",
     "FirstLayer": "fedsplit.model.layer",
+    "Observer": "fedsplit.runs.observing",
     "Predictor": "fedsplit.device.predictor",
     "SplitModel": "fedsplit.model.split",
     "SplitStrategy": "fedsplit.server.rounds",

@@ -53,7 +53,7 @@ class Options:
     seeds: tuple[int, ...] = option((1, 2, 3), quick=(1,))
     epochs: int = option(30, quick=3, help="of the training without dropping")
     set: tuple[str, ...] = option(
-        (), quick=("run.rounds=2", "audit.targets=10"), help="KEY=VALUE, as in fedsplit simulate"
+        (), quick=("run.rounds=2", "audit.targets=3"), help="KEY=VALUE, as in fedsplit simulate"
     )
 
 

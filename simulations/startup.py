@@ -41,8 +41,8 @@ import sys, tempfile
 from fedsplit.runs import simulation
 def prepared(*arguments, before=simulation._prepared, **more):
     run = before(*arguments, **more)
-    def register(grid, register=run.strategy.register):
-        register(grid)
+    def register(grid, *more, register=run.strategy.register):
+        register(grid, *more)
         print("ready", flush=True)
     run.strategy.register = register
     return run

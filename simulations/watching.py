@@ -24,7 +24,7 @@ from fedsplit.device.home import Home
 from fedsplit.device.monitor import Monitor, WithheldError
 from fedsplit.device.predictor import Predictor
 from fedsplit.device.remote import Remote
-from fedsplit.runs.folder import run_bundle, run_settings
+from fedsplit.runs.folder import RunFolder, run_bundle
 from fedsplit.service.tokens import add_token
 from simulations.shared import browser
 from simulations.shared.options import option
@@ -89,7 +89,7 @@ def study(options: Options) -> Results:
 
 def held_out(run: Path, most: int) -> tuple[int, list[int]]:
     """Return a run's new exercise, and the first of the devices that it tests; raises ConfigError."""
-    settings = run_settings(run)
+    settings = RunFolder(run).trained()
     novel, devices = settings.data.novel, settings.devices.test
     if novel is None or not isinstance(devices, list):
         raise ConfigError(f"{run} is not a run of configs/wearables-novelty.toml")

@@ -5,7 +5,7 @@ records that are attacked, for scoring alone.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -21,15 +21,17 @@ from fedsplit.data import Records, Source
 from fedsplit.wire.exchange import Download, Upload
 
 MOST_CANDIDATES = 5000
+_EXCHANGES, _SUBJECTS = "exchanges", "subjects.npz"
 
 
 def record_exchange(folder: Path, node: int, download: Download, upload: Upload, index: IntArray) -> None:
     """Write one exchange of a simulated node; ``index`` are the released records' indices on their devices."""
+    folder = folder / _EXCHANGES
     folder.mkdir(parents=True, exist_ok=True)
     half = "release" if len(download.schedule) else f"gradient-{_asked(download):08x}"
     with replacing(folder / f"{download.round_number:06d}-{half}-{node:06d}.npz") as path, path.open("wb") as file:
         sent, got = (np.frombuffer(m.to_bytes(), dtype=np.uint8) for m in (upload, download))
-        np.savez_compressed(file, download=got, upload=sent, index=index, node=node)
+        np.savez_compressed(file, download=got, upload=sent, index=index, node=node, devices=_devices(download, upload))
 
 
 def _asked(download: Download) -> int:
@@ -38,6 +40,25 @@ def _asked(download: Download) -> int:
     for block in download.pending:
         asked = crc32(f"{block.round_number} {block.devices.tolist()}".encode() + block.codes.tobytes(), asked)
     return asked
+
+
+def _devices(download: Download, upload: Upload) -> IntArray:
+    """Return the devices that an exchange is about."""
+    asked = [download.schedule[:, 0], *(block.devices for block in download.pending)]
+    return np.unique(np.concatenate([*asked, upload.release.devices, upload.failed, upload.refused[:, 0]]))
+
+
+def may_hold(folder: Path, device: int) -> bool:
+    """Whether recordings have anything of a device; a file that does not say whose it is may have."""
+    return any(_may_hold(path, device) for path in folder.rglob("*") if path.is_file())
+
+
+def _may_hold(path: Path, device: int) -> bool:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return device in file["devices"]
+    except Exception:  # see Subjects.load; earlier versions did not say
+        return True
 
 
 def tested(source: Source) -> Records:
@@ -64,6 +85,8 @@ class Subjects:
         Disjoint from the candidates.
     stand_in : bool
         Whether the public records are really those of test devices, for want of others.
+    devices : int64 array (devices,)
+        Whose records any of the arrays has, as far as they are a device's.
     """
 
     x: FloatArray
@@ -74,6 +97,7 @@ class Subjects:
     place: IntArray
     public: Records
     stand_in: bool
+    devices: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @classmethod
     def choose(
@@ -98,13 +122,20 @@ class Subjects:
         known, place = tested(source) if public is None else public, np.arange(targets)
         if public is not None:  # targets' labels are those of their own devices
             known = replace(public, y=source.task.from_trunk(public.y, source.outputs))
-        return cls(x[chosen], y[chosen], owner[chosen], index[chosen], x[candidates], place, known, public is None)
+        whose = np.union1d(owner[candidates], source.test_devices if public is None else donors).astype(np.int64)
+        at = (owner[chosen], index[chosen])
+        return cls(x[chosen], y[chosen], *at, x[candidates], place, known, public is None, whose)
+
+    @staticmethod
+    def are_in(folder: Path) -> bool:
+        """Whether a run has chosen them already."""
+        return (folder / _SUBJECTS).exists()
 
     def save(self, folder: Path) -> None:
         """Write ``subjects.npz``."""
         folder.mkdir(parents=True, exist_ok=True)
         fields = {k: v for k, v in vars(self).items() if k != "public"}
-        with replacing(folder / "subjects.npz") as path, path.open("wb") as file:
+        with replacing(folder / _SUBJECTS) as path, path.open("wb") as file:
             np.savez_compressed(file, public_x=self.public.x, public_y=self.public.y, **fields)
 
     @classmethod
@@ -116,7 +147,7 @@ class Subjects:
         DataError
             If it is missing or damaged.
         """
-        path = folder / "subjects.npz"
+        path = folder / _SUBJECTS
         try:
             with np.load(path, allow_pickle=False) as file:
                 fields = {name: file[name] for name in file.files}
@@ -153,7 +184,7 @@ def exchanges(folder: Path, parameters: int) -> Iterator[Exchange]:
     DataError
         If there are none, or one is damaged.
     """
-    paths = sorted((folder / "exchanges").glob("*.npz"), key=lambda p: (p.name[:6], "gradient" in p.name, p.name))
+    paths = sorted((folder / _EXCHANGES).glob("*.npz"), key=lambda p: (p.name[:6], "gradient" in p.name, p.name))
     if not paths:
         raise DataError(f"{folder} holds no exchanges: only a run with [audit] targets can be audited")
     for path in paths:

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fedsplit.common.figures import figure
+
 stderr = Console(stderr=True)
 
 
@@ -24,7 +26,8 @@ def show_progress(rounds: int) -> Iterator[Any]:
         task = bar.add_task("", total=rounds, says="starting")
 
         def report(metrics: dict[str, Any]) -> None:
-            says = " ".join(f"{k} {v:.3f}" for k, v in metrics.items() if k.endswith(("loss", "accuracy")) and v)
+            told = {name: value for name, value in metrics.items() if figure(name).score and value}
+            says = " ".join(f"{name} {value:.3f}" for name, value in told.items())
             bar.update(task, completed=metrics["round"], says=says)
 
         yield report

@@ -142,18 +142,19 @@ def forget(
     device: Annotated[int, typer.Argument(help="Whose releases to remove.")],
     folder: Annotated[Path, typer.Argument(help="The server's run folder.")],
 ) -> None:
-    """Remove a device's releases from a run's replay store and checkpoint; what was learned from them stays."""
-    from fedsplit.server.checkpoint import forget_device
-    from fedsplit.service.fleet import FLEET
+    """Remove all that a run holds of a device's records; what was learned from them stays."""
+    from fedsplit.runs.folder import RunFolder
+    from fedsplit.runs.forgetting import forget_device
 
-    removed = forget_device(folder, device)
-    if not removed:
-        raise ConfigError(f"{folder} holds no releases of device {device}: nothing was removed")
-    print(f"removed {removed} records of device {device} from {folder}; what the weights have learned from them stays")
-    if (folder / FLEET).exists():
-        print(
-            f"what is normal for watched devices is in {folder / FLEET}, by their names: remove a device's file there"
-        )
+    gone = forget_device(folder, device)
+    stays = "what the weights have learned from them stays"
+    print(f"removed {gone.records} records of device {device} from {folder}; {stays}")
+    if gone.others:
+        print(f"removed, too: {', '.join(gone.others)}")
+    if gone.unknown:
+        print(f"left alone, since no run writes it: {', '.join(gone.unknown)}")
+    if (fleet := RunFolder(folder).fleet).exists():
+        print(f"what is normal for watched devices is in {fleet}, by their names: remove a device's file there")
 
 
 def _quiet(verbose: bool) -> None:

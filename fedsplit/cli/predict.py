@@ -112,9 +112,10 @@ def serve(
         add_demo(app, [Attacker.of_run(run, model) for run, model in zip(runs, models, strict=True)])
     watching = [(run, model) for run, model in zip(runs, models, strict=True) if model.detector]
     if watching:
-        from fedsplit.service.fleet import FLEET, Fleet, add_fleets
+        from fedsplit.runs.folder import RunFolder
+        from fedsplit.service.fleet import Fleet, add_fleets
 
-        add_fleets(app, [Fleet(model, run / FLEET, false_alarms) for run, model in watching], watcher or ())
+        add_fleets(app, [Fleet(model, RunFolder(run).fleet, false_alarms) for run, model in watching], watcher or ())
     check_port_free(host, port)
     gc.collect()
     gc.freeze()  # what is there stays: looking through all of it again and again would hold requests up

@@ -8,31 +8,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fedsplit.runs.comparing import Run, differing
+from fedsplit.common.figures import SHOWN, figure, others
+from fedsplit.runs.comparing import Run, differing, listed
 
 _REFUSED = {
     "enforce": "refused by the guard",
     "observe": "a real node would refuse",
     "by each owner": "over the owners' limits",  # some enforce them, others only count
-}
-
-
-_COMPARED = {  # figures of a run: what a table calls them, and how it writes them
-    "test_accuracy": ("test_accuracy", ".4f"),
-    "test_auc": ("test_auc", ".4f"),
-    "test_episode_auc": ("test_episode_auc", ".4f"),
-    "test_r2": ("test_r2", ".4f"),
-    "test_rmse": ("test_rmse", ".4f"),
-    "test_loss": ("test_loss", ".4f"),
-    "exposures_max": ("exposures_max", ","),
-    "equations": ("equations", ","),
-    "strongest_psnr": ("strongest (dB)", ".1f"),
-    "identification": ("identified", ".1%"),
-    "exchanges": ("exchanges", ","),
-    "bytes_up": ("bytes_up", ","),
-    "bytes_down": ("bytes_down", ","),
-    "seconds": ("seconds", ",.1f"),
-    "simulated_seconds": ("simulated seconds", ",.1f"),
 }
 
 
@@ -98,12 +80,9 @@ def _privacy(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    known = ("test_accuracy", "test_auc", "test_episode_auc", "test_r2", "test_rmse", "test_loss")
-    own = [key for key, value in result.items() if key.startswith("test_") and isinstance(value, float)]  # of a task
-    for key in dict.fromkeys((*known, *own)):
-        if result.get(key) is not None:
-            rows.append((key, f"{result[key]:.4f}"))
+    own = [name for name in others(result) if name.startswith("test_")]  # of a task
+    names = [*(known.name for known in SHOWN if known.name.startswith("test_")), *own]
+    rows = [(name, _written(result, name)) for name in names if result.get(name) is not None]
     if result.get("test_f1"):
         rows.append(("test_f1 (lowest class)", f"{min(result['test_f1']):.4f}"))
     dense = result["dense_bytes_up"]
@@ -111,14 +90,19 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     seconds = result["seconds"]
     rows += [
         *_privacy(result),
-        ("test_exposures_max", str(result["test_exposures_max"])),
-        ("samples released for training", f"{result['samples']:,}"),
-        ("exchanges", f"{result['exchanges']:,}"),
-        ("bytes_up", f"{result['bytes_up']:,}{share}"),
-        ("bytes_down", f"{result['bytes_down']:,}"),
+        ("test_exposures_max", _written(result, "test_exposures_max")),
+        ("samples released for training", _written(result, "samples")),
+        ("exchanges", _written(result, "exchanges")),
+        ("bytes_up", f"{_written(result, 'bytes_up')}{share}"),
+        ("bytes_down", _written(result, "bytes_down")),
         ("seconds (startup + training)", f"{seconds['startup']:.1f} + {seconds['training']:.1f}"),
     ]
+    rows += [(name, _written(result, name)) for name in others(result) if name not in names]
     return [*rows, *_simulated(result["simulated"])] if "simulated" in result else rows
+
+
+def _written(result: dict[str, Any], name: str) -> str:
+    return figure(name).written(figure(name).of(result))
 
 
 def _simulated(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -135,7 +119,7 @@ def _simulated(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def comparison_tables(runs: Sequence[Run]) -> Iterator[Table]:
     """Yield tables for a terminal of 80 columns, each of at most four runs: figures, then the settings that differ."""
-    figures = [name for name in _COMPARED if any(name in run.figures for run in runs)]
+    figures = [figure(name) for name in listed(runs) if any(name in run.figures for run in runs)]
     settings = differing(runs)
     for start in range(0, len(runs), _SIDE_BY_SIDE):
         some = slice(start, start + _SIDE_BY_SIDE)
@@ -145,14 +129,12 @@ def comparison_tables(runs: Sequence[Run]) -> Iterator[Table]:
             header = Text(run.label if run.finished else f"{run.label}\n(unfinished)")
             table.add_column(header, justify="right", overflow="fold")
         table.add_row("rounds", *(_progress(run) for run in runs[some]))
-        for name in figures:
-            label, form = _COMPARED[name]
-            cells = (run.figures.get(name) for run in runs[some])
-            table.add_row(label, *("-" if cell is None else format(cell, form) for cell in cells))
+        for each in figures:
+            table.add_row(Text(each.title), *(each.written(run.figures.get(each.name)) for run in runs[some]))
         table.add_row()
         table.add_row(Text("settings that differ" if settings else "no setting differs", style="bold"))
         for key, values in settings.items():
-            table.add_row(Text(key), *(Text(_written(value)) for value in values[some]))
+            table.add_row(Text(key), *(Text(_setting(value)) for value in values[some]))
         yield table
 
 
@@ -160,7 +142,7 @@ def _progress(run: Run) -> str:
     return str(run.done) if run.finished else f"{run.done} of {run.planned}"
 
 
-def _written(value: Any) -> str:
+def _setting(value: Any) -> str:
     if value is None:
         return "-"
     return value if isinstance(value, str) else json.dumps(value, default=str)

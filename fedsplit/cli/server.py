@@ -113,7 +113,7 @@ def run(
     from fedsplit.plan.experiment import Experiment
     from fedsplit.plan.named_code import names_code
     from fedsplit.plan.settings import AuditSettings, GuardSettings, default_folder, load_settings
-    from fedsplit.runs.folder import check_fresh, submitting
+    from fedsplit.runs.folder import RunFolder
     from fedsplit.runs.following import follow, forget_state
     from fedsplit.server.link import runs
 
@@ -129,12 +129,12 @@ def run(
         said = "[guard], [audit] and [devices.profile] are for simulations: left out"
         stderr.print(said, markup=False, highlight=False)
     folder = (out or default_folder(settings)).resolve()
-    modules = runs.own_modules(config.resolve().parent, list(names_code(settings).values()))
+    modules = runs.own_modules(names_code(settings).values(), [Path.cwd(), config.resolve().parent])
     if not resume:
-        check_fresh(folder)
+        RunFolder(folder).check_fresh()
     forget_state(folder)
     terms = Experiment(settings).terms.to_json()
-    with submitting(folder, settings):
+    with RunFolder(folder).submitting(settings):
         number = runs.submit(terms, superlink, folder, resume=resume, modules=modules)
 
     def ended() -> str | None:
@@ -162,10 +162,11 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show what the server has seen of each node: when, how much, and what it was refused."""
-    from fedsplit.runs.folder import read_nodes
+    from fedsplit.common.figures import figure
+    from fedsplit.runs.folder import RunFolder
     from fedsplit.runs.following import ago
 
-    rows = read_nodes(folder)
+    rows = RunFolder(folder).node_rows()
     if as_json:
         print(json.dumps(rows))
         return
@@ -179,7 +180,7 @@ def status(
             row["devices"],
             escape(row["state"]),
             ago(row["last_seen"]),
-            f"{row['exchanges']:,}",
+            figure("exchanges").written(row["exchanges"]),
             decimal(row["bytes_up"]),
             decimal(row["bytes_down"]),
             str(row["missed"]),

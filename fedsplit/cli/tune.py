@@ -59,11 +59,11 @@ def tune(
     points = export_front(study)
     write_results(study, points)
     if as_json:
-        print((study.folder / "tune.json").read_text(encoding="utf-8"), end="")
+        print(study.files.results.read_text(encoding="utf-8"), end="")
         return
     console = Console()
     console.print(front_table(study, points), highlight=False)
-    console.print(f"settings in {study.folder / 'front'}, pictures and all trials in {study.folder}", highlight=False)
+    console.print(f"settings in {study.files.front}, pictures and all trials in {study.folder}", highlight=False)
 
 
 @contextmanager

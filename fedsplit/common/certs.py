@@ -17,6 +17,7 @@ from cryptography.x509 import load_pem_x509_certificates
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsplit.common.errors import ConfigError
+from fedsplit.common.files import writing
 
 CA, CERTIFICATE, KEY = "ca.crt", "server.crt", "server.key"
 DAYS = 365  # that certificates are good for, if nobody says otherwise
@@ -71,13 +72,11 @@ def make_certificates(folder: Path, hosts: Sequence[str], days: int = DAYS) -> N
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(server.public_key()), critical=False)
         .sign(authority, hashes.SHA384())
     )
-    try:
+    with writing(f"folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_private(folder / KEY, _private_bytes(server, serialization.PrivateFormat.PKCS8))
         (folder / CERTIFICATE).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         (folder / CA).write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    except OSError as error:
-        raise ConfigError(f"folder {folder} cannot be written: {error.strerror}") from None
 
 
 _KEY_USAGES = (

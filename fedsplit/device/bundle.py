@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError, DataError
-from fedsplit.common.files import replacing
+from fedsplit.common.files import replacing, writing
 from fedsplit.data import Scaling
 from fedsplit.model.layer import FirstLayer
 from fedsplit.model.tasks import TASKS, task_of
@@ -92,15 +92,13 @@ class Bundle:
     def save(self, folder: Path, others: Mapping[str, bytes] = MappingProxyType({})) -> None:
         """Write the folder, with other files by name; raises ConfigError if it is not empty, or cannot be written."""
         files = {**others, **self.files()}
-        try:
+        with writing(f"folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
                 raise ConfigError(f"folder {folder} is not empty: choose another")
             for name, content in files.items():
                 with replacing(folder / name) as new:
                     new.write_bytes(content)
-        except OSError as error:
-            raise ConfigError(f"folder {folder} cannot be written: {error.strerror}") from None
 
     @classmethod
     def load(cls, folder: Path, allow: Collection[str] = ()) -> "Bundle":

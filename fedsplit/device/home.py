@@ -4,7 +4,6 @@ Made once by ``fedsplit node init``. Every file can be read by its owner alone. 
 refused, never mended: a new secret or an empty ledger would forget what has left.
 """
 
-import fcntl
 import logging
 import secrets
 import shutil
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from fedsplit.common.certs import make_key_pair, write_private
 from fedsplit.common.errors import ConfigError, StateError
+from fedsplit.common.files import alone, writing
 from fedsplit.data import DeviceData, Records
 from fedsplit.guard.accountant import ExposureAccountant
 from fedsplit.guard.guard import Guard
@@ -64,7 +64,7 @@ class Home:
         """
         if len(set(devices)) < len(devices) or not devices or not all(0 <= d < MAX_DEVICES for d in devices):
             raise ConfigError(f"devices must be different ids in 0..{MAX_DEVICES - 1}, got {list(devices)}")
-        try:
+        with writing(f"folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if any(folder.iterdir()):
                 raise ConfigError(f"folder {folder} is not empty: a node's secret and ledgers are never replaced")
@@ -76,8 +76,6 @@ class Home:
             make_key_pair(home.key_path, f"fedsplit-devices={','.join(map(str, sorted(devices)))}")
             shutil.copy(SHIPPED, folder / "limits.toml")
             (folder / "limits.toml").chmod(0o600)
-        except OSError as error:
-            raise ConfigError(f"folder {folder} cannot be written: {error.strerror}") from None
         for ledger in LEDGERS:
             ExposureAccountant.create(home.ledger_path(ledger), home.owner)
         for device in devices:
@@ -124,11 +122,8 @@ class Home:
         ConfigError
             If another process has it.
         """
-        with (self.folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"node {self.folder} is already running: it cannot be started twice") from None
+        running = f"node {self.folder} is already running: it cannot be started twice"
+        with alone(self.folder / "lock", running):
             self._forget_old_runs()
             yield
 

@@ -87,5 +87,20 @@ class NodeState:
             if int(path.stem.removeprefix("pending-")) < round_number:
                 path.unlink(missing_ok=True)
 
+    def rounds_of(self, device: int) -> list[int]:
+        """Return the rounds of which a device has a pattern here."""
+        rounds = sorted(int(path.stem.removeprefix("pending-")) for path in self.folder.glob("pending-*.npz"))
+        found = ((number, self.load_pending(number)) for number in rounds)
+        return [number for number, pending in found if pending is None or device in pending.devices]
+
+    def forget(self, device: int) -> None:
+        """Delete a device's patterns, and those that cannot be read."""
+        for number in self.rounds_of(device):
+            pending = self.load_pending(number)
+            if pending is None or len(pending.devices) == 1:
+                self._pending(number).unlink()
+            else:
+                self.save_pending(number, pending.among(pending.devices[pending.devices != device]))
+
     def _pending(self, round_number: int) -> Path:
         return self.folder / f"pending-{round_number}.npz"

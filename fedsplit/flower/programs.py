@@ -18,6 +18,7 @@ import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from fedsplit.common.errors import ConfigError
+from fedsplit.common.files import writing
 
 log = logging.getLogger(__name__)
 CLIENT_APP = "flwr-clientapp"  # the program that a SuperNode starts for each message
@@ -116,12 +117,10 @@ def connect_flower(name: str, address: str, root: Path | None) -> Path:
         return path
     if known is not None:
         raise ConfigError(f"{path} has another [superlink.{name}]: remove it or choose another --name")
-    try:
+    with writing(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:  # what is there, comments included, is left alone
             file.write("\n" + tomli_w.dumps({"superlink": {name: entry}}))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 

@@ -27,6 +27,11 @@ class Sum:
     delta: FloatArray
 
 
+def history_folder(ledger: Path) -> Path:
+    """Return the folder of what is kept beside a ledger."""
+    return ledger.with_suffix(".history")
+
+
 class History:
     """Patterns of releases and sums of gradients, one file for each name in the ledger.
 
@@ -41,7 +46,7 @@ class History:
     def __init__(self, accountant: ExposureAccountant, layer: FirstLayer) -> None:
         self.accountant = accountant
         self.layer = layer
-        self._folder = accountant.path.with_suffix(".history")
+        self._folder = history_folder(accountant.path)
         self._layer = np.frombuffer(sha256(layer.description.encode()).digest(), dtype=np.uint8)
 
     def keep_release(self, name: bytes, weights: FloatArray, records: IntArray, bitmap: NDArray[np.uint8]) -> None:

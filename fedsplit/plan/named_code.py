@@ -9,11 +9,12 @@ _SERVER_ALONE = (
     "trunk.optimizer",
     "trunk.schedule",
     "protocol.pace",
+    "run.observers",
 )
 
 
 def names_code(settings: Settings, *, on_nodes: bool = False) -> dict[str, str]:
-    """Return the settings that name code as ``module:name``, by dotted key.
+    """Return the settings that name code as ``module:name``, by dotted key; of a list each by its place in it.
 
     Parameters
     ----------
@@ -31,6 +32,7 @@ def names_code(settings: Settings, *, on_nodes: bool = False) -> dict[str, str]:
         "trunk.optimizer": settings.trunk.optimizer,
         "trunk.schedule": settings.trunk.schedule,
         "protocol.pace": settings.protocol.pace,
+        **{f"run.observers.{place}": name for place, name in enumerate(settings.run.observers)},
     }
-    wanted = {key: name for key, name in found.items() if not (on_nodes and key in _SERVER_ALONE)}
+    wanted = {key: name for key, name in found.items() if not (on_nodes and key.startswith(_SERVER_ALONE))}
     return {key: name for key, name in wanted.items() if name and (":" in name or key not in _SERVER_ALONE)}

@@ -8,13 +8,14 @@ import tomllib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedsplit.common.errors import ConfigError
+from fedsplit.common.figures import OBJECTIVES, figure
 from fedsplit.common.tables import Section, one_line
 from fedsplit.model.tasks import TASKS
 from fedsplit.plan.combinations import refusal
@@ -24,6 +25,9 @@ from fedsplit.release.chosen import built_in, from_outside, takes, with_noise
 from fedsplit.release.policies import BUILT_IN
 from fedsplit.release.policy import Policy
 
+INCIDENTAL = ("run.engine", "run.ray-address", "run.observers")
+"""Settings on which nothing depends that a run comes to: it may be resumed with others."""
+Code = Annotated[str, Field(pattern=r"^[^:\s]+:[^:\s]+$")]  # module:Name
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
@@ -49,6 +53,8 @@ class RunSettings(Section):
 
     ``ray_address``: HOST:PORT of a Ray cluster that is there already, for the engine ``ray``; without it a private one
     is made.
+    ``observers``: a user's own (module:Class), which are told of the run; see
+    :class:`fedsplit.runs.observing.Observer`.
     """
 
     name: str = "run"
@@ -57,6 +63,7 @@ class RunSettings(Section):
     engine: Literal["ray", "inline"] = "ray"
     ray_address: Annotated[str, Field(pattern=r"^[^\s/:]+:[0-9]{1,5}$")] | None = None
     evaluate_every: Annotated[int, Field(ge=0)] = 0
+    observers: list[Code] = Field(default_factory=list)
 
 
 class DataSettings(Section):
@@ -341,27 +348,17 @@ class AuditSettings(Section):
     targets: Annotated[int, Field(ge=0)] = 0
 
 
-Objective = Literal[
-    "test_accuracy",
-    "test_auc",
-    "test_loss",
-    "strongest_psnr",
-    "identification",
-    "bytes_up",
-    "exchanges",
-    "seconds",
-    "simulated_seconds",
-    "exposures_max",
-]
-MAXIMISED = ("test_accuracy", "test_auc")
-"""Objectives of which more is better; of all others less is."""
+if TYPE_CHECKING:
+    Objective = str
+else:
+    Objective = Literal[OBJECTIVES]
 
 
 class TuneSettings(Section):
     """``[tune]``, for ``fedsplit tune``: what to look for, in which ``space`` of settings, in how many ``trials``.
 
     Each trial is run with so many ``seeds``, from ``run.seed`` on, and objectives are averaged over them.
-    ``constraints``: by objective, how much it may be at most (``test_accuracy`` and ``test_auc``: at least).
+    ``constraints``: by objective, how much it may be at most (at least, if more of it is better).
     ``space``: see :class:`fedsplit.tuning.space.Space`; without it, budgets of dropping and learning rates around those
     that are set.
     """
@@ -379,22 +376,11 @@ class TuneSettings(Section):
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError("objectives: none may come twice")
         for name, bound in self.constraints.items():
-            low, high = _POSSIBLE.get(name, (0.0, float("inf")))
-            if not low <= bound <= high:
-                side = "least" if name in MAXIMISED else "most"
-                raise ValueError(f"constraints.{name}: no run can have at {side} {bound:g}, it is in {low:g}..{high:g}")
+            known = figure(name)
+            if not known.least <= bound <= known.most:
+                possible = f"{known.least:g}..{known.most:g}"
+                raise ValueError(f"constraints.{name}: no run can have at {known.bound} {bound:g}, it is in {possible}")
         return self
-
-
-_POSSIBLE = {
-    "test_accuracy": (0.0, 1.0),
-    "test_auc": (0.0, 1.0),
-    "identification": (0.0, 1.0),
-    "bytes_up": (1.0, float("inf")),
-    "exchanges": (1.0, float("inf")),
-    "exposures_max": (1.0, float("inf")),
-    "strongest_psnr": (-float("inf"), float("inf")),
-}
 
 
 class Settings(Section):

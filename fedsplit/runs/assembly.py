@@ -1,12 +1,11 @@
 """From settings to the server's strategy."""
 
-from pathlib import Path
-
 from fedsplit.common.seeds import scheduled
 from fedsplit.model.tasks.targets import Withheld
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.schedule import Schedule
-from fedsplit.plan.settings import ProfileSettings, Settings, load_settings
+from fedsplit.plan.settings import ProfileSettings, Settings
+from fedsplit.runs.folder import RunFolder
 from fedsplit.server.aggregation import Aggregation, FirstLayerServer, Frozen, build_strategy
 from fedsplit.server.at_home import LabelsAtHome
 from fedsplit.server.body import Body
@@ -148,7 +147,7 @@ def _record_seconds(experiment: Experiment, profile: ProfileSettings) -> tuple[f
     return release, gradient
 
 
-def calibrated(settings: Settings, folder: Path | None = None) -> Settings:
+def calibrated(settings: Settings, folder: RunFolder | None = None) -> Settings:
     """Return the settings with what a profile says of this machine, measured where it is not given.
 
     ``folder`` is that of a run that goes on: what it has noted is not measured again.
@@ -156,8 +155,8 @@ def calibrated(settings: Settings, folder: Path | None = None) -> Settings:
     profile = settings.devices.profile
     if profile is None or None not in (profile.release_seconds, profile.gradient_seconds):
         return settings
-    if folder is not None and (folder / "config.toml").exists():
-        noted = load_settings(folder / "config.toml").devices.profile or profile
+    if folder is not None and folder.config.exists():
+        noted = folder.settings().devices.profile or profile
         missing = [name for name in ("release_seconds", "gradient_seconds") if getattr(profile, name) is None]
         profile = profile.model_copy(update={name: getattr(noted, name) for name in missing})
     release, gradient = _record_seconds(Experiment(settings), profile)

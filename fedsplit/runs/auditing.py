@@ -14,12 +14,13 @@ from fedsplit.audit.evidence import Evidence, recorded, rehearsed, released_byte
 from fedsplit.audit.page import page
 from fedsplit.audit.transcript import Subjects
 from fedsplit.common.errors import ConfigError, DataError
-from fedsplit.common.files import replacing
+from fedsplit.common.files import put
 from fedsplit.device.home import Home
 from fedsplit.plan.experiment import Experiment
-from fedsplit.plan.settings import Settings, load_settings
+from fedsplit.plan.settings import Settings
 from fedsplit.release.making import Chunk
 from fedsplit.release.streams import simulation_secret
+from fedsplit.runs.folder import RunFolder
 from fedsplit.server.warmup import WarmUp, warm_up
 
 _TARGETS = 200  # of an audit before any training, unless the settings say
@@ -33,17 +34,13 @@ def audit_run(folder: Path, *, seed: int, quick: bool = False) -> dict[str, Any]
     DataError
         If the folder lacks what an audit needs.
     """
-    if not (folder / "config.toml").exists():
-        raise DataError(f"{folder} is not a run folder: it has no config.toml")
-    settings = load_settings(folder / "config.toml")
-    if not (folder / "checkpoint" / "first_layer.safetensors").exists():
-        raise DataError(f"{folder} has no checkpoint: the run has not finished a round")
-    weights = load_file(folder / "checkpoint" / "first_layer.safetensors")
+    run = RunFolder(folder)
+    settings = run.trained()
     experiment = Experiment(settings)
     layer = experiment.model.first_layer
-    layer.load_weights(weights)
-    evidence = recorded(folder / "audit", layer, experiment.policy, settings.protocol.dtype)
-    return _write(folder, audit(evidence, seed=seed, quick=quick), evidence, settings)
+    layer.load_weights(load_file(run.weights))
+    evidence = recorded(run.recordings, layer, experiment.policy, settings.protocol.dtype)
+    return _write(run, audit(evidence, seed=seed, quick=quick), evidence, settings)
 
 
 def audit_policy(settings: Settings, out: Path, *, seed: int, quick: bool = False) -> dict[str, Any]:
@@ -66,11 +63,9 @@ def audit_policy(settings: Settings, out: Path, *, seed: int, quick: bool = Fals
     targets = settings.audit.targets or min(_TARGETS, private)
     subjects = Subjects.choose(source, public, settings.donors, targets, settings.run.seed)
     evidence = rehearsed(model.first_layer, policy, settings.protocol.dtype, subjects, seed)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out folder {out} cannot be written: {error.strerror}") from None
-    return _write(out, audit(evidence, seed=seed, quick=quick), evidence, settings)
+    folder = RunFolder(out)
+    folder.make()
+    return _write(folder, audit(evidence, seed=seed, quick=quick), evidence, settings)
 
 
 @dataclass(frozen=True)
@@ -132,27 +127,24 @@ def preview_record(
     evidence = rehearsed(layer, policy, dtype, one, seed)
     found = audit(evidence, seed=seed)
     shape = layer.input_shape
-    with replacing(page_path) as new:
-        title = f"Device {device}, record {record}"
-        new.write_text(page(found, one.x, shape if len(shape) == 3 else None, title), encoding="utf-8")
+    put(page_path, page(found, one.x, shape if len(shape) == 3 else None, f"Device {device}, record {record}"))
     secret = simulation_secret(seed, device) if node is None else node.device_secret(device)
     chunk = Chunk(np.array([device]), np.ones(1, np.int64), at, at[:, None], one.x, one.y)
     payload, sent = released_bytes(layer, policy, dtype, chunk, secret)
     return Preview(payload, sent, layer.width, policy.code.bits, found.report)
 
 
-def _write(folder: Path, found: Audit, evidence: Evidence, settings: Settings) -> dict[str, Any]:
+def _write(folder: RunFolder, found: Audit, evidence: Evidence, settings: Settings) -> dict[str, Any]:
     report = {
         "name": settings.run.name,
         "policy": settings.dropping.policy,
         "mode": settings.protocol.mode,
         **found.report,
+        "devices": evidence.subjects.devices.tolist(),
     }
-    with replacing(folder / "audit.json") as new:
-        new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    put(folder.report, json.dumps(report, indent=2) + "\n")
     shape = evidence.layer.input_shape
     count = report["targets"]
     text = page(found, evidence.subjects.x[:count], shape if len(shape) == 3 else None, f"Audit of {settings.run.name}")
-    with replacing(folder / "audit.html") as new:
-        new.write_text(text, encoding="utf-8")
+    put(folder.page, text)
     return report

@@ -3,35 +3,20 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
 from fedsplit.common.errors import ConfigError, DataError
+from fedsplit.common.figures import AXES, FIGURES, SCORES, SHOWN, figure, others
 from fedsplit.plan.settings import load_settings
-from fedsplit.runs.folder import METRICS, RESULT
+from fedsplit.runs.folder import RunFolder
 
 Figures = dict[str, int | float]
 Point = tuple[float, float]
 
-FIGURES = (  # of a run, in the order in which they are shown
-    *(
-        "test_accuracy",
-        "test_auc",
-        "test_episode_auc",
-        "test_r2",
-        "test_rmse",
-        "test_loss",
-        "exposures_max",
-        "equations",
-    ),
-    *("strongest_psnr", "identification", "exchanges", "bytes_up", "bytes_down", "seconds", "simulated_seconds"),
-)
-_OF_A_ROUND = ("round", "train_accuracy", *FIGURES)
-# what accuracy is plotted over
-PANELS = {"round": "rounds", "bytes_up": "bytes", "exposures_max": "exposures", "simulated_seconds": "simulated time"}
 _OPTIONAL = "simulated_seconds"  # which only runs with a profile have
 
 
@@ -49,9 +34,7 @@ class Run:
     finished : bool
         Whether there is a result; else ``figures`` are those of the last round that is done.
     figures : dict
-        Those of ``test_accuracy``, ``test_auc``, ``test_episode_auc``, ``test_r2``, ``test_rmse``, ``test_loss``,
-        ``exposures_max``, ``equations``, ``strongest_psnr`` and ``identification`` (of the audit), ``exchanges``,
-        ``bytes_up``, ``bytes_down``, ``seconds`` (of training) and ``simulated_seconds`` that are known.
+        Those in :data:`fedsplit.common.figures.SHOWN` that are known, and then those that are not in the table.
     rounds : list of dict
         The figures of each round.
     """
@@ -98,16 +81,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(label: str, folder: Path) -> Run:
-    if _text(folder / "config.toml") is None:
-        raise DataError(f"{folder} is not a run folder: it has no config.toml")
+    run = RunFolder(folder)
+    if _text(run.config) is None:
+        raise DataError(f"{folder} is not a run folder: it has no {run.config.name}")
     try:
-        settings = load_settings(folder / "config.toml")
+        settings = load_settings(run.config)
     except ConfigError as error:
         raise DataError(f"run {folder}: {error}") from None
-    rounds = list(_rounds(folder / METRICS))
-    result = _result(folder / RESULT)
+    rounds = list(_rounds(run.metrics))
+    result = _result(run.result)
     figures = _so_far(rounds) if result is None else result
-    return Run(label, folder, settings.flat(), result is not None, figures | _audit(folder / "audit.json"), rounds)
+    return Run(label, folder, settings.flat(), result is not None, figures | _audit(run.report), rounds)
 
 
 def _rounds(path: Path) -> Iterator[Figures]:
@@ -115,10 +99,11 @@ def _rounds(path: Path) -> Iterator[Figures]:
     for number, line in enumerate((_text(path) or "").split("\n")[:-1], start=1):
         where = f"{path} is damaged in line {number}"
         found = _parsed(line, where)
-        figures = {name: value for name in _OF_A_ROUND if (value := _number(where, found, name)) is not None}
+        names = [name for name, known in FIGURES.items() if known.shown or known.place == "round"]
+        figures = {name: value for name in names if (value := _number(where, found, name)) is not None}
         if "round" not in figures:
             raise DataError(f"{where}: it has no round")
-        yield figures
+        yield figures | {name: found[name] for name in others(found)}
 
 
 def _so_far(rounds: list[Figures]) -> Figures:
@@ -126,30 +111,29 @@ def _so_far(rounds: list[Figures]) -> Figures:
     latest: Figures = {}
     for figures in rounds:
         latest |= figures | {"seconds": latest.get("seconds", 0) + figures.get("seconds", 0)}
-    return {name: latest[name] for name in FIGURES if name in latest}
+    return {name: latest[name] for name in latest if figure(name).shown}
 
 
 def _result(path: Path) -> Figures | None:
-    elsewhere = {
-        "equations": ("ledger", "equations"),
-        "seconds": ("seconds", "training"),
-        "simulated_seconds": ("simulated", "seconds"),
-    }
-    return _figures(path, {name: elsewhere.get(name, (name,)) for name in FIGURES})
+    """Return the figures of ``result.json``, None if there is no such file."""
+    if (found := _object(path)) is None:
+        return None
+    return _known(path, found, "result") | {name: found[name] for name in others(found)}
 
 
 def _audit(path: Path) -> Figures:
-    found = {"strongest_psnr": ("strongest", "psnr"), "identification": ("strongest", "identification")}
-    return _figures(path, found) or {}
+    return _known(path, _object(path) or {}, "audit")
 
 
-def _figures(path: Path, places: Mapping[str, tuple[str, ...]]) -> Figures | None:
-    """Return the figures that a JSON file holds, None if there is no file."""
-    text, where = _text(path), f"{path} is damaged"
-    if text is None:
-        return None
-    found = _parsed(text, where)
-    return {name: value for name, keys in places.items() if (value := _number(where, found, *keys)) is not None}
+def _object(path: Path) -> dict[str, Any] | None:
+    text = _text(path)
+    return None if text is None else _parsed(text, f"{path} is damaged")
+
+
+def _known(path: Path, found: dict[str, Any], place: str) -> Figures:
+    wanted = {known.name: known.keys for known in SHOWN if known.place == place}
+    where = f"{path} is damaged"
+    return {name: value for name, keys in wanted.items() if (value := _number(where, found, *keys)) is not None}
 
 
 def _text(path: Path) -> str | None:
@@ -206,7 +190,7 @@ def as_json(runs: Sequence[Run], plot: Path | None) -> str:
             "folder": str(run.folder),
             "finished": run.finished,
             "rounds": {"done": run.done, "planned": run.planned},
-            **{name: run.figures.get(name) for name in FIGURES},
+            **{name: run.figures.get(name) for name in listed(runs)},
         }
         for run in runs
     ]
@@ -214,22 +198,30 @@ def as_json(runs: Sequence[Run], plot: Path | None) -> str:
     return json.dumps(found, default=str)  # a date may stand in [first-layer.args]
 
 
+def listed(runs: Sequence[Run]) -> list[str]:
+    """Return the names of the figures that are told of runs, in their order: those in the table, then others."""
+    known = [known.name for known in SHOWN]
+    return list(dict.fromkeys([*known, *(name for run in runs for name in run.figures)]))
+
+
 def notes(runs: Sequence[Run]) -> list[str]:
     """Say which runs are missing in which part of the plot: earlier versions noted neither bytes nor exposures."""
     found = []
     for run in runs:
-        missing = [said for over, said in PANELS.items() if over != _OPTIONAL and not any(curves(run, over))]
+        missing = [x.axis.short for x in AXES if x.axis and x.name != _OPTIONAL and not any(curves(run, x.name))]
         if missing:
-            found.append(f"{run.label} is not plotted over {' and '.join(missing)}: its {METRICS} holds none")
+            found.append(
+                f"{run.label} is not plotted over {' and '.join(missing)}: its {RunFolder.metrics.name} holds none"
+            )
     return found
 
 
 def curves(run: Run, over: str) -> tuple[list[Point], list[Point]]:
-    """Return what is plotted of a run over one of :data:`PANELS`: points in training and points in the test.
+    """Return what is plotted of a run over one of :data:`fedsplit.common.figures.AXES`: points in training and test.
 
     In the test accuracy, or AUC or R² of other tasks; in training accuracy, only where the test alone makes no curve.
     """
     known = [figures for figures in run.rounds if over in figures]
     train = [(m[over], m["train_accuracy"]) for m in known if "train_accuracy" in m]
-    test = [(m[over], m[score]) for m in known for score in ("test_accuracy", "test_auc", "test_r2") if score in m]
+    test = [(m[over], m[score.name]) for m in known for score in SCORES if score.name in m]
     return ([] if len(test) > 1 else train), test

@@ -4,7 +4,6 @@ The process that trains holds ``state.json`` locked and writes into it how the r
 nothing is written there, it was killed.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -13,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fedsplit.common.errors import ConfigError, FedsplitError, RunError
-from fedsplit.common.files import locked
-from fedsplit.runs.folder import LOG, METRICS, RESULT, STATE
+from fedsplit.common.files import locked, shared
+from fedsplit.runs.folder import RunFolder, lines
 
 _ROOM = 8192  # bytes of the state file
 _WORKING = "working"
@@ -40,12 +39,11 @@ def working(folder: Path, run: str = "") -> Iterator[None]:
     ConfigError
         If the folder cannot be written, or another process works there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(os.open(folder / STATE, os.O_RDWR | os.O_CREAT, 0o644), "r+")
-        handler = logging.FileHandler(folder / LOG)
-    except OSError as error:
-        raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
+    run_folder = RunFolder(folder)
+    run_folder.make()
+    with run_folder.writing():
+        file = os.fdopen(os.open(run_folder.state, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+        handler = logging.FileHandler(run_folder.log)
     with file:
         if not locked(file):
             raise ConfigError(f"another process works in {folder}")
@@ -79,16 +77,21 @@ def working(folder: Path, run: str = "") -> Iterator[None]:
 
 def forget_state(folder: Path) -> None:
     """Remove the word of an earlier end; raises ConfigError if a process works there."""
+    check_idle(folder)
+    RunFolder(folder).state.unlink(missing_ok=True)
+
+
+def check_idle(folder: Path) -> None:
+    """Raise ConfigError if a process works in a run folder."""
     if _is_working(_state(folder)):
         raise ConfigError(f"another process works in {folder}")
-    (folder / STATE).unlink(missing_ok=True)
 
 
 def _state(folder: Path) -> dict[str, str] | None:
     """Return how a run is, or how it ended; None if nobody has begun."""
     try:
-        with (folder / STATE).open() as file:
-            locked = not _shared(file)
+        with RunFolder(folder).state.open() as file:
+            locked = not shared(file)
             found = dict(json.loads(file.read()))
     except (OSError, ValueError):
         return None  # not there, or somebody is just about to lock it, or to write it
@@ -101,21 +104,15 @@ def _is_working(state: dict[str, str] | None) -> bool:
     return state is not None and state.get("state") == _WORKING
 
 
-def _shared(file: IO[str]) -> bool:
-    """Lock a state file to read it; whether nobody works there."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def follow(
     folder: Path,
     report: Callable[[dict[str, Any]], None],
     say: Callable[[str], None],
     ended: Callable[[], str | None],
     run: str = "",
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
     """Report the metrics of every round of a run until it ends, and return its result.
 
@@ -131,44 +128,39 @@ def follow(
         Asks elsewhere whether a run that has not begun ever will: returns why not, or None.
     run : str
         What Flower calls the run.
+    clock, sleep : callables
+        Return the time in seconds, and let some pass.
 
     Raises
     ------
     RunError
         With what the process that trained said, if it stopped before the end; or if another run has the folder.
     """
-    seen, said, began = 0, len(_lines(folder / LOG)), time.monotonic()
+    place = RunFolder(folder)
+    seen, said, began = 0, len(lines(place.log)), clock()
     while True:
         state = _state(folder)
         if state and state.get("run") != run:
             raise RunError(f"run {state.get('run')} has {folder}, and run {run} must not write there")
-        lines = _lines(folder / METRICS)
-        for line in lines[seen:]:
+        rounds = place.rounds()
+        for line in rounds[seen:]:
             report(json.loads(line))
-        seen, logged = len(lines), _lines(folder / LOG)
+        seen, logged = len(rounds), lines(place.log)
         for line in logged[said:]:
             if " WARNING " in line:
                 say(line)
         said = len(logged)
-        if state is None and time.monotonic() - began > _SILENCE:
+        if state is None and clock() - began > _SILENCE:
             if (why := ended()) is not None and _state(folder) is None:
                 raise RunError(why)
-            began = time.monotonic()
+            began = clock()
         if state and state["state"] == "finished":
-            return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+            return dict(json.loads(place.result.read_text(encoding="utf-8")))
         if state and not _is_working(state):
-            done = json.loads(lines[-1])["round"] if lines else 0
+            done = json.loads(rounds[-1])["round"] if rounds else 0
             way = f"; {done} rounds are done: go on with --out {folder} --resume" if done else ""
             raise RunError(f"{state.get('error')}{way}")
-        time.sleep(_LOOK)
-
-
-def _lines(path: Path) -> list[str]:
-    """Return a file's whole lines."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    except OSError:
-        return []
+        sleep(_LOOK)
 
 
 def ago(seconds: float) -> str:

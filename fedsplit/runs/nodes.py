@@ -26,6 +26,7 @@ from fedsplit.plan.named_code import names_code
 from fedsplit.plan.settings import load_settings
 from fedsplit.release.policy import Policy
 from fedsplit.release.streams import simulation_secret
+from fedsplit.runs.folder import RunFolder
 from fedsplit.wire.terms import Terms
 
 _CACHED_BYTES = 2**28  # of a user's own data, in each process of a run; packaged data sets are shared arrays
@@ -122,7 +123,7 @@ def simulated_node(simulated_json: str, partition: int, partitions: int, folder:
         accountant = ExposureAccountant(path, owner, durable=False)
         return Guard(simulated.limits, accountant, layer, enforce=simulated.enforce)
 
-    recorder = partial(record_exchange, Path(folder).parent / "audit" / "exchanges", partition)
+    recorder = partial(record_exchange, RunFolder(Path(folder).parent).recordings, partition)
     return node_kind(simulated.terms)(
         layer,
         policy,

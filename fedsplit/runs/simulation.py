@@ -11,10 +11,11 @@ from flwr.serverapp import Grid
 from fedsplit.common.errors import ConfigError, EngineError, RunError
 from fedsplit.plan.settings import Settings, default_folder, load_settings
 from fedsplit.runs.engine import Start, engine
-from fedsplit.runs.pictures import draw_curves
+from fedsplit.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from fedsplit.runs.training import Report, TrainingRun
+    from fedsplit.runs.observing import Report
+    from fedsplit.runs.training import TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +51,17 @@ def simulate(
     if isinstance(config, Settings) and overrides:
         raise ConfigError("overrides are for a settings file, not for Settings")
     settings = config if isinstance(config, Settings) else load_settings(config, overrides)
-    folder = Path(out) if out is not None else default_folder(settings)
+    folder = RunFolder(Path(out) if out is not None else default_folder(settings))
     run: TrainingRun | None = None
     stopped_after = -1
     while True:
         try:
             with engine(settings.run) as start:
-                grid = _start_nodes(start, settings, folder / "nodes")
+                grid = _start_nodes(start, settings, folder.states)
                 run = run.again() if run else _prepared(settings, folder, report, resume=resume)
                 result = run.train(grid())
-            draw_curves(folder)
-            shutil.rmtree(folder / "nodes", ignore_errors=True)  # patterns of chunks that nobody will ask for
+            shutil.rmtree(folder.states, ignore_errors=True)  # patterns of chunks that nobody will ask for
+            run.finish()
             return result
         except EngineError as error:
             done = run.rounds_done if run else 0
@@ -80,17 +81,16 @@ def _start_nodes(start: Start, settings: Settings, states: Path) -> Callable[[],
     return start(client_app(Simulated.of(experiment).to_json(), str(states.resolve())), experiment.nodes)
 
 
-def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resume: bool) -> "TrainingRun":
+def _prepared(settings: Settings, folder: RunFolder, report: "Report | None", *, resume: bool) -> "TrainingRun":
     """Return the run after all that can be refused before training; raises FedsplitError."""
     from fedsplit.plan.preflight import check_limits
     from fedsplit.runs.assembly import calibrated
-    from fedsplit.runs.folder import open_run_folder
     from fedsplit.runs.training import TrainingRun
 
     settings = calibrated(settings, folder if resume else None)
-    run = TrainingRun(settings, folder, report)
+    run = TrainingRun(settings, folder.path, report)
     run.check_startable()
     if settings.guard.mode == "enforce" and (own := run.experiment.limits).enforce:
         check_limits(run.experiment.terms, run.source, run.model.first_layer, run.experiment.policy, own)
-    open_run_folder(folder, settings, resume=resume)
+    folder.open(settings, resume=resume)
     return run

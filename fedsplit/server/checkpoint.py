@@ -30,6 +30,10 @@ from fedsplit.server.progress import Progress, Totals
 from fedsplit.server.rounds import SplitStrategy
 from fedsplit.wire.exchange import CutGradients
 
+NEW, OLD, RELEASES = "checkpoint.new", "checkpoint.old", "releases"
+"""Folders beside a checkpoint."""
+STATE = "state.pt"
+"""The file of a checkpoint with all that are no weights."""
 _DAMAGE = (SafetensorError, UnpicklingError, BadZipFile)
 
 
@@ -47,7 +51,7 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
     """
     progress = strategy.progress
     sizes = _save_replay(_replay_folder(folder), progress.replay)
-    new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
+    new, old = folder.with_name(NEW), folder.with_name(OLD)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     (new / "first_layer.safetensors").write_bytes(save_arrays(strategy.first_layer.weights))
@@ -62,13 +66,13 @@ def save_checkpoint(folder: Path, strategy: SplitStrategy, seconds: float) -> No
         "position": strategy.schedule.position,
         "heard": strategy.schedule.heard,
         "pace": strategy.pace.state(),
-        "pending": [{**vars(b.cut), "records": b.records} for b in progress.pending],
+        "pending": [_plain(block) for block in progress.pending],
         "trunk": strategy.trunk.state(),
         "first_layer": strategy.first_layer.state(),
         "offences": strategy.roster.offences,
         "seconds": seconds,
     }
-    (new / "state.pt").write_bytes(_saved(state))
+    (new / STATE).write_bytes(_saved(state))
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
@@ -85,47 +89,89 @@ def load_checkpoint(folder: Path, strategy: SplitStrategy) -> float | None:
     RunError
         If the checkpoint is damaged.
     """
-    if not folder.exists():
-        # killed between the two renames: the new one is whole, or else the old one is
-        new, old = folder.with_name("checkpoint.new"), folder.with_name("checkpoint.old")
-        if not old.exists():
-            shutil.rmtree(_replay_folder(folder), ignore_errors=True)
-            return None
-        os.replace(new if new.exists() else old, folder)
+    if (whole := _whole(folder)) is None:
+        shutil.rmtree(_replay_folder(folder), ignore_errors=True)
+        return None
+    if whole != folder:
+        os.replace(whole, folder)
     try:
         return _restore(folder, strategy)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, *_DAMAGE) as error:
         raise RunError(f"checkpoint {folder} is damaged: {type(error).__name__}") from None
 
 
-def forget_device(folder: Path, device: int) -> int:
-    """Remove a device's releases and pending gradients from a checkpoint; return how many records were removed.
+def _whole(folder: Path) -> Path | None:
+    """Return where the checkpoint is; of a process killed between the two renames the new one is whole, or the old."""
+    new, old = folder.with_name(NEW), folder.with_name(OLD)
+    if folder.exists():
+        return folder
+    return (new if new.exists() else old) if old.exists() else None
 
-    Recordings for an audit are deleted, since they hold its releases, too. What the weights have learned from them
-    stays.
+
+class Forgetting:
+    """What a checkpoint holds of a device; nothing changes before :meth:`remove`.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's ``checkpoint`` folder.
+    device : int
+
+    Attributes
+    ----------
+    records : int
+        Releases of the device's records that are kept for replay.
+    gradients : int
+        Of the device's records, those that still wait for a gradient.
+    leftovers : list of Path
+        Files that a killed process has left, which may hold the device's releases and are of no use.
 
     Raises
     ------
     RunError
         If there is no checkpoint, or it is damaged.
     """
-    checkpoint = folder / "checkpoint"
-    try:
-        state = _from_tensors(torch.load(checkpoint / "state.pt", weights_only=True))
-        replay = _load_replay(_replay_folder(checkpoint), state["replayed"])
-    except FileNotFoundError:
-        raise RunError(f"{folder} holds no checkpoint") from None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, *_DAMAGE) as error:
-        raise RunError(f"checkpoint {checkpoint} is damaged: {type(error).__name__}") from None
-    kept = {number: batches.without(device) for number, batches in replay.items()}
-    removed = sum(map(len, replay.values())) - sum(map(len, kept.values()))
-    state["replayed"] = _save_replay(_replay_folder(checkpoint), kept)
-    state["pending"] = [block for block in state["pending"] if device not in block["devices"]]
-    with replacing(checkpoint / "state.pt") as new:
-        new.write_bytes(_saved(state))
-    _remove_others(_replay_folder(checkpoint), state["replayed"])
-    shutil.rmtree(folder / "audit", ignore_errors=True)
-    return removed
+
+    def __init__(self, folder: Path, device: int) -> None:
+        whole, self._folder, self._releases = _whole(folder), folder, _replay_folder(folder)
+        if whole is None or not (whole / STATE).exists():
+            raise RunError(f"{folder.parent} holds no checkpoint")
+        self._whole = whole
+        try:
+            self._state = _from_tensors(torch.load(whole / STATE, weights_only=True))
+            replay = _read_replay(self._releases, self._state["replayed"])
+            pending = [_pending_block(block) for block in self._state["pending"]]
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, *_DAMAGE) as error:
+            raise RunError(f"checkpoint {folder} is damaged: {type(error).__name__}") from None
+        self._kept = {number: batches.without(device) for number, batches in replay.items()}
+        self._pending = [block.without(np.array([device])) for block in pending]
+        self.records = sum(map(len, replay.values())) - sum(map(len, self._kept.values()))
+        self.gradients = int(sum(b.records.sum() for b in pending) - sum(b.records.sum() for b in self._pending))
+        beside = [folder, folder.with_name(NEW), folder.with_name(OLD)]
+        halves = [path for path in beside if path.exists() and path != whole]
+        self.leftovers = halves + sorted(_others(self._releases, self._state["replayed"]))
+
+    def remove(self) -> None:
+        """Write the checkpoint anew, without anything of the device."""
+        if self._whole != self._folder:
+            os.replace(self._whole, self._folder)
+        state = self._state
+        state["replayed"] = _save_replay(self._releases, self._kept)
+        state["pending"] = [_plain(block) for block in self._pending if len(block.records)]
+        with replacing(self._folder / STATE) as new:
+            new.write_bytes(_saved(state))
+        _remove_others(self._releases, state["replayed"])
+        for path in self.leftovers:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _pending_block(block: dict[str, Any]) -> PendingBlock:
+    cut = {name: value for name, value in block.items() if name != "records"}
+    return PendingBlock(CutGradients(**cut), block["records"])
+
+
+def _plain(block: PendingBlock) -> dict[str, Any]:
+    return {**vars(block.cut), "records": block.records}
 
 
 def _saved(state: dict[str, Any]) -> bytes:
@@ -136,7 +182,7 @@ def _saved(state: dict[str, Any]) -> bytes:
 
 
 def _restore(folder: Path, strategy: SplitStrategy) -> float:
-    state = _from_tensors(torch.load(folder / "state.pt", weights_only=True))
+    state = _from_tensors(torch.load(folder / STATE, weights_only=True))
     strategy.trunk.load_state(load_tensors(folder / "trunk.safetensors"), state["trunk"])
     weights = load_arrays(folder / "first_layer.safetensors")
     replay = _load_replay(_replay_folder(folder), state["replayed"])
@@ -144,10 +190,7 @@ def _restore(folder: Path, strategy: SplitStrategy) -> float:
     strategy.schedule.position = state["position"]
     strategy.schedule.heard = state["heard"]
     strategy.pace.load_state(state["pace"])
-    pending = []
-    for block in state["pending"]:
-        records = block.pop("records")
-        pending.append(PendingBlock(CutGradients(**block), records))
+    pending = [_pending_block(block) for block in state["pending"]]
     strategy.roster.offences = state["offences"]
     strategy.resume(
         Progress(state["run"], state["round"], pending, replay, state["evaluation"], Totals(**state["totals"]))
@@ -156,7 +199,7 @@ def _restore(folder: Path, strategy: SplitStrategy) -> float:
 
 
 def _replay_folder(folder: Path) -> Path:
-    return folder.with_name("releases")
+    return folder.with_name(RELEASES)
 
 
 def _replay_path(folder: Path, number: int, size: int) -> Path:
@@ -176,6 +219,10 @@ def _save_replay(folder: Path, replay: dict[int, Batches]) -> dict[int, int]:
 
 def _load_replay(folder: Path, sizes: dict[int, int]) -> dict[int, Batches]:
     _remove_others(folder, sizes)
+    return _read_replay(folder, sizes)
+
+
+def _read_replay(folder: Path, sizes: dict[int, int]) -> dict[int, Batches]:
     replay = {}
     for number, size in sizes.items():
         with np.load(_replay_path(folder, number, size), allow_pickle=False) as file:
@@ -185,9 +232,14 @@ def _load_replay(folder: Path, sizes: dict[int, int]) -> dict[int, Batches]:
 
 
 def _remove_others(folder: Path, sizes: dict[int, int]) -> None:
-    """Delete what the checkpoint does not have: of rounds after it, and what was forgotten."""
-    for path in set(folder.glob("*.npz")) - {_replay_path(folder, *named) for named in sizes.items()}:
+    """Delete what the checkpoint does not have."""
+    for path in _others(folder, sizes):
         path.unlink()
+
+
+def _others(folder: Path, sizes: dict[int, int]) -> set[Path]:
+    """Return what the checkpoint does not have: of rounds after it, what was forgotten, what is half written."""
+    return set(folder.glob("*")) - {_replay_path(folder, *named) for named in sizes.items()}
 
 
 def _to_tensors(value: Any) -> Any:

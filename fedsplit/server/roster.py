@@ -185,7 +185,7 @@ class Roster:
     def name(self, node: int) -> str:
         """Return what to call a node in a log."""
         devices = self.account(node).devices
-        return f"node {node}" + (f" (devices {_ranges(devices)})" if devices else "")
+        return f"node {node}" + (f" (devices {id_ranges(devices)})" if devices else "")
 
     def sent(self, node: int, size: int) -> None:
         """Note a message to a node."""
@@ -217,7 +217,7 @@ class Roster:
     def rows(self) -> list[dict[str, Any]]:
         """Return the accounts for people and ``nodes.json``; ``state`` says where a node is."""
         return [
-            {"node": str(node), "state": self._state(node), **vars(account), "devices": _ranges(account.devices)}
+            {"node": str(node), "state": self._state(node), **vars(account), "devices": id_ranges(account.devices)}
             for node, account in sorted(self.accounts.items())
         ]
 
@@ -259,7 +259,7 @@ def payload_of(reply: Message) -> bytes:
     return from_record(reply.content)
 
 
-def _ranges(ids: Sequence[int]) -> str:
+def id_ranges(ids: Sequence[int]) -> str:
     """Write ascending ids shortly: 0-3, 7."""
     parts: list[list[int]] = []
     for i in ids:
@@ -268,3 +268,9 @@ def _ranges(ids: Sequence[int]) -> str:
         else:
             parts.append([i])
     return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def ids_in(ranges: str) -> list[int]:
+    """Undo :func:`id_ranges`."""
+    ends = [part.split("-") for part in ranges.split(", ") if part]
+    return [i for each in ends for i in range(int(each[0]), int(each[-1]) + 1)]

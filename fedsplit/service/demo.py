@@ -26,7 +26,7 @@ from fedsplit.plan.experiment import Experiment
 from fedsplit.release.chosen import built_in
 from fedsplit.release.policies import BUILT_IN
 from fedsplit.release.policy import Policy
-from fedsplit.runs.folder import run_settings
+from fedsplit.runs.folder import RunFolder
 from fedsplit.service.app import body_of
 from fedsplit.service.pages import add_page
 from fedsplit.service.served import Served
@@ -71,7 +71,7 @@ class Attacker:
         """
         if served.detector is not None:
             raise ConfigError(f"--demo is for models that predict, and that of {folder} watches devices")
-        settings = run_settings(folder)
+        settings = RunFolder(folder).trained()
         experiment = Experiment(settings)
         source, public = experiment.source, experiment.public
         if public is None and (settings.data.name is None or not source.test_devices):

@@ -29,8 +29,6 @@ from fedsplit.service.served import Served
 from fedsplit.wire.query import EPISODE, LONGEST, SHORTEST, WATCHED_NAME
 from fedsplit.wire.release import Release
 
-FLEET = "fleet"
-"""The folder, in that of a run, with what is normal for devices."""
 _PAGE = Path(__file__).parent / "fleet_page"
 _KEPT, _SHOWN = 600, 120  # episodes of a device
 _MOST_RECORDINGS = 256  # that a device may call normal

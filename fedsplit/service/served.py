@@ -14,7 +14,7 @@ from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import DataError, WireError
 from fedsplit.device.bundle import Bundle
 from fedsplit.plan.experiment import Experiment
-from fedsplit.runs.folder import bundle_of, run_settings
+from fedsplit.runs.folder import RunFolder, bundle_of
 from fedsplit.server.batches import Batches
 from fedsplit.server.novelty.detector import DETECTOR, Detector
 from fedsplit.server.novelty.space import Features, features
@@ -48,14 +48,15 @@ class Served:
     @classmethod
     def of_run(cls, folder: Path) -> "Served":
         """Return the model of a run's last checkpoint; raises FedsplitError."""
-        experiment = Experiment(run_settings(folder))
-        model, bundle = experiment.model, bundle_of(experiment, folder)
-        path = folder / "checkpoint" / TRUNK
+        run = RunFolder(folder)
+        experiment = Experiment(run.trained())
+        model, bundle = experiment.model, bundle_of(experiment, run)
+        path = run.checkpoint / TRUNK
         try:
             model.trunk.load_state_dict(load(path.read_bytes()))
         except (OSError, SafetensorError, RuntimeError):
             raise DataError(f"{path} is missing or damaged, or of another model") from None
-        detector = _detector(folder / "checkpoint" / DETECTOR) if bundle.task.watches else None
+        detector = _detector(run.checkpoint / DETECTOR) if bundle.task.watches else None
         return cls(bundle, model.trunk.eval(), bundle.model, detector)
 
     @property

@@ -15,11 +15,12 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 
-from fedsplit.common.files import replacing
+from fedsplit.common.figures import AUDITED, figure
+from fedsplit.common.files import put
 from fedsplit.plan.named_code import names_code
-from fedsplit.plan.settings import MAXIMISED, Settings
+from fedsplit.plan.settings import Settings
 from fedsplit.tuning.study import Point, Study
-from fedsplit.tuning.trial import AUDITED, Outcome
+from fedsplit.tuning.trial import Outcome
 
 _FEW = 4  # trials, of which nothing can be said
 
@@ -49,7 +50,7 @@ def _told(parameters: dict[str, Any]) -> str:
 
 def export_front(study: Study) -> list[Point]:
     """Write a settings file for every point of the front into the study's folder, and return them."""
-    folder = study.folder / "front"
+    folder = study.files.front
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     points = []
@@ -57,8 +58,7 @@ def export_front(study: Study) -> list[Point]:
         path, settings = folder / f"{place:02d}.toml", study.settings_of(point)
         run = settings.run.model_copy(update={"name": f"{settings.run.name}-{place:02d}"})
         text = settings.model_copy(update={"run": run}).to_toml()
-        with replacing(path) as new:
-            new.write_text(_heading(study, point, path, settings) + text, encoding="utf-8")
+        put(path, _heading(study, point, path, settings) + text)
         points.append(replace(point, config=path))
     return points
 
@@ -106,10 +106,9 @@ def write_results(study: Study, points: list[Point]) -> None:
         "importance": matters,
         "trials": trials,
     }
-    with replacing(study.folder / "tune.json") as new:
-        new.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    _draw_front(study, points, study.folder / "front.png")
-    _draw_importance(matters, study.folder / "importance.png")
+    put(study.files.results, json.dumps(found, indent=2) + "\n")
+    _draw_front(study, points, study.files.front_picture)
+    _draw_importance(matters, study.files.importance_picture)
 
 
 def importance(study: Study) -> dict[str, dict[str, float]]:
@@ -119,7 +118,7 @@ def importance(study: Study) -> dict[str, dict[str, float]]:
     for place, name in enumerate(study.plan.objectives):
         if len(complete) < _FEW:
             continue
-        sign = -1 if name in MAXIMISED else 1  # it looks at what makes a value small
+        sign = figure(name).sign  # it looks at what makes a value small
         one = optuna.create_study()
         one.add_trials([_with_value(t, sign * t.values[place]) for t in complete])
         try:
@@ -143,8 +142,8 @@ def _draw_front(study: Study, points: list[Point], path: Path) -> None:
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]] or [("trial", names[0])]
     outcomes = [(t.number, Outcome(**t.user_attrs["outcome"])) for t in study.trials]
     on_front = {point.number: point for point in points}
-    figure = Figure(figsize=(5 * len(pairs), 4), layout="constrained")
-    for axis, (down, across) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+    picture = Figure(figsize=(5 * len(pairs), 4), layout="constrained")
+    for axis, (down, across) in zip(picture.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         x, y = (down, across) if down == "trial" else (across, down)
         values = [({"trial": number, **o.values}, number) for number, o in outcomes if o.values]
         others = [(v[x], v[y]) for v, number in values if number not in on_front]
@@ -157,10 +156,10 @@ def _draw_front(study: Study, points: list[Point], path: Path) -> None:
         for name, line in ((x, axis.axvline), (y, axis.axhline)):
             if name in study.plan.constraints:
                 line(study.plan.constraints[name], color="C3", linewidth=1, linestyle=":")
-        axis.set(xlabel=x, ylabel=y)
+        axis.set(xlabel=figure(x).title, ylabel=figure(y).title)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    picture.savefig(path, dpi=120)
 
 
 def _draw_importance(found: dict[str, dict[str, float]], path: Path) -> None:

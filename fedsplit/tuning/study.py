@@ -7,13 +7,12 @@ again, under the same number, when the study goes on.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any, get_args
+from typing import Any
 
 import optuna
 import ray
@@ -22,20 +21,20 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.exceptions import RayError
 
 from fedsplit.common.errors import ConfigError, RunError
-from fedsplit.common.files import locked, replacing
+from fedsplit.common.figures import AUDITED, OBJECTIVES, figure
+from fedsplit.common.files import alone, put
 from fedsplit.model.tasks import TASKS, task_of
 from fedsplit.model.tasks.base import Task
 from fedsplit.plan.experiment import Experiment
-from fedsplit.plan.settings import MAXIMISED, Objective, Settings, TuneSettings, check_settings, flattened
+from fedsplit.plan.settings import INCIDENTAL, Settings, TuneSettings, check_settings, flattened
 from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.engine import running_ray
-from fedsplit.runs.folder import check_fresh
+from fedsplit.runs.folder import RunFolder
+from fedsplit.tuning.folder import StudyFolder, seed_folder
 from fedsplit.tuning.space import Space, usual_space
-from fedsplit.tuning.trial import AUDITED, Outcome, Plan, audited, run_trial, with_seed
+from fedsplit.tuning.trial import Outcome, Plan, audited, run_trial, with_seed
 
 log = logging.getLogger(__name__)
-STUDY = "study.db"
-_HEAVY = ("audit", "checkpoint", "releases")  # of a run folder, for audits
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Study:
     """
 
     def __init__(self, settings: Settings, folder: Path, *, resume: bool) -> None:
-        self.settings, self.folder = settings, folder
+        self.settings, self.folder, self.files = settings, folder, StudyFolder(folder)
         self.tune = settings.tune or TuneSettings()
         self.plan = Plan(
             tuple(self.tune.objectives), {str(k): v for k, v in self.tune.constraints.items()}, self.tune.seeds
@@ -105,14 +104,14 @@ class Study:
     @property
     def address(self) -> str:
         """Where Optuna finds the study."""
-        return f"sqlite:///{(self.folder / STUDY).resolve()}"
+        return f"sqlite:///{self.files.database.resolve()}"
 
     def front(self) -> list[Point]:
         """Return the points within the constraints that none of them beats; best of the first objective first.
 
         Of trials with the same figures there is one.
         """
-        signs = [-1 if name in MAXIMISED else 1 for name in self.plan.objectives]
+        signs = [figure(name).sign for name in self.plan.objectives]
         costs: dict[tuple[float, ...], FrozenTrial] = {}
         for trial in sorted(self.trials, key=lambda trial: -trial.number):  # the first of those that are alike stays
             values = Outcome(**trial.user_attrs["outcome"]).values
@@ -132,7 +131,8 @@ class Study:
         RunError
             If no trial ran to its end within the constraints.
         """
-        with _alone(self.folder), running_ray(cpus=parallel):
+        busy = f"another process works in {self.folder}"
+        with alone(self.files.lock, busy), running_ray(cpus=parallel):
             self._run_trials(parallel, report)
             self._check_feasible()
             self._audit_front()
@@ -152,20 +152,19 @@ class Study:
 
     def _open(self, *, resume: bool) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        folder, there = self.folder, (self.folder / STUDY).exists()
+        folder, there = self.folder, self.files.database.exists()
         if odd := sorted(set("?%#") & set(str(folder.resolve()))):
             raise ConfigError(f"out folder {folder}: SQLite's address cannot hold {odd[0]!r}")
         if resume and not there:
-            raise ConfigError(f"nothing to resume: {folder / STUDY} does not exist")
-        try:
+            raise ConfigError(f"nothing to resume: {self.files.database} does not exist")
+        place = RunFolder(folder)
+        with place.writing():
             folder.mkdir(parents=True, exist_ok=True)
             if there and not resume:
                 raise ConfigError(f"out folder {folder} holds a study: --resume goes on with it")
             if not resume:
-                check_fresh(folder)
-        except OSError as error:
-            raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
-        directions: list[Any] = ["maximize" if name in MAXIMISED else "minimize" for name in self.plan.objectives]
+                place.check_fresh()
+        directions: list[Any] = ["maximize" if figure(n).sign < 0 else "minimize" for n in self.plan.objectives]
         try:
             study = optuna.create_study(
                 storage=self.address,
@@ -174,7 +173,7 @@ class Study:
                 load_if_exists=resume,
             )
         except Exception as error:  # SQLAlchemy's, SQLite's or Optuna's own
-            raise ConfigError(f"{folder / STUDY} is damaged or no study: {type(error).__name__}") from None
+            raise ConfigError(f"{self.files.database} is damaged or no study: {type(error).__name__}") from None
         self._check_same(study)
         # another seed each time, or the study would draw again what it drew before it was stopped
         study.sampler = optuna.samplers.TPESampler(seed=(self.settings.run.seed + len(study.trials)) % 2**32)
@@ -184,14 +183,13 @@ class Study:
         """Refuse a study of other settings; only the number of trials may be another."""
         tune = {"tune": self.tune.model_dump(by_alias=True, exclude={"trials"})}
         new: dict[str, Any] = json.loads(json.dumps(flattened({**self.settings.tables(), **tune})))
-        for key in ("run.name", "run.engine", "run.ray-address"):  # which no trial depends on
+        for key in ("run.name", *INCIDENTAL):  # which no trial depends on
             new.pop(key, None)
         old = study.user_attrs.get("settings")
         if old is None:
             study.set_user_attr("settings", new)
-            with replacing(self.folder / "study.toml") as path:
-                tune = {"tune": self.tune.model_dump(by_alias=True, exclude_none=True)}
-                path.write_text(tomli_w.dumps({**self.settings.tables(), **tune}), encoding="utf-8")
+            tune = {"tune": self.tune.model_dump(by_alias=True, exclude_none=True)}
+            put(self.files.settings, tomli_w.dumps({**self.settings.tables(), **tune}))
             return
         if differing := sorted(key for key in old | new if old.get(key) != new.get(key)):
             key = differing[0]
@@ -219,7 +217,7 @@ class Study:
                     report(self)
                     continue
                 others = [point.values for point in self.front()]
-                task = remote.remote(settings.to_json(), self._trial_folder(trial.number), self.plan, others)
+                task = remote.remote(settings.to_json(), self.files.trial(trial.number), self.plan, others)
                 busy[task] = trial
             if not busy:
                 return
@@ -252,12 +250,9 @@ class Study:
         kept = {point.number for point in self.front()}
         for trial in self.trials:
             if trial.number not in kept:
-                for folder in self._trial_folder(trial.number).glob("seed-*"):
-                    for name in _HEAVY:
-                        shutil.rmtree(folder / name, ignore_errors=True)
-
-    def _trial_folder(self, number: int) -> Path:
-        return self.folder.resolve() / "trials" / f"{number:04d}"
+                for folder in self.files.runs(trial.number):
+                    for heavy in (folder.recordings, folder.checkpoint, folder.releases):
+                        shutil.rmtree(heavy, ignore_errors=True)
 
     def _check_feasible(self) -> None:
         if self.front():
@@ -265,12 +260,10 @@ class Study:
         outcomes = [Outcome(**trial.user_attrs["outcome"]) for trial in self.trials]
         for name, bound in self.plan.constraints.items():
             if values := [outcome.values[name] for outcome in outcomes if outcome.values]:
-                best = max(values) if name in MAXIMISED else min(values)
+                best = min(values, key=lambda value: value * figure(name).sign)
                 if self.plan.excess(name, best) > 0:
-                    side = "least" if name in MAXIMISED else "most"
-                    raise RunError(
-                        f"no trial keeps the constraints: {name} must be at {side} {bound:g}, the best had {best:.4g}"
-                    )
+                    said = f"{name} must be at {figure(name).bound} {bound:g}, the best had {best:.4g}"
+                    raise RunError(f"no trial keeps the constraints: {said}")
         why = next((outcome.stopped for outcome in outcomes if outcome.stopped), "no trial keeps all constraints")
         raise RunError(f"none of {len(outcomes)} trials is of use; the first: {why}")
 
@@ -284,8 +277,8 @@ class Study:
         tasks = {}
         for point in self.front():
             if not point.audit:
-                settings, folder = self.settings_of(point), self._trial_folder(point.number)
-                seeds = [(with_seed(settings, i), folder / f"seed-{i}") for i in range(len(point.seeds))]
+                settings, trial = self.settings_of(point), self.files.trial(point.number)
+                seeds = [(with_seed(settings, i), seed_folder(trial, i)) for i in range(len(point.seeds))]
                 tasks[point.number] = [remote.remote(s.to_json(), f) for s, f in seeds]
         for number, waiting in tasks.items():
             try:
@@ -323,8 +316,8 @@ def _check_figure(name: str, task: Task) -> None:
     owners = [other for other in map(task_of, TASKS) if name in other.figures]
     if len(owners) == 1:
         raise ConfigError(f"{name!r} is for {owners[0].noun}, not for {task.name}")
-    instead = [figure for figure in task.figures if figure in get_args(Objective)][:1]
-    raise ConfigError(f"{task.noun} has no {name!r}{''.join(f', use {figure!r}' for figure in instead)}")
+    instead = [known for known in task.figures if known in OBJECTIVES][:1]
+    raise ConfigError(f"{task.noun} has no {name!r}{''.join(f', use {known!r}' for known in instead)}")
 
 
 def _full(number: int) -> str:
@@ -356,11 +349,3 @@ def _audit_in_full(settings_json: str, folder: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     return audited(folder, Settings.from_json(settings_json), quick=False)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with (folder / "study.lock").open("w") as file:
-        if not locked(file):
-            raise ConfigError(f"another process works in {folder}")
-        yield

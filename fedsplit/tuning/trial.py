@@ -9,15 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from fedsplit.common.errors import FedsplitError, RunError
-from fedsplit.common.files import replacing
-from fedsplit.plan.settings import MAXIMISED, Settings
-
-AUDITED = ("strongest_psnr", "identification")
-"""Objectives that an audit tells."""
-_GROWING = ("bytes_up", "exchanges", "exposures_max", "simulated_seconds")  # while a run goes on
-_MARGINS = {"test_accuracy": 0.03, "test_auc": 0.03, "strongest_psnr": 1.0, "identification": 0.1}
-_RELATIVE = 0.1  # the margin of all others, of the value itself
-_DONE = "objectives.json"
+from fedsplit.common.figures import AUDITED, figure
+from fedsplit.common.files import put
+from fedsplit.plan.settings import Settings
+from fedsplit.runs.folder import RunFolder
+from fedsplit.tuning.folder import seed_folder
 
 Values = Mapping[str, float]
 
@@ -30,7 +26,7 @@ class Plan:
     ----------
     objectives : tuple of str
     constraints : dict
-        By objective, the most it may be (of those in :data:`fedsplit.plan.settings.MAXIMISED` the least).
+        By objective, the most it may be (the least, if more of it is better).
     seeds : int
     """
 
@@ -45,7 +41,7 @@ class Plan:
 
     def excess(self, name: str, value: float) -> float:
         """Return by how much a value goes beyond its constraint: 0 or less if it does not."""
-        return (value - self.constraints[name]) * (-1 if name in MAXIMISED else 1)
+        return (value - self.constraints[name]) * figure(name).sign
 
     def hopeless(self, found: Values, others: Sequence[Values]) -> str | None:
         """Return why further seeds would not help a trial, or None: a constraint or another trial is out of reach.
@@ -63,11 +59,11 @@ class Plan:
 
 
 def _worse(name: str, value: float, other: float) -> float:
-    return (other - value) * (1 if name in MAXIMISED else -1)
+    return (value - other) * figure(name).sign
 
 
 def _margin(name: str, value: float) -> float:
-    return _MARGINS.get(name, _RELATIVE * abs(value))
+    return figure(name).usual_change(value)
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ def run_trial(settings_json: str, folder: Path, plan: Plan, others: Sequence[Val
     settings, seeds = Settings.from_json(settings_json), list[dict[str, float]]()
     try:
         for i in range(plan.seeds):
-            seeds.append(_run_seed(with_seed(settings, i), folder / f"seed-{i}", plan, seeds))
+            seeds.append(_run_seed(with_seed(settings, i), seed_folder(folder, i), plan, seeds))
             if i + 1 < plan.seeds and (why := plan.hopeless(Outcome.of(seeds).values or {}, others)):
                 return Outcome.of(seeds, why)
     except _OutOfReachError as error:  # whatever earlier seeds came to: the mean is known to break a constraint
@@ -138,7 +134,7 @@ def with_seed(settings: Settings, i: int) -> Settings:
 
 
 def audited(folder: Path, settings: Settings, *, quick: bool) -> dict[str, float]:
-    """Audit a seed's run and return the objectives in :data:`AUDITED`; raises FedsplitError."""
+    """Audit a seed's run and return the objectives in :data:`fedsplit.common.figures.AUDITED`; raises FedsplitError."""
     from fedsplit.runs.auditing import audit_run
 
     report = audit_run(folder, seed=settings.run.seed, quick=quick)
@@ -151,26 +147,25 @@ def audited(folder: Path, settings: Settings, *, quick: bool) -> dict[str, float
 def _run_seed(settings: Settings, folder: Path, plan: Plan, before: Sequence[Values]) -> dict[str, float]:
     from fedsplit.runs.simulation import simulate
 
-    if (folder / _DONE).exists():
-        found: dict[str, float] = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+    done = RunFolder(folder).objectives
+    if done.exists():
+        found: dict[str, float] = json.loads(done.read_text(encoding="utf-8"))
         return found
     shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left
 
     def watch(metrics: dict[str, Any]) -> None:
         for name, bound in plan.constraints.items():
-            if name in _GROWING:
+            if figure(name).grows:
                 least = (sum(found[name] for found in before) + metrics[name]) / plan.seeds
                 if plan.excess(name, least) > 0:
                     raise _OutOfReachError(f"{name} would be more than {bound:g}")
 
     result = simulate(settings, out=folder, report=watch)
-    simulated = result.get("simulated", {}).get("seconds")
-    known = {**result, "seconds": result["seconds"]["training"], "simulated_seconds": simulated}
+    known = {name: figure(name).of(result) for name in plan.names}
     if set(AUDITED) & set(plan.names):
         known |= audited(folder, settings, quick=True)
-    if missing := [name for name in plan.names if known.get(name) is None]:
+    if missing := [name for name in plan.names if known[name] is None]:
         raise RunError(f"the run gave no {missing[0]}")
-    found = {name: float(known[name]) for name in plan.names}
-    with replacing(folder / _DONE) as new:
-        new.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    found = {name: float(known[name] or 0.0) for name in plan.names}
+    put(done, json.dumps(found) + "\n")
     return found

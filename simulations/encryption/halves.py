@@ -14,7 +14,7 @@ from fedsplit.guard.releaser import Releaser
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.experiment import Experiment
 from fedsplit.release.making import Chunk
-from fedsplit.runs.folder import run_settings
+from fedsplit.runs.folder import RunFolder
 from fedsplit.service.served import Served
 from fedsplit.wire.exchange import weights_digest
 from fedsplit.wire.query import Query
@@ -65,7 +65,7 @@ class Split:
 
 def records_of(run: Path, served: Served) -> Raw:
     """Return the raw test records of a run."""
-    return raw_records(served.bundle.scaling, tested(Experiment(run_settings(run)).source).x)
+    return raw_records(served.bundle.scaling, tested(Experiment(RunFolder(run).trained()).source).x)
 
 
 def raw_records(scaling: Scaling, x: NDArray[np.float32]) -> Raw:

@@ -15,7 +15,7 @@ from fedsplit.audit.evidence import rehearsed
 from fedsplit.audit.transcript import Subjects
 from fedsplit.device.home import Home
 from fedsplit.plan.experiment import Experiment
-from fedsplit.runs.folder import run_settings
+from fedsplit.runs.folder import RunFolder
 from fedsplit.service.served import Served
 from simulations.encryption.halves import Raw, Whole, records_of
 from simulations.encryption.homomorphic import measured
@@ -84,7 +84,7 @@ def _row(name: str, rows: list[Spent], records: int, down: float) -> Row:
 
 def attacked(run: Path, served: Served, seed: int = 0) -> dict[str, float]:
     """Return what the strongest attack makes of releases (dB), and the best guess without any."""
-    settings = run_settings(run)
+    settings = RunFolder(run).trained()
     experiment = Experiment(settings)
     subjects = Subjects.choose(experiment.source, experiment.public, settings.donors, SUBJECTS, seed)
     bundle = served.bundle

@@ -11,7 +11,7 @@ from typing import Any
 from fedsplit.common.errors import RunError
 from fedsplit.device.home import Home
 from fedsplit.plan.settings import load_settings
-from fedsplit.runs.folder import read_nodes
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.simulation import simulate
 from simulations.deployment import CONFIG, add_nodes, sets
 from simulations.faults.cases import CASES, FAULTY, Case, cut
@@ -135,7 +135,7 @@ def _check_log(case: Case, trial: Deployment) -> None:
     """Check that somebody has said what is wrong, and that the node is there at the end, or not."""
     if case.log and case.log not in trial.run_log("run") + trial.log("run"):
         raise RunError(f"{case.name}: nobody said {case.log!r}")
-    nodes = read_nodes(trial.folder / "run")
+    nodes = RunFolder(trial.folder / "run").node_rows()
     there = "0-4" in [row["devices"] for row in nodes if row["state"] == "connected"]
     if there != case.returns:
         raise RunError(f"{case.name}: the node should{'' if case.returns else ' not'} be there at the end")

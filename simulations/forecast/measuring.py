@@ -35,7 +35,7 @@ class Options:
     rivals: tuple[str, ...] = option(tuple(RIVALS), quick=(), choices=tuple(RIVALS), help="other policies")
     epochs: int = option(80, quick=5, help="of central training")
     set: tuple[str, ...] = option(
-        (), quick=("run.rounds=5", "public.epochs=20", "audit.targets=20"), help="KEY=VALUE, as in fedsplit simulate"
+        (), quick=("run.rounds=2", "public.epochs=5", "audit.targets=3"), help="KEY=VALUE, as in fedsplit simulate"
     )
 
 

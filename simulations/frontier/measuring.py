@@ -39,7 +39,7 @@ class Options:
     )
     set: tuple[str, ...] = option((), quick=("public.devices=[0,1,2]",), help="KEY=VALUE, as in fedsplit simulate")
     seeds: int = option(3, quick=1)
-    targets: int = option(100, quick=10, help="in each half")
+    targets: int = option(100, quick=3, help="in each half")
     epochs: int = option(30, quick=1)
     entries: tuple[str, ...] = option(
         tuple(entry.name for entry in entries()),

@@ -26,12 +26,18 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             "accuracy_std": pstdev(row["accuracy"] for row in mine),
             "chosen_on_psnr": mean(row["chosen_on"]["psnr"] for row in mine),
             **{
-                key: mean(row["reported"][key] for row in mine)
+                key: _mean([row["reported"][key] for row in mine])
                 for key in ("psnr", "psnr_p95", "ssim", "identification")
             },
         }
         for (name, family), mine in by(rows, "name", "family").items()
     ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a figure does not exist: records that are no pictures have no SSIM."""
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def recommended(rows: Sequence[Row]) -> Row:
@@ -54,7 +60,7 @@ def tables(results: Results) -> str:
 
 def _cells(row: Row) -> list[str]:
     decibels = [f"{row[key]:.1f} dB" for key in ("psnr", "psnr_p95")]
-    shares = [f"{row[key]:.2f}" for key in ("ssim", "identification")]
+    shares = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("ssim", "identification")]
     return [row["name"], f"{row['accuracy']:.3f} ± {row['accuracy_std']:.3f}", *decibels, *shares]
 
 

@@ -22,7 +22,7 @@ from fedsplit.plan.settings import Settings, check_settings, load_settings
 from fedsplit.release.policies import All, Bits, Random, TopK, Units
 from fedsplit.release.policy import Policy
 from fedsplit.runs.auditing import audit_policy, audit_run, preview_record
-from fedsplit.server.checkpoint import forget_device
+from fedsplit.runs.forgetting import forget_device
 
 TARGETS = 40
 
@@ -255,7 +255,7 @@ def test_a_forgotten_device_is_in_no_file_and_the_run_goes_on(tmp_path: Path) ->
     before = sorted((folder / "releases").glob("*.npz"))
     held = sum((np.load(path)["devices"] == 4).sum() for path in before)
     assert held > 0
-    assert forget_device(folder, 4) == held
+    assert forget_device(folder, 4).records == held
     after = sorted((folder / "releases").glob("*.npz"))
     assert len(after) == len(before) == 3
     assert not any((np.load(path)["devices"] == 4).any() for path in after)

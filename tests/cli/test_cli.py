@@ -19,11 +19,11 @@ from fedsplit.common.errors import RunError
 from fedsplit.data import Records
 from fedsplit.data import loading as loading_module
 from fedsplit.data.pooled import load_pool
-from fedsplit.device.node import Node
+from fedsplit.device.own_records import OwnRecords
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.plan.settings import load_settings
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
 
 SECRET = 7654.25  # a record's value: no error text may hold it
@@ -205,14 +205,14 @@ def test_resume_that_cannot_be(refused: Main, file: Path, out: Path) -> None:
 
 
 def test_resume_with_other_settings_names_the_key_and_both_values(refused: Main, file: Path, out: Path) -> None:
-    open_run_folder(out, small_settings(), resume=False)
+    RunFolder(out).open(small_settings(), resume=False)
     said = refused(file, "--out", out, "--resume", *sets("trunk.lr=0.25"))
     assert "cannot resume with other settings: trunk.lr was 0.1, is 0.25" in said
 
 
 def test_more_nodes_than_devices(out: Path) -> None:
     settings = small_settings()
-    open_run_folder(out, settings, resume=False)
+    RunFolder(out).open(settings, resume=False)
     grid = InProcessGrid(client_app(simulated_json(settings), str(out / "nodes")), 6)
     with pytest.raises(RunError, match=r"^6 nodes for 5 devices: lower the number of nodes$"):
         TrainingRun(settings, out).train(grid)
@@ -229,17 +229,17 @@ def test_a_device_that_raises_sits_out_and_its_records_stay_out_of_all_text(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    records, asked = Node._records, []
+    records, asked = OwnRecords.of, []
 
-    def failing(node: Node, device: int, *, test: bool) -> Records:
-        found = records(node, device, test=test)
+    def failing(own: OwnRecords, device: int, *, test: bool) -> Records:
+        found = records(own, device, test=test)
         asked.append((device, test))
         # in pipelined mode a device's records are looked up once to release and once more for the backward half
         if device == 1 and asked.count((1, False)) == 3:
             raise ValueError(f"cannot use {found.x.tolist()} of {SECRET}")
         return found
 
-    monkeypatch.setattr(Node, "_records", failing)
+    monkeypatch.setattr(OwnRecords, "of", failing)
     main(file, "--out", out, "--json", *sets("run.evaluate-every=1", "protocol.min-nodes=3"))
     said = capsys.readouterr()
     result = json.loads(said.out)

@@ -34,15 +34,16 @@ from fedsplit.device.predictor import Predictor
 from fedsplit.device.remote import Remote
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import check_settings
-from fedsplit.runs.folder import run_bundle
+from fedsplit.runs.folder import RunFolder, run_bundle
 from fedsplit.service.app import service
-from fedsplit.service.fleet import FLEET, Fleet, add_fleets
+from fedsplit.service.fleet import Fleet, add_fleets
 from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens, add_token
 from fedsplit.wire.ledger import Reason
 from fedsplit.wire.query import EPISODE
 from simulations.shared import browser as driving
 
+FLEET = RunFolder.fleet.name
 RATES = (0.25, 0.45, 0.65)  # radians a sample: what a device does in its recordings
 NEW = 1.3
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import small_settings
 
 from fedsplit import simulate
-from fedsplit.runs import training
+from fedsplit.runs import observing
 from fedsplit.runs.comparing import curves, differing, read_runs
 from fedsplit.runs.pictures import draw_comparison
 
@@ -330,7 +330,7 @@ def test_a_resumed_runs_totals_go_on_exactly(
         dropping={"policy": "random", "keep": 0.5}, protocol={"mode": mode, "chunk": chunk, "dtype": "float16"}
     )
     simulate(settings, out=tmp_path / "whole")
-    save, saved = training.save_checkpoint, []
+    save, saved = observing.save_checkpoint, []
 
     def kill(*args: Any) -> None:
         saved.append(args)
@@ -344,7 +344,7 @@ def test_a_resumed_runs_totals_go_on_exactly(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if killed == "before its checkpoint":
-            patch.setattr(training, "save_checkpoint", kill)
+            patch.setattr(observing, "save_checkpoint", kill)
         simulate(settings, out=tmp_path / "cut", report=stop if killed == "after the round" else None)
     assert len(metrics_of(tmp_path / "cut")) == (2 if killed == "after the round" else 3)
     simulate(settings, out=tmp_path / "cut", resume=True)

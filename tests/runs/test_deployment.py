@@ -50,6 +50,43 @@ def test_a_deployment_is_the_simulation(trial: Deployment) -> None:
     assert not any("records" in path.name or path.suffix == ".npz" for path in (trial.folder / "run").rglob("*"))
 
 
+OWN = """
+from flwr.serverapp.strategy import FedAvg
+
+from fedsplit import Observer
+
+
+class Patient(FedAvg):
+    pass
+
+
+class Counting(Observer):
+    def round(self, figures):
+        return {"rounds_seen": figures["round"]}
+"""
+
+
+def test_a_strategy_and_an_observer_of_ones_own_go_with_the_run(trial: Deployment) -> None:
+    """A module and a package beside the settings file, which the process that trains finds nowhere else."""
+    settings = load_settings(written(trial.folder / "simulated.toml", simulated(HONEST)))
+    config = written(trial.folder / "deployed.toml", deployed(HONEST))
+    (trial.folder / "patience.py").write_text(OWN)
+    (trial.folder / "counters").mkdir()
+    (trial.folder / "counters" / "__init__.py").write_text("")
+    (trial.folder / "counters" / "rounds.py").write_text(OWN)
+    for device in range(HONEST):
+        trial.make_node(f"n{device}", [device], settings)
+        trial.start_node(f"n{device}")
+    own = ["first-layer.strategy='patience:Patient'", "run.observers=['counters.rounds:Counting']", "run.rounds=2"]
+    trial.run(config, "run", *(part for change in own for part in ("--set", change)))
+    result = trial.result("run", timeout=200)
+    assert result["rounds_seen"] == result["rounds"] == 2
+    simulate(
+        load_settings(trial.folder / "simulated.toml", ["run.rounds=2", "run.engine=inline"]), out=trial.folder / "s"
+    )
+    assert largest_difference(trained(trial.folder / "run"), trained(trial.folder / "s")) <= 1e-5
+
+
 def test_hostile_nodes_change_nothing(trial: Deployment) -> None:
     """Registered nodes tell another lie in every message; all are named and quarantined."""
     count = HONEST + len(LIES)

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.runs import following
-from fedsplit.runs.folder import LOG, METRICS, NODES, RESULT, STATE, read_nodes
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.following import ago, follow, forget_state, working
 
 SECRET = 7654.25  # a record's value: no text for another process may hold it
@@ -24,25 +26,36 @@ log = logging.getLogger("fedsplit.test_following")
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Look often, and leave the level of fedsplit's logger as it was."""
-    monkeypatch.setattr(following, "_LOOK", 0.01)
+def level() -> Iterator[None]:
+    """Leave the level of fedsplit's logger as it was."""
     level = logging.getLogger("fedsplit").level
     yield
     logging.getLogger("fedsplit").setLevel(level)
 
 
 class Watched:
-    """What :func:`follow` said of a run."""
+    """What :func:`follow` said of a run; it looks often, and a minute passes between two looks where ``why`` is given.
 
-    def __init__(self, why: str | None = None) -> None:
+    ``why`` is what is known elsewhere of a run that has not begun.
+    """
+
+    def __init__(self, why: str | None = None, *, minutes: bool = False) -> None:
         self.rounds: list[int] = []
         self.said: list[str] = []
         self.asked = 0
         self._why = why
+        self._clock = count(step=60.0).__next__ if minutes or why else time.monotonic
 
     def __call__(self, folder: Path, run: str = "") -> dict[str, Any]:
-        return follow(folder, lambda m: self.rounds.append(m["round"]), self.said.append, self._ended, run)
+        return follow(
+            folder,
+            lambda m: self.rounds.append(m["round"]),
+            self.said.append,
+            self._ended,
+            run,
+            clock=self._clock,
+            sleep=lambda seconds: time.sleep(seconds / 20),
+        )
 
     def _ended(self) -> str | None:
         self.asked += 1
@@ -50,12 +63,12 @@ class Watched:
 
 
 def finish_round(folder: Path, number: int) -> None:
-    with (folder / METRICS).open("a") as file:
+    with RunFolder(folder).metrics.open("a") as file:
         file.write(json.dumps({"round": number}) + "\n")
 
 
 def finish(folder: Path) -> None:
-    (folder / RESULT).write_text(json.dumps({"rounds": 2}))
+    RunFolder(folder).result.write_text(json.dumps({"rounds": 2}))
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -86,7 +99,7 @@ def test_a_run_is_followed_while_it_goes_on(out: Path) -> None:
         thread.start()
         finish_round(out, 1)
         until(lambda: watched.rounds == [1])
-        with (out / METRICS).open("a") as file:
+        with RunFolder(out).metrics.open("a") as file:
             file.write('{"round": 2')
             file.flush()
             threading.Event().wait(0.1)  # some looks
@@ -100,7 +113,7 @@ def test_a_run_is_followed_while_it_goes_on(out: Path) -> None:
 
 
 def test_the_last_line_of_a_killed_process_is_not_a_round(out: Path) -> None:
-    killed(out, "with open(folder / METRICS, 'a') as file: file.write('{\"round\": 1}\\n{\"rou')")
+    killed(out, "with open(RunFolder(folder).metrics, 'a') as file: file.write('{\"round\": 1}\\n{\"rou')")
     watched = Watched()
     with pytest.raises(RunError, match=f"was killed; 1 rounds are done: go on with --out {out} --resume"):
         watched(out)
@@ -140,7 +153,7 @@ def working_elsewhere(folder: Path, first: str = "") -> Iterator[None]:
     code = f"""
 import sys, time
 from pathlib import Path
-from fedsplit.runs.folder import METRICS
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.following import working
 folder = Path(sys.argv[1])
 with working(folder):
@@ -222,7 +235,7 @@ def test_only_warnings_of_this_run_are_said(out: Path) -> None:
     thread.join()
     assert [line.partition(" WARNING ")[2] for line in watched.said] == ["node 7 is left out", "node 8 is left out"]
     log.warning("afterwards")
-    lines = (out / LOG).read_text().splitlines()
+    lines = RunFolder(out).log.read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == [
         "WARNING of the run before",
         "INFO nothing of note",
@@ -232,11 +245,10 @@ def test_only_warnings_of_this_run_are_said(out: Path) -> None:
 
 
 def test_who_has_not_begun_is_asked_for_elsewhere(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(following, "_SILENCE", 0.0)
     watched = Watched("run 3 is finished:failed")
     with pytest.raises(RunError, match=r"^run 3 is finished:failed$"):
         watched(out)
-    waiting = Watched(None)
+    waiting = Watched(None, minutes=True)
 
     def begins_at_the_third_look() -> None:
         waiting.asked += 1
@@ -248,18 +260,17 @@ def test_who_has_not_begun_is_asked_for_elsewhere(out: Path, monkeypatch: pytest
     assert waiting(out) == {"rounds": 2} and waiting.asked == 3
 
 
-def test_an_earlier_end_is_forgotten(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_end_is_forgotten(out: Path) -> None:
     forget_state(out)  # nobody has been there
     with pytest.raises(RunError), working(out):
         raise RunError("of the run before")
     forget_state(out)
-    assert not (out / STATE).exists()
-    monkeypatch.setattr(following, "_SILENCE", 0.0)
+    assert not RunFolder(out).state.exists()
     with pytest.raises(RunError, match=r"^not yet$"):
         Watched("not yet")(out)
     killed(out)
     forget_state(out)
-    assert not (out / STATE).exists()
+    assert not RunFolder(out).state.exists()
 
 
 def test_a_run_that_goes_on_replaces_the_word_of_its_end(out: Path) -> None:
@@ -267,14 +278,14 @@ def test_a_run_that_goes_on_replaces_the_word_of_its_end(out: Path) -> None:
         raise RunError("a long text, longer than the next one: " + 100 * "x")
     with working(out):
         finish(out)
-    assert json.loads((out / STATE).read_text())["state"] == "finished"
+    assert json.loads(RunFolder(out).state.read_text())["state"] == "finished"
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"out folder .* cannot be written: "), working(tmp_path / "file" / "run"):
         pass
-    (tmp_path / "run" / STATE).mkdir(parents=True)
+    RunFolder(tmp_path / "run").state.mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"out folder .* cannot be written: "), working(tmp_path / "run"):
         pass
 
@@ -292,19 +303,19 @@ def test_a_process_that_begins_is_not_taken_for_killed(out: Path, monkeypatch: p
 def test_half_a_letter_is_not_a_line(out: Path) -> None:
     with working(out):
         finish(out)
-        (out / LOG).write_bytes("2026 WARNING é".encode()[:-1])
+        RunFolder(out).log.write_bytes("2026 WARNING é".encode()[:-1])
     assert Watched()(out) == {"rounds": 2}
 
 
 def test_nodes_are_read_or_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no nodes\.json: it is written as nodes come"):
-        read_nodes(tmp_path)
+        RunFolder(tmp_path).node_rows()
     for damage in ("", "[{", "3x"):
-        (tmp_path / NODES).write_text(damage)
+        RunFolder(tmp_path).nodes.write_text(damage)
         with pytest.raises(ConfigError, match=r"nodes\.json is damaged"):
-            read_nodes(tmp_path)
-    (tmp_path / NODES).write_text('[{"node": "1"}]')
-    assert read_nodes(tmp_path) == [{"node": "1"}]
+            RunFolder(tmp_path).node_rows()
+    RunFolder(tmp_path).nodes.write_text('[{"node": "1"}]')
+    assert RunFolder(tmp_path).node_rows() == [{"node": "1"}]
 
 
 def test_a_time_is_written_for_people() -> None:

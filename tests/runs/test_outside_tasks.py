@@ -128,7 +128,8 @@ def test_a_device_imports_no_task_that_its_owner_has_not_allowed(run: Path, tmp_
 
 
 def test_a_real_node_imports_no_task_that_its_owner_has_not_allowed(tmp_path: Path) -> None:
-    terms, named = Experiment(labels()).terms.to_json(), ["outside:labelled"]
+    terms = Experiment(labels()).terms.to_json()
+    named = ["outside:labelled", "own:linear_model"]
     Home.create(tmp_path / "home", [0], named)
     with pytest.raises(ConfigError, match=r"data\.task 'outside:Labels' is not among what the node's owner allows"):
         real_node(terms, str(tmp_path / "home"))

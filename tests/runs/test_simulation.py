@@ -21,9 +21,9 @@ from fedsplit import simulate
 from fedsplit.common.errors import ConfigError, RunError
 from fedsplit.flower.grid import InProcessGrid
 from fedsplit.plan.settings import Settings, load_settings
-from fedsplit.runs import simulation
+from fedsplit.runs import observing
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
 from fedsplit.server.checkpoint import load_checkpoint
 
@@ -48,7 +48,7 @@ def wearables(*overrides: str, engine: str = "inline", config: str = "wearables"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of a small run's time, and is not looked at here."""
-    monkeypatch.setattr(simulation, "draw_curves", lambda folder: None)
+    monkeypatch.setattr(observing, "draw_curves", lambda folder: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(gc, "collect", lambda *arguments: 0)  # which Flower's Bulyan does for every contribution
 
@@ -190,20 +190,16 @@ def test_replay_keeps_within_its_limit_and_a_resumed_run_forgets_the_same(mode: 
     )
     kept: list[dict[int, int]] = []
 
-    class Watched(TrainingRun):
-        def _after_round(self, server_round: int, arrays: Any) -> None:
-            super()._after_round(server_round, arrays)
-            if server_round == 0:
-                return
-            replay = self.strategy.progress.replay
-            files = sorted(path.name for path in (self.folder / "releases").glob("*.npz"))
-            assert sum(b.nbytes for b in replay.values()) <= 1600
-            assert files == sorted(f"{number:06d}-{len(b)}.npz" for number, b in replay.items())
-            kept.append({number: len(b) for number, b in replay.items()})
+    def look(metrics: dict[str, Any]) -> None:
+        replay = run.strategy.progress.replay
+        files = sorted(path.name for path in run.folder.releases.glob("*.npz"))
+        assert sum(b.nbytes for b in replay.values()) <= 1600
+        assert files == sorted(f"{number:06d}-{len(b)}.npz" for number, b in replay.items())
+        kept.append({number: len(b) for number, b in replay.items()})
 
     folder = tmp_path / "whole"
-    open_run_folder(folder, settings, resume=False)
-    run = Watched(settings, folder)
+    RunFolder(folder).open(settings, resume=False)
+    run = TrainingRun(settings, folder, look)
     whole = run.train(InProcessGrid(client_app(simulated_json(settings), str(folder / "nodes")), 5))
     last = kept[-1]
     assert 12 < sum(last.values()) < whole["samples"] and last.keys() - {0} == {n for n in last if n > 1}

@@ -21,7 +21,7 @@ from fedsplit.guard.sealed import load_sealed
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
 from fedsplit.wire.exchange import Download, Upload
 
@@ -157,7 +157,7 @@ def ledgers_of(folder: Path) -> Counter[tuple[int, int]]:
 
 def run_watched(settings: Settings, folder: Path) -> TrainingRun:
     """Train without what a simulation clears away in the end."""
-    open_run_folder(folder, settings, resume=False)
+    RunFolder(folder).open(settings, resume=False)
     run = TrainingRun(settings, folder)
     nodes = Experiment(settings).nodes
     run.train(InProcessGrid(client_app(simulated_json(settings), str(folder / "nodes")), nodes))

@@ -22,7 +22,7 @@ from fedsplit.flower.record import from_record, to_record
 from fedsplit.release.admitted import unguarded
 from fedsplit.release.kept import Kept
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.folder import open_run_folder, read_nodes
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
 from fedsplit.server import attendance
 from fedsplit.server.checkpoint import load_checkpoint
@@ -65,7 +65,7 @@ def train(tmp_path: Path, change: Change, nodes: int = 5, **changes: dict[str, A
     protocol = {"timeout": 0.2, **changes.pop("protocol", {})}
     settings = small_settings(protocol=protocol, **changes)
     folder = tmp_path / "run"
-    open_run_folder(folder, settings, resume=False)
+    RunFolder(folder).open(settings, resume=False)
     run = TrainingRun(settings, folder)
     grid = FaultyGrid(client_app(simulated_json(settings), str(folder / "nodes")), nodes)
     grid.change = change
@@ -422,8 +422,8 @@ def test_a_node_that_always_lies_is_asked_no_more(
     assert run.result["samples"] == 6 * (sum(7 + 3 * d for d in range(5)) - 10)
     states = {row["node"]: (row["state"], row["offences"]) for row in run.strategy.roster.rows()}
     assert states == {str(n): ("quarantined", offences) if n == 3 else ("connected", 0) for n in range(2, 7)}
-    resumed = TrainingRun(run.settings, run.folder).strategy
-    load_checkpoint(run.folder / "checkpoint", resumed)
+    resumed = TrainingRun(run.settings, run.folder.path).strategy
+    load_checkpoint(run.folder.checkpoint, resumed)
     accounts = {node: resumed.roster.account(node) for node in (2, 3)}
     assert {n: (a.offences, a.quarantined) for n, a in accounts.items()} == {2: (0, False), 3: (offences, True)}
 
@@ -633,12 +633,12 @@ def test_a_run_says_for_how_many_devices_it_waits(
     class Late(InProcessGrid):
         def get_nodes(self) -> list[NodeInfo]:
             if "3 of 5 devices are there: waiting for the others, at most 600 s" in caplog.text:
-                there.append(len(read_nodes(tmp_path / "run")))
+                there.append(len(RunFolder(tmp_path / "run").node_rows()))
                 return list(super().get_nodes())
             return list(super().get_nodes())[:3]
 
     settings, folder = small_settings(protocol={"timeout": 600}), tmp_path / "run"
-    open_run_folder(folder, settings, resume=False)
+    RunFolder(folder).open(settings, resume=False)
     run = TrainingRun(settings, folder)
     assert run.train(Late(client_app(simulated_json(settings), str(folder / "nodes")), 5))["nodes"] == 5
-    assert there[0] == 3 and len(read_nodes(folder)) == 5 and caplog.text.count("devices are there") == 1
+    assert there[0] == 3 and len(RunFolder(folder).node_rows()) == 5 and caplog.text.count("devices are there") == 1

@@ -36,9 +36,9 @@ from fedsplit.release.chosen import numbers_of
 from fedsplit.release.policies import All, AtMost, Bits, Noisy, Random, TopK, Units
 from fedsplit.release.policy import Policy
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
-from fedsplit.runs import training
+from fedsplit.runs import observing
 from fedsplit.runs.client_app import client_app
-from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
 from fedsplit.server.batches import Batches
 from fedsplit.server.trunk import Trunk, TrunkOptions
@@ -388,7 +388,7 @@ def watch(
     chosen: Settings, folder: Path, hidden: Sequence[int] = (), after: Callable[[int, Watched], None] | None = None
 ) -> tuple[TrainingRun, Watched, list[int]]:
     """Train; return the run, its grid and how many messages there had been after each round."""
-    open_run_folder(folder, chosen, resume=False)
+    RunFolder(folder).open(chosen, resume=False)
     exchanges: list[int] = []
 
     def report(metrics: dict[str, Any]) -> None:
@@ -593,11 +593,11 @@ def test_what_left_before_its_round_was_saved_leaves_as_the_same_bytes(
             raise KeyboardInterrupt
         save(*args)
 
-    save = training.save_checkpoint
-    monkeypatch.setattr(training, "save_checkpoint", kill)
+    save = observing.save_checkpoint
+    monkeypatch.setattr(observing, "save_checkpoint", kill)
     with pytest.raises(KeyboardInterrupt):
         simulate(chosen, out=tmp_path / "cut")
-    monkeypatch.setattr(training, "save_checkpoint", save)
+    monkeypatch.setattr(observing, "save_checkpoint", save)
     resumed = simulate(chosen, out=tmp_path / "cut", resume=True)
     # what is nothing new is not refused a second time, so that its refusals are in no answer that was kept
     assert_same_end(whole, resumed, tmp_path, [name for name in COMPARED if name != "guard"])

@@ -128,6 +128,8 @@ def test_the_frontier_recommends_by_the_other_targets() -> None:
     ]
     said = load("frontier").tables({"rows": found})
     assert "8 units, accuracy 0.850, 17.00 dB, -0.80 dB below random" in said
+    found[4]["reported"]["ssim"] = None  # its records are no pictures
+    assert rows("frontier", {"rows": found})[5][4:] == ["-", "0.19"]
     assert rows("frontier", {"rows": found})[4] == ["1 bit", "0.850 ± 0.000", "12.0 dB", "20.0 dB", "0.50", "0.19"]
 
 

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from torch import nn
 
 from fedsplit.common.errors import ConfigError, RunError
+from fedsplit.common.files import alone
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.settings import check_settings, load_settings
 from fedsplit.runs.auditing import audit_run
@@ -298,8 +299,9 @@ def test_constraints_hold_in_the_front_or_the_search_says_what_was_best(config: 
 
 
 def test_two_processes_do_not_work_on_one_study(config: Path, out: Path) -> None:
-    from fedsplit.tuning.study import _alone
-
     study = study_of(config, out)
-    with _alone(out), pytest.raises(ConfigError, match="another process works in"):
+    with (
+        alone(out / "study.lock", "nobody else is there"),
+        pytest.raises(ConfigError, match="another process works in"),
+    ):
         study.run(1)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from fedsplit.common.certs import CA, CERTIFICATE, KEY, fingerprint, openssh_line, read_authority, read_public_key
 from fedsplit.common.errors import ConfigError
-from fedsplit.common.files import replacing
+from fedsplit.common.files import put, writing
 from fedsplit.flower.programs import connection, flower, tell_keys
 from fedsplit.wire.container import MAX_DEVICES
 
@@ -111,12 +111,8 @@ class ServerFolder:
 
     def _write(self, nodes: dict[str, tuple[list[int], EllipticCurvePublicKey]]) -> None:
         found = {name: {"devices": devices, "key": openssh_line(key)} for name, (devices, key) in nodes.items()}
-        text = tomli_w.dumps(found)
-        try:
-            with replacing(self.folder / NODES) as new:
-                new.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{self.folder / NODES} cannot be written: {error.strerror}") from None
+        with writing(str(self.folder / NODES)):
+            put(self.folder / NODES, tomli_w.dumps(found))
 
 
 def superlink_command(server: ServerFolder, host: str, port: int, *, insecure: bool) -> list[str]:

@@ -2,9 +2,9 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from shutil import copy
+from shutil import copy, copytree, ignore_patterns
 
 import tomli_w
 
@@ -41,7 +41,10 @@ def write_app(folder: Path, config: dict[str, str | bool], modules: Sequence[Pat
         text = f"from fedsplit.{side}_app import app\n__all__ = ['app']\n"
         (folder / f"run_{side}.py").write_text(text, encoding="utf-8")
     for module in modules:
-        copy(module, folder)
+        if module.is_dir():
+            copytree(module, folder / module.name, ignore=ignore_patterns("__pycache__"))
+        else:
+            copy(module, folder)
     components = {"serverapp": "run_server:app", "clientapp": "run_client:app"}
     project = {
         "project": {"name": "fedsplit-run", "version": "1.0.0", "description": "", "license": "Apache-2.0"},
@@ -59,10 +62,22 @@ def start_run(app: Path, name: str) -> str:
         raise ConfigError(f"SuperLink {name!r} did not start the run: {said.strip()[:300]}") from None
 
 
-def own_modules(folder: Path, functions: Sequence[str | None]) -> list[Path]:
-    """Return the files beside a settings file that hold a user's own ``module:function``, to go with the run."""
-    files = (folder / f"{name.partition(':')[0]}.py" for name in functions if name)
-    return sorted({file for file in files if file.exists()})
+def own_modules(references: Iterable[str], folders: Sequence[Path]) -> list[Path]:
+    """Return the modules and packages that hold a user's own ``module:Name``, to go with the run.
+
+    They are looked for in the folders, in their order, as Python does; what is nowhere there is installed, or else
+    missed where the run trains.
+    """
+    tops = {reference.partition(":")[0].partition(".")[0] for reference in references} - {"fedsplit"}
+    found = (next(filter(None, (_own_module(folder, top) for folder in folders)), None) for top in sorted(tops))
+    return [path for path in found if path is not None]
+
+
+def _own_module(folder: Path, name: str) -> Path | None:
+    package, module = folder / name, folder / f"{name}.py"
+    if (package / "__init__.py").exists():
+        return package
+    return module if module.exists() else None
 
 
 def run_status(run: str, name: str) -> str:

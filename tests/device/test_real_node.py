@@ -13,18 +13,23 @@ import pytest
 import torch
 from blocked import EXTRA, without
 from conftest import new_node, simulated_json, small_settings
+from flwr.app import Context, Message, MessageType, RecordDict
 from own import linear
 from torch import nn
 
 from fedsplit import SplitModel
 from fedsplit.common.errors import ConfigError
 from fedsplit.device.home import Home
+from fedsplit.device.link import HOME
 from fedsplit.device.nodes import real_node
+from fedsplit.flower.grid import InProcessGrid
+from fedsplit.flower.record import from_record, to_record
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
 from fedsplit.release.streams import simulation_secret
+from fedsplit.runs.client_app import client_app
 from fedsplit.runs.nodes import simulated_by, simulated_node, terms_by
-from fedsplit.wire.exchange import Download, Upload
+from fedsplit.wire.exchange import Download, Registration, Upload
 
 DEVICES = 5
 FROZEN = {"first_layer": {"strategy": "frozen"}, "dropping": {"policy": "top-k", "k": 4, "mask": "keyed"}}
@@ -213,3 +218,19 @@ def test_a_simulated_node_builds_no_model(tmp_path: Path, monkeypatch: pytest.Mo
     told = simulated_json(small_settings())
     monkeypatch.setattr("fedsplit.plan.experiment._built", lambda name: pytest.fail("a trunk is built"))
     assert simulated_node(told, 0, 5, str(tmp_path / "run" / "nodes")).first_layer.size == 130
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_the_app_answers_where_a_run_config_names_a_settings_file(
+    real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a plain flwr run does."""
+    (tmp_path / "small.toml").write_text(small_settings(**FROZEN).to_toml())
+    home = made(tmp_path / "home", [1], ("own:linear", "own:linear_model"))
+    monkeypatch.setattr("fedsplit.runs.client_app.STATE_FOLDER", tmp_path / "state")
+    own = {HOME: str(home.folder)} if real else {"partition-id": 1, "num-partitions": 5}
+    context = Context(1, 7, own, RecordDict(), {"config": str(tmp_path / "small.toml")})
+    app = client_app()
+    InProcessGrid(app, 5)  # which says who this process is: else there is no message
+    reply = app(Message(to_record(b""), 7, MessageType.QUERY, ttl=100.0), context)
+    assert Registration.from_bytes(from_record(reply.content)).devices.tolist() == [1]

@@ -14,6 +14,7 @@ from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data import Scaling
 from fedsplit.device.bundle import Bundle
 from fedsplit.guard.limits import load_limits
+from fedsplit.model.tasks import task_of
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.named_code import names_code
 from fedsplit.plan.preflight import check_limits
@@ -150,7 +151,7 @@ def test_a_node_imports_no_policy_that_its_owner_does_not_allow(
 def test_a_bundle_imports_no_policy_that_is_not_allowed(settings: Settings, here: Path) -> None:
     parts = Experiment(settings)
     layer, name = parts.model.first_layer, "every_other:EveryOther"
-    Bundle(layer, parts.policy, "float16", Scaling(), "classification", 10).save(here / "device")
+    Bundle(layer, parts.policy, "float16", Scaling(), task_of("classification"), 10).save(here / "device")
     sys.modules.pop("every_other")
     with pytest.raises(DataError, match=f"policy '{name}' is code from outside, and not allowed"):
         Bundle.load(here / "device")

@@ -1,30 +1,27 @@
 """What a virtual clock adds to the real time of a round with many devices.
 
-    python simulations/clock.py --devices 10000
+    python -m simulations clock --devices 10000
 
 The same pipelined run (10 records on each device, all of them in every round) in this process, without a profile and
 with profiles: one in which everybody is there and in time, so that the work is the same, and the phones' with a
 deadline, where devices are away, late and lost. Repetitions are interleaved; a round is compared with the same round
-of the run beside it, the first one left out. Writes `simulations/results/clock.json`.
+of the run beside it, the first one left out.
 """
 
-import argparse
-import json
-import logging
 import os
 import tempfile
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import replicated
-from rich.console import Console
-from rich.table import Table
-
 from fedsplit import simulate
 from fedsplit.plan.settings import Settings, check_settings
+from simulations.shared import replicated
+from simulations.shared.options import option
+from simulations.shared.results import Results
+from simulations.shared.tables import markdown, page
+from simulations.shared.workers import quiet
 
-RESULTS = Path(__file__).parent / "results" / "clock.json"
 RECORDS, NODES = 10, 4
 KNOWN = {"release-seconds": 2e-5, "gradient-seconds": 2e-5}
 PROFILES: dict[str, dict[str, Any]] = {
@@ -33,16 +30,25 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-def settings_for(devices: int, rounds: int, profile: dict[str, Any] | None) -> Settings:
+@dataclass(frozen=True)
+class Options:
+    """How many devices, and how often."""
+
+    devices: int = option(10_000, quick=200)
+    rounds: int = option(6, quick=3)
+    repeats: int = option(3, quick=1)
+
+
+def settings_for(options: Options, profile: dict[str, Any] | None) -> Settings:
     """Return a run over devices with a few records each."""
     deadline = {"deadline": 5.0} if profile and "preset" in profile else {}
     return check_settings(
         {
-            "run": {"name": "clock", "rounds": rounds, "engine": "inline"},
-            "data": {"builder": "replicated:device", "task": "classification", "outputs": 7},
+            "run": {"name": "clock", "rounds": options.rounds, "engine": "inline"},
+            "data": replicated.DATA,
             "devices": {
-                "count": devices,
-                "per-node": -(-devices // NODES),
+                "count": options.devices,
+                "per-node": -(-options.devices // NODES),
                 "test": [0],
                 **({"profile": profile} if profile else {}),
             },
@@ -61,33 +67,26 @@ def rounds_of(settings: Settings) -> list[float]:
     return seconds[1:]
 
 
-def main() -> None:
-    """Measure and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    logging.disable(logging.INFO)
-    os.environ[replicated.RECORDS] = str(RECORDS * arguments.devices)
+def study(options: Options) -> Results:
+    """Return the rounds' seconds without a profile, and each profile's ratios to them."""
+    quiet()
+    os.environ[replicated.RECORDS] = str(RECORDS * options.devices)
     ratios: dict[str, list[float]] = {name: [] for name in PROFILES}
     plain: list[float] = []
-    for _ in range(arguments.repeats):
-        without = rounds_of(settings_for(arguments.devices, arguments.rounds, None))
+    for _ in range(options.repeats):
+        without = rounds_of(settings_for(options, None))
         plain += without
         for name, profile in PROFILES.items():
-            found = rounds_of(settings_for(arguments.devices, arguments.rounds, profile))
+            found = rounds_of(settings_for(options, profile))
             ratios[name] += [mine / other for mine, other in zip(found, without, strict=True)]
-    table = Table(title=f"{arguments.devices:,} devices, a round without a profile: {median(plain):.2f} s")
-    for column in ("profile", "round, times that without", "lowest", "highest"):
-        table.add_column(column, justify="left" if column == "profile" else "right")
-    for name, values in ratios.items():
-        table.add_row(name, *(f"{value:.3f}" for value in (median(values), min(values), max(values))))
-    Console().print(table)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"devices": arguments.devices, "plain": plain, "ratios": ratios}, indent=2) + "\n")
-    print(f"written to {RESULTS}")
+    return {"plain": plain, "ratios": ratios}
 
 
-if __name__ == "__main__":
-    main()
+def tables(results: Results) -> str:
+    """Return what a round with each profile takes, in rounds without one."""
+    said = f"{results['options']['devices']:,} devices; a round without a profile: {median(results['plain']):.2f} s"
+    rows = [
+        (name, *(f"{value:.3f}" for value in (median(values), min(values), max(values))))
+        for name, values in results["ratios"].items()
+    ]
+    return page(said, markdown(("profile", "round, times that without", "lowest", "highest"), rows))

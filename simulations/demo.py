@@ -1,158 +1,70 @@
-"""Draws a digit on the demo page in headless Chromium, lets it be predicted and attacked, and takes screenshots.
+"""Whether the demo page works: draw a digit in headless Chromium, predict and attack it, take screenshots.
 
-    python simulations/demo.py runs/mnist-private --out docs
+    python -m simulations demo runs/mnist-private
 
-Needs selenium (extra `dev`), Chromium and ChromeDriver (Debian: chromium, chromium-driver).
+Needs selenium (extra `dev`), Chromium and ChromeDriver (Debian: chromium, chromium-driver). Writes `demo-desktop.png`
+and `demo-phone.png` to a folder. Without a run one of small digits is trained first.
 """
 
-import argparse
-import base64
-import json
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-from processes import free_port, wait_for_port
-from selenium import webdriver
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import WebDriverWait
-
-from fedsplit.common.certs import make_certificates
+from fedsplit.common.errors import ConfigError
 from fedsplit.service.tokens import add_token
-
-OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-           "--disable-background-networking", "--disable-component-update")  # fmt: skip
-DESKTOP, PHONE = (1000, 900, False), (390, 844, True)
-SEVEN = [(80, 70), (205, 70), (180, 120), (150, 180), (130, 235)]
-
-
-def installed() -> bool:
-    """Whether there is a browser to drive."""
-    return shutil.which("chromium") is not None and shutil.which("chromedriver") is not None
-
-
-@contextmanager
-def serving(run: Path, folder: Path) -> Iterator[tuple[str, str]]:
-    """Serve a run with the demo page over TLS; the value is its address and a token."""
-    make_certificates(folder / "certs", ["127.0.0.1"])
-    token, port = add_token(folder / "tokens", "demo"), free_port()
-    command = [str(Path(sys.executable).with_name("fedsplit")), "serve", str(run), "--demo", "--port", str(port)]
-    command += ["--certs", str(folder / "certs"), "--tokens", str(folder / "tokens")]
-    process = subprocess.Popen(command)
-    try:
-        wait_for_port("127.0.0.1", port)
-        yield f"https://127.0.0.1:{port}", token
-    finally:
-        process.terminate()
-        process.wait(20)
+from simulations.shared.browser import (
+    DESKTOP,
+    PHONE,
+    SEVEN,
+    browser,
+    draw_lines,
+    element,
+    enter,
+    installed,
+    predict,
+    resize,
+    screenshot,
+)
+from simulations.shared.options import option
+from simulations.shared.results import RESULTS, Results
+from simulations.shared.serving import serving
+from simulations.shared.settings import finished
+from simulations.shared.tables import markdown
 
 
-@contextmanager
-def browser() -> Iterator[webdriver.Chrome]:
-    """Open headless Chromium, which takes any certificate."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    options.accept_insecure_certs = True
-    with tempfile.TemporaryDirectory() as profile:
-        for option in (*OPTIONS, f"--user-data-dir={profile}"):
-            options.add_argument(option)
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-        driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-        try:
-            yield driver
-        finally:
-            driver.quit()
+@dataclass(frozen=True)
+class Options:
+    """What to draw for, and where to."""
+
+    run: Path | None = option(None, help="folder of a finished run on digits", positional=True)
+    out: Path = option(Path("docs"), quick=RESULTS, help="folder of the screenshots")
 
 
-def element(driver: webdriver.Chrome, name: str) -> Any:
-    """Return an element by its id."""
-    return driver.find_element(By.ID, name)
+def study(options: Options) -> Results:
+    """Draw a seven, and take the screenshots."""
+    if not installed():
+        raise ConfigError("demo: chromium and chromedriver are not installed")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with finished(options.run) as run, TemporaryDirectory() as name:
+        token = add_token(Path(name) / "tokens", "demo")
+        with serving(run, Path(name), "--demo") as url:
+            return {"page": _used(url, token, options.out)}
 
 
-def wait(driver: webdriver.Chrome, condition: str, timeout: float = 60) -> None:
-    """Wait until some JavaScript is true; what the page says is wrong is raised as RuntimeError."""
-
-    def done(_: Any) -> bool:
-        if said := element(driver, "problem").text:
-            raise RuntimeError(said)
-        return bool(driver.execute_script(f"return {condition}"))
-
-    WebDriverWait(driver, timeout, 0.1).until(done)
-
-
-def enter(driver: webdriver.Chrome, url: str, token: str) -> None:
-    """Open the page and give it the token."""
-    driver.get(f"{url}/demo/")
-    wait(driver, "!document.getElementById('entry').hidden")
-    element(driver, "token").send_keys(token)
-    element(driver, "entry").submit()
-    wait(driver, "!document.getElementById('work').hidden")
+def _used(url: str, token: str, out: Path) -> dict[str, str]:
+    """Use the page on both screens; return what it said."""
+    with browser() as driver:
+        resize(driver, *DESKTOP)
+        enter(driver, url, token)
+        draw_lines(driver, SEVEN)
+        predicted = predict(driver)
+        said = {name: str(element(driver, name).text) for name in ("leaves", "attack")}
+        screenshot(driver, out / "demo-desktop.png")
+        resize(driver, *PHONE)
+        screenshot(driver, out / "demo-phone.png")
+    return {"predicted": predicted, **said}
 
 
-def draw(driver: webdriver.Chrome, points: Sequence[tuple[int, int]]) -> None:
-    """Draw lines with the pointer between points of the area of 280 by 280."""
-    area = element(driver, "draw")
-    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", area)
-    actions = ActionChains(driver, duration=20)
-    places = [(x - 140, y - 140) for x, y in points]
-    actions.move_to_element_with_offset(area, *places[0]).click_and_hold()
-    for place in places[1:]:
-        actions.move_to_element_with_offset(area, *place)
-    actions.release().perform()
-    wait(driver, "!document.getElementById('send').disabled")
-
-
-def predict(driver: webdriver.Chrome) -> str:
-    """Send what is shown, wait for the attack, and return the prediction."""
-    driver.execute_script("document.getElementById('send').click()")
-    wait(driver, "!document.getElementById('pictures').hidden")
-    return str(element(driver, "answer").text)
-
-
-def resize(driver: webdriver.Chrome, width: int, height: int, mobile: bool) -> None:
-    """Have the page believe in a screen of this size."""
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-
-def requests(driver: webdriver.Chrome) -> list[tuple[str, bytes]]:
-    """Return the address and body of every request that the browser has sent since it was last asked."""
-    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    sent = [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    return [
-        (request["url"], b"".join(base64.b64decode(part["bytes"]) for part in request.get("postDataEntries", [])))
-        for request in sent
-    ]
-
-
-def screenshot(driver: webdriver.Chrome, path: Path) -> None:
-    """Write a picture of the whole page."""
-    taken = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
-    path.write_bytes(base64.b64decode(taken["data"]))
-
-
-def main() -> None:
-    """Draw, predict, and take the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a finished run on digits")
-    parser.add_argument("--out", type=Path, default=Path("docs"))
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, serving(options.run, Path(folder)) as (url, token):
-        with browser() as driver:
-            resize(driver, *DESKTOP)
-            enter(driver, url, token)
-            draw(driver, SEVEN)
-            print(f"predicted {predict(driver)}; {element(driver, 'leaves').text}\n{element(driver, 'attack').text}")
-            screenshot(driver, options.out / "demo-desktop.png")
-            resize(driver, *PHONE)
-            screenshot(driver, options.out / "demo-phone.png")
-
-
-if __name__ == "__main__":
-    main()
+def tables(results: Results) -> str:
+    """Return what the page said."""
+    return markdown(("", "the page says"), results["page"].items())

@@ -1,13 +1,14 @@
 """What the exact criterion costs, against the matrix product it cannot do without.
 
-    python simulations/leverage.py
+    python -m simulations leverage
 
 Leverage of every number in 256 rows of 784, beside one float32 Gram matrix of such rows and its Cholesky factor, and
-the criterion over 3,000 windows of a convolution, all in one run. Prints medians and their ratio.
+the criterion over 3,000 windows of a convolution, all in one run.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
@@ -16,6 +17,17 @@ from torch import nn
 
 from fedsplit.guard.criterion import LayerMap, coordinates, leverage
 from fedsplit.model.layer import FirstLayer
+from simulations.shared.options import option
+from simulations.shared.results import Results
+from simulations.shared.tables import markdown, page
+
+
+@dataclass(frozen=True)
+class Options:
+    """How often, and how many windows."""
+
+    repeats: int = option(40, quick=5)
+    windows: int = option(3000, quick=300)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -24,27 +36,41 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
-    """Measure and print."""
+def study(options: Options) -> Results:
+    """Return the seconds of both in pairs, and of the windows."""
     rng = np.random.default_rng(0)
+    return {"pairs": _pairs(rng, options.repeats), "windows": _windows(rng, options.windows)}
+
+
+def _pairs(rng: np.random.Generator, repeats: int) -> list[tuple[float, float]]:
+    """Return the seconds of the product and of the criterion, in turns, without the first."""
     rows = rng.normal(size=(256, 784))
     single = torch.from_numpy(rows.astype(np.float32))
 
     def baseline() -> None:
         torch.linalg.cholesky(single @ single.T)
 
-    pairs = [(_seconds(baseline), _seconds(lambda: leverage(rows))) for _ in range(41)][1:]
-    gram, exact = (median(column) for column in zip(*pairs, strict=True))
-    print(f"float32 Gram matrix and Cholesky of 256 x 784: {1e3 * gram:.2f} ms; leverage: {1e3 * exact:.2f} ms")
-    print(f"ratio {median(e / g for g, e in pairs):.2f}")
+    return [(_seconds(baseline), _seconds(lambda: leverage(rows))) for _ in range(repeats + 1)][1:]
 
+
+def _windows(rng: np.random.Generator, count: int) -> float:
+    """Return the seconds of the criterion over windows of a convolution, 48 outputs each."""
     layer = FirstLayer(nn.Conv1d(6, 16, 9, 2, 4), nn.ReLU(), (6, 100))
-    windows = np.zeros((3000, layer.width), dtype=bool)
+    windows = np.zeros((count, layer.width), dtype=bool)
     for window in windows:
         window[rng.permutation(layer.width)[:48]] = True
     weights = LayerMap(layer, layer.initial_weights())
-    print(f"3,000 windows of 600 numbers, 48 outputs each: {_seconds(lambda: coordinates([(weights, windows)])):.1f} s")
+    return _seconds(lambda: coordinates([(weights, windows)]))
 
 
-if __name__ == "__main__":
-    main()
+def tables(results: Results) -> str:
+    """Return medians, and the median ratio."""
+    gram, exact = (1e3 * median(column) for column in zip(*results["pairs"], strict=True))
+    ratio = median(own / product for product, own in results["pairs"])
+    windows = f"{results['options']['windows']:,} windows of 600 numbers, 48 outputs each"
+    rows = [
+        ("float32 Gram matrix and Cholesky of 256 x 784", f"{gram:.2f} ms"),
+        ("leverage of the same", f"{exact:.2f} ms"),
+        (windows, f"{results['windows']:.1f} s"),
+    ]
+    return page(markdown(("", "time"), rows), f"Ratio of the first two: {ratio:.2f}")

@@ -1,25 +1,32 @@
 """Why training stays in the main thread: the same steps in the main thread and in a second one beside it.
 
-    python simulations/threads.py --repeats 5
+    python -m simulations threads --repeats 5
 
 OpenMP keeps helpers for every thread that has computed. As soon as there are more of them than cores, all of them sleep
 between any two operations instead of spinning, and small operations wait for them to wake up. Each repetition is a new
-process: the main thread trains, then a thread beside it does. Writes `threads.json` to `simulations/results/threads`.
+process: the main thread trains, then a thread beside it does.
 """
 
-import argparse
-import json
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 
 import torch
 
 from fedsplit.model.zoo import build_model
+from simulations.shared.options import option
+from simulations.shared.results import Results
+from simulations.shared.tables import markdown
 
-RESULTS = Path(__file__).parent / "results" / "threads"
+
+@dataclass(frozen=True)
+class Options:
+    """How often, and how much."""
+
+    repeats: int = option(5, quick=1)
+    steps: int = option(500, quick=20)
 
 
 def train(steps: int) -> float:
@@ -30,7 +37,8 @@ def train(steps: int) -> float:
     began = time.perf_counter()
     for _ in range(steps):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model.forward(x), y).backward()
+        loss = torch.nn.functional.cross_entropy(model.forward(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return time.perf_counter() - began
 
@@ -43,23 +51,17 @@ def both(steps: int) -> tuple[float, float]:
         return first, beside.submit(train, steps).result()
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=500)
-    arguments = parser.parse_args()
+def study(options: Options) -> Results:
+    """Return the seconds of both threads in each process."""
     context = get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
-        pairs = [processes.submit(both, arguments.steps).result() for _ in range(arguments.repeats)]
-    ratio = median(second / first for first, second in pairs)
-    found = {"threads": torch.get_num_threads(), "ratio": ratio, "pairs": pairs}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "threads.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"{torch.get_num_threads()} threads of torch: a second thread takes {ratio:.2f} times as long as the main one"
-    )
+        pairs = [processes.submit(both, options.steps).result() for _ in range(options.repeats)]
+    return {"threads": torch.get_num_threads(), "pairs": pairs}
 
 
-if __name__ == "__main__":
-    main()
+def tables(results: Results) -> str:
+    """Return how many times as long the second thread takes."""
+    ratios = [second / first for first, second in results["pairs"]]
+    cells = (f"{value:.2f}" for value in (median(ratios), min(ratios), max(ratios)))
+    columns = ("threads of torch", "second thread to the main one", "lowest", "highest")
+    return markdown(columns, [(str(results["threads"]), *cells)])

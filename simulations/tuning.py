@@ -1,58 +1,71 @@
 """How many trials a search gets through with two at a time, beside one at a time; one core for a trial in both.
 
-    python simulations/tuning.py configs/tune/wearables.toml --trials 6 --repeats 3
+    python -m simulations tuning configs/tune/wearables.toml --trials 6 --repeats 3
 
 Searches of the trunk's learning rate alone, so that all trials are the same work, with one seed; in turns. A search's
 time is that from its first trial's beginning to its last one's end: Ray's start is left out, the import of torch in its
-processes is not. Writes `tuning.json` to `simulations/results/tuning`.
+processes is not.
 """
 
-import argparse
-import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from fedsplit.common.errors import ConfigError
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.tuning.study import Study
+from simulations.shared.options import option
+from simulations.shared.results import Results
+from simulations.shared.study import CONFIGS
+from simulations.shared.tables import markdown
 
-RESULTS = Path(__file__).parent / "results" / "tuning"
+
+@dataclass(frozen=True)
+class Options:
+    """What is searched, and how often."""
+
+    config: Path = option(CONFIGS / "tune" / "wearables.toml", positional=True)
+    trials: int = option(6, quick=2)
+    repeats: int = option(3, quick=1)
+    parallel: int = option(2, help="trials at a time")
+    rounds: int = option(0, quick=2, help="of a trial; 0: as the settings say")
+
+
+def settings_for(options: Options) -> Settings:
+    """Return the settings of a search whose trials are all the same work; raises ConfigError."""
+    settings = load_settings(options.config, [f"run.rounds={options.rounds}"] if options.rounds else [])
+    if settings.tune is None:
+        raise ConfigError(f"{options.config} has no section [tune]")
+    changes = {"trials": options.trials, "seeds": 1, "objectives": ["test_accuracy"], "constraints": {}}
+    lr = settings.trunk.lr
+    tune = settings.tune.model_copy(update={**changes, "space": {"trunk": {"lr": {"low": lr / 2, "high": lr}}}})
+    return settings.model_copy(update={"tune": tune})
 
 
 def trials_a_minute(settings: Settings, parallel: int) -> float:
     """Run a search and return its throughput."""
     with TemporaryDirectory() as folder:
-        study = Study(settings, Path(folder) / "study", resume=False)
-        study.run(parallel)
-        begun = [trial.datetime_start for trial in study.trials if trial.datetime_start]
-        ended = [trial.datetime_complete for trial in study.trials if trial.datetime_complete]
+        search = Study(settings, Path(folder) / "study", resume=False)
+        search.run(parallel)
+        begun = [trial.datetime_start for trial in search.trials if trial.datetime_start]
+        ended = [trial.datetime_complete for trial in search.trials if trial.datetime_complete]
     return 60 * len(ended) / (max(ended) - min(begun)).total_seconds()
 
 
-def main() -> None:
-    """Compare and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--trials", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=2)
-    options = parser.parse_args()
-    settings = load_settings(options.config)
-    assert settings.tune is not None
-    changes = {"trials": options.trials, "seeds": 1, "objectives": ["test_accuracy"], "constraints": {}}
-    lr = settings.trunk.lr
-    tune = settings.tune.model_copy(update={**changes, "space": {"trunk": {"lr": {"low": lr / 2, "high": lr}}}})
-    settings = settings.model_copy(update={"tune": tune})
-    pairs = []
+def study(options: Options) -> Results:
+    """Return trials a minute, one at a time and several, in pairs."""
+    settings, pairs = settings_for(options), []
     for _ in range(options.repeats):
-        serial, parallel = (trials_a_minute(settings, n) for n in (1, options.parallel))
-        pairs.append({"serial": serial, "parallel": parallel, "ratio": parallel / serial})
-        print(f"trials a minute: {serial:.2f} one at a time, {parallel:.2f} with {options.parallel}")
-    ratio = median(pair["ratio"] for pair in pairs)
-    print(f"{options.parallel} at a time: {ratio:.2f} times the throughput (median of {len(pairs)})")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "tuning.json").write_text(json.dumps({"ratio": ratio, "pairs": pairs}, indent=2) + "\n")
+        pairs.append([trials_a_minute(settings, parallel) for parallel in (1, options.parallel)])
+        print("trials a minute: {:.2f} one at a time, {:.2f} side by side".format(*pairs[-1]), file=sys.stderr)
+    return {"pairs": pairs}
 
 
-if __name__ == "__main__":
-    main()
+def tables(results: Results) -> str:
+    """Return the medians of both, and of their ratio."""
+    serial, parallel = (f"{median(column):.2f}" for column in zip(*results["pairs"], strict=True))
+    ratio = median(many / one for one, many in results["pairs"])
+    columns = ("trials a minute: one at a time", f"{results['options']['parallel']} at a time", "ratio")
+    return markdown(columns, [(serial, parallel, f"{ratio:.2f}")])

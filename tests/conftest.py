@@ -18,6 +18,7 @@ from fedsplit.plan.settings import Settings, check_settings
 
 if TYPE_CHECKING:
     from fedsplit.device.home import Home
+    from fedsplit.device.node import Node
     from fedsplit.service.served import Served
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -78,6 +79,24 @@ def small_settings(**changes: dict[str, Any]) -> Settings:
     return check_settings(raw)
 
 
+def simulated_json(settings: Settings) -> str:
+    """Return what a simulation tells its nodes."""
+    from fedsplit.plan.experiment import Experiment
+    from fedsplit.runs.nodes import Simulated
+
+    return Simulated.of(Experiment(settings)).to_json()
+
+
+def new_node(settings: Settings, number: int, nodes: int, folder: Path) -> "Node":
+    """Return a simulated node whose first layer has the weights before training: to nodes they come in downloads."""
+    from fedsplit.plan.experiment import Experiment
+    from fedsplit.runs.nodes import simulated_node
+
+    node = simulated_node(simulated_json(settings), number, nodes, str(folder))
+    node.first_layer.load_weights(Experiment(settings).model.first_layer.initial_weights())
+    return node
+
+
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "run"
@@ -98,8 +117,9 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     from fedsplit.cli import main as cli
 
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("fedsplit", "flwr")}
+    level = logging.getLogger("fedsplit").level
     handlers = list(logging.getLogger("fedsplit").handlers)
+    filters = list(logging.getLogger("flwr").filters)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(*arguments: object) -> None:
@@ -112,8 +132,8 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield run
     logging.getLogger("fedsplit").handlers[:] = handlers
-    for logger, level in loggers.items():
-        logger.setLevel(level)
+    logging.getLogger("flwr").filters[:] = filters
+    logging.getLogger("fedsplit").setLevel(level)
     for number, handler in signals.items():
         signal.signal(number, handler)
 

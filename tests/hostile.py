@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsplit.device.link.warm import WarmNode
-from fedsplit.runs.client_app import answer
-from fedsplit.runs.nodes import real_node
+from fedsplit.device.nodes import answer, real_node
 from fedsplit.wire.exchange import Registration, Upload
 from fedsplit.wire.release import Release
 
@@ -59,8 +58,8 @@ def main() -> None:
     before: list[bytes] = []
     told = cycle(LIES[name])
 
-    def lying(kind: str, settings: str, payload: bytes) -> bytes:
-        honest = answer(lambda: real_node(settings, home, data), kind, payload)
+    def lying(kind: str, terms: str, payload: bytes) -> bytes:
+        honest = answer(lambda: real_node(terms, home, data), kind, payload)
         registers = kind == "query" and "registration" not in LIES[name]
         return honest if registers else lie(next(told), kind, honest, before)
 

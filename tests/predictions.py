@@ -10,7 +10,6 @@ import httpx
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
-from processes import free_port, wait_for_port
 
 from fedsplit.common.certs import CERTIFICATE, KEY
 from fedsplit.device.bundle import Bundle
@@ -18,6 +17,7 @@ from fedsplit.device.home import Home
 from fedsplit.device.predictor import Predictor
 from fedsplit.service.served import Served
 from fedsplit.wire.query import Query
+from simulations.shared.network import free_port, wait_for_port
 
 RECORDS = np.random.default_rng(5).normal(size=(30, 12))
 

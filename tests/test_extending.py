@@ -13,6 +13,7 @@ from fedsplit.audit.evidence import equations, recorded
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.data import Scaling
 from fedsplit.device.bundle import Bundle
+from fedsplit.device.nodes import real_node
 from fedsplit.guard.limits import load_limits
 from fedsplit.model.tasks import task_of
 from fedsplit.plan.experiment import Experiment
@@ -21,7 +22,6 @@ from fedsplit.plan.preflight import check_limits
 from fedsplit.plan.settings import Settings, check_settings, load_settings
 from fedsplit.release.policies import Noisy
 from fedsplit.runs.comparing import differing, read_runs
-from fedsplit.runs.nodes import real_node
 from fedsplit.runs.simulation import simulate
 from fedsplit.tuning.space import Space, usual_space
 
@@ -96,7 +96,7 @@ def range_of(x: Any) -> Any:
 def test_a_run_with_too_many_equations_is_refused_before_anything_leaves(settings: Settings) -> None:
     parts = Experiment(changed(settings, step=1))
     with pytest.raises(ConfigError, match="could give 12 equations"):
-        check_limits(parts.settings, parts.source, parts.model.first_layer, load_limits())
+        check_limits(parts.terms, parts.source, parts.model.first_layer, parts.policy, load_limits())
 
 
 def test_a_policy_from_outside_is_searched(settings: Settings) -> None:
@@ -139,12 +139,13 @@ def test_a_node_imports_no_policy_that_its_owner_does_not_allow(
     settings: Settings, here: Path, main: Callable[..., None]
 ) -> None:
     main("node", "init", here / "node", "--device", "3")
-    sys.modules.pop("every_other", None)
+    terms = Experiment(settings).terms.to_json()
+    sys.modules.pop("every_other")
     assert names_code(settings, on_nodes=True) == {"dropping.policy": "every_other:EveryOther"}
     with pytest.raises(
         ConfigError, match=r"dropping\.policy 'every_other:EveryOther' is not among what the node's owner"
     ):
-        real_node(settings.to_json(), str(here / "node"))
+        real_node(terms, str(here / "node"))
     assert "every_other" not in sys.modules
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from fedsplit.cli.console import show_progress, stderr
+from fedsplit.cli.extras import need
 from fedsplit.cli.monitor import monitor
 from fedsplit.cli.node import find_functions, node
 from fedsplit.cli.predict import export, predict, serve, token
@@ -49,7 +50,6 @@ def simulate(
     _quiet(verbose)
     from fedsplit.cli.report import result_table
     from fedsplit.plan import settings as configuration
-    from fedsplit.runs.simulation import simulate as run
 
     if resume and out is None:
         raise ConfigError("--resume needs --out, the folder of the run to go on with")
@@ -57,6 +57,9 @@ def simulate(
     if engine is not None:
         overrides = [*(overrides or []), f"run.engine={json.dumps(engine)}"]
     settings = configuration.load_settings(config, overrides or [])
+    need("simulation" if settings.run.engine == "ray" else "server")
+    from fedsplit.runs.simulation import simulate as run
+
     folder = out or configuration.default_folder(settings)
     try:
         with show_progress(settings.run.rounds) as report:
@@ -82,6 +85,7 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as JSON, logs on stderr.")] = False,
 ) -> None:
     """Attack what left the devices in a run, and say what came back."""
+    need("pictures")
     from fedsplit.cli.report import audit_table
     from fedsplit.plan import settings as configuration
     from fedsplit.runs import auditing
@@ -116,6 +120,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show runs side by side, finished or not: figures, settings that differ, accuracy over what it cost."""
+    need("pictures")
     from fedsplit.cli.report import comparison_tables
     from fedsplit.runs import comparing
     from fedsplit.runs.pictures import draw_comparison
@@ -157,9 +162,9 @@ def _quiet(verbose: bool) -> None:
     handler = RichHandler(console=stderr, show_path=False, show_time=False)
     logging.getLogger("fedsplit").handlers = [handler]
     logging.getLogger("fedsplit").setLevel(logging.INFO if verbose else logging.WARNING)
-    import flwr.supercore  # noqa: F401  sets its own log level when first imported
-
-    logging.getLogger("flwr").setLevel(logging.INFO if verbose else logging.CRITICAL)
+    worth = logging.INFO if verbose else logging.CRITICAL
+    # a filter, since Flower sets its level when it is imported, which most commands never do
+    logging.getLogger("flwr").filters = [lambda record: record.levelno >= worth]
 
 
 def main() -> None:

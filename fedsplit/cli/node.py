@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedsplit.cli.extras import need
 from fedsplit.common.errors import ConfigError
 from fedsplit.device.link.resident import Answer, resident
 
@@ -54,12 +55,13 @@ def start(
     warm: Annotated[bool, typer.Option(help="Serve the server from this process, without Flower's SuperNode.")] = False,
 ) -> None:
     """Take part in the runs of a server, until stopped."""
+    need("node")
     from fedsplit.common.certs import read_authority
     from fedsplit.data.devices import own_files
     from fedsplit.device.home import Home
+    from fedsplit.device.link import DATA, HOME, SOCKET
     from fedsplit.device.link import supernode as connection
     from fedsplit.flower.programs import CLIENT_APP, check_flower, flower
-    from fedsplit.runs.client_app import DATA, HOME, SOCKET
 
     logging.getLogger("fedsplit").setLevel(logging.INFO)
     if warm:
@@ -104,10 +106,9 @@ def start(
 
 def _real_answer(home: str, data: str | None) -> Answer:
     """Return what answers for a real node, with all that it needs loaded already."""
-    from fedsplit.runs.client_app import answer
-    from fedsplit.runs.nodes import real_node
+    from fedsplit.device.nodes import answer, real_node
 
-    return lambda kind, settings, payload: answer(lambda: real_node(settings, home, data), kind, payload)
+    return lambda kind, terms, payload: answer(lambda: real_node(terms, home, data), kind, payload)
 
 
 @node.command()
@@ -123,6 +124,7 @@ def preview(
 
     They are exact but for what is drawn anew in a run: noise, and masks unless dropping.mask is "keyed".
     """
+    need("pictures")
     from fedsplit.plan.settings import load_settings
     from fedsplit.runs.auditing import preview_record
 

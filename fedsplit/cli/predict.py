@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import typer
 
 from fedsplit.cli.console import stderr
+from fedsplit.cli.extras import need
 from fedsplit.common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def serve(
     ] = None,
 ) -> None:
     """Answer devices with predictions, from what dropping left of their records, or watch them for what is new."""
+    need("serve")
     import logging
 
     import uvicorn

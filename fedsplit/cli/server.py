@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsplit.cli.console import show_progress, stderr
+from fedsplit.cli.extras import need
 from fedsplit.cli.node import find_functions
 from fedsplit.common.errors import ConfigError
 
@@ -46,6 +47,7 @@ def start(
     insecure: Annotated[bool, typer.Option(help="No TLS and no keys: for a trial on one machine.")] = False,
 ) -> None:
     """Start Flower's SuperLink: with TLS, and for nodes whose keys were registered."""
+    need("server")
     from fedsplit.common.certs import read_authority
     from fedsplit.device.link.supernode import check_superlink
     from fedsplit.flower import programs as flower
@@ -90,6 +92,7 @@ def register(
     ] = None,
 ) -> None:
     """Let a node in, with its devices: no other key may register them."""
+    need("server")
     from fedsplit.server.link.folder import register_node
 
     chosen = register_node(superlink, public_key, devices)
@@ -105,10 +108,12 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Result on stdout as JSON, logs on stderr.")] = False,
 ) -> None:
     """Train over the nodes of a SuperLink, on its machine, with the settings of CONFIG."""
+    need("server")
     from fedsplit.cli.report import result_table
+    from fedsplit.plan.experiment import Experiment
     from fedsplit.plan.named_code import names_code
     from fedsplit.plan.settings import AuditSettings, GuardSettings, default_folder, load_settings
-    from fedsplit.runs.folder import check_fresh
+    from fedsplit.runs.folder import check_fresh, submitting
     from fedsplit.runs.following import follow, forget_state
     from fedsplit.server.link import runs
 
@@ -128,7 +133,9 @@ def run(
     if not resume:
         check_fresh(folder)
     forget_state(folder)
-    number = runs.submit(settings.to_json(), superlink, folder, resume=resume, modules=modules)
+    terms = Experiment(settings).terms.to_json()
+    with submitting(folder, settings):
+        number = runs.submit(terms, superlink, folder, resume=resume, modules=modules)
 
     def ended() -> str | None:
         status = runs.run_status(number, superlink)

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedsplit.cli.console import stderr
+from fedsplit.cli.extras import need
 from fedsplit.cli.node import find_functions
 from fedsplit.common.errors import ConfigError
 
@@ -33,6 +34,7 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Front on stdout as JSON, progress on stderr.")] = False,
 ) -> None:
     """Search the settings of CONFIG for what no other trial beats in all objectives."""
+    need("tune")
     from fedsplit.plan.settings import default_folder, load_settings
 
     if resume and out is None:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, field_validator, model_serializer
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -21,93 +20,23 @@ from fedsplit.common.arrays import FloatArray
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import replacing
 from fedsplit.data import Scaling
-from fedsplit.model.activations import ACTIVATIONS
-from fedsplit.model.kinds import kind_named
 from fedsplit.model.layer import FirstLayer
-from fedsplit.model.tasks import TASKS, is_task_name, task_of
+from fedsplit.model.tasks import TASKS, task_of
 from fedsplit.model.tasks.base import Task
-from fedsplit.release.chosen import built_in, from_outside, numbers_of, with_noise
-from fedsplit.release.policies import BUILT_IN
 from fedsplit.release.policy import Policy
+from fedsplit.wire.description import Description, Dropping, Layer
 from fedsplit.wire.exchange import weights_digest
 
 DESCRIPTION, WEIGHTS = "device.json", "first_layer.safetensors"
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is not given, so that files are as they were when there was no such key."""
-    return {key: value for key, value in values.items() if value is not None}
+class _File(Description):
+    """What ``device.json`` holds: the description, and the weights that belong to it."""
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
-
-
-class Layer(_Strict):
-    """What a first layer is, besides its weights; ``numbers`` are the activation's own, where they are unusual."""
-
-    kind: str
-    arguments: dict[str, int | tuple[int, ...]]
-    bias: bool
-    activation: str
-    numbers: dict[str, float | str] | None = None
-    input_shape: tuple[int, ...]
-
-    @model_serializer(mode="wrap")
-    def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _given(whole(self))
-
-
-class Dropping(_Strict):
-    """A policy and its numbers; ``fields`` are those of one that does not come with fedsplit."""
-
-    policy: str
-    keep: float = 1.0
-    k: int = 0
-    bits: int = 0
-    clip: float = 0.0
-    noise: float = 0.0
-    fields: dict[str, bool | int | float | str] | None = None
-
-    @classmethod
-    def of(cls, policy: Policy) -> "Dropping":
-        """Return what stands for a policy."""
-        name, numbers = numbers_of(policy)
-        if name in BUILT_IN:
-            return cls(policy=name, **numbers)
-        noise = {key: numbers.pop(key) for key in ("clip", "noise") if key in numbers}
-        return cls(policy=name, fields=numbers, **noise)
-
-    def built(self, allow: Collection[str] = ()) -> Policy:
-        """Return the policy; raises ConfigError. Code from outside is imported only if it is allowed."""
-        if self.fields is None:
-            return built_in(**self.model_dump(exclude={"policy", "fields"}), name=self.policy)
-        if self.policy not in allow:
-            raise ConfigError(f"policy {self.policy!r} is code from outside, and not allowed")
-        return with_noise(from_outside(self.policy, self.fields), self.clip, self.noise)
-
-    @model_serializer(mode="wrap")
-    def _plain(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _given(whole(self))
-
-
-class _Description(_Strict):
     format: Literal[1]
-    model: str
-    task: str
-    outputs: int
     layer: Layer
-    dropping: Dropping
-    dtype: Literal["float16", "float32"]
-    scaling: Scaling
+    model: str
     sha256: str
-
-    @field_validator("task")
-    @classmethod
-    def _known(cls, task: str) -> str:
-        if not is_task_name(task):
-            raise ValueError("there is no such task")
-        return task
 
 
 @dataclass(frozen=True)
@@ -147,12 +76,12 @@ class Bundle:
     def files(self) -> dict[str, bytes]:
         """Return the contents of the folder's files by their names; raises ConfigError if they cannot hold it."""
         weights = save(self.layer.initial_weights())
-        description = _Description(
+        description = _File(
             format=1,
             model=self.model,
             task=self.task.name,
             outputs=self.outputs,
-            layer=described(self.layer),
+            layer=Layer.of(self.layer),
             dropping=Dropping.of(self.dropping),
             dtype=self.dtype,  # type: ignore[arg-type]
             scaling=self.scaling,
@@ -189,7 +118,7 @@ class Bundle:
             If it is missing or damaged, its two files do not belong together, or it names code that is not allowed.
         """
         try:
-            found = _Description(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+            found = _File(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
             content = (folder / WEIGHTS).read_bytes()
         except OSError as error:
             raise DataError(f"{folder} holds no model for devices: {error.strerror}; see fedsplit export") from None
@@ -202,15 +131,11 @@ class Bundle:
         except ConfigError as error:
             raise DataError(f"{folder / DESCRIPTION}: {error}") from None
         try:
-            layer = _built(found.layer)
+            layer = found.build(dropping)
             layer.load_weights(load(content))
-            scaling = found.scaling
-            dropping.fits(layer)
-            if 0.0 in scaling.divide or scaling.apply(np.zeros((1, *layer.input_shape))).shape[1:] != layer.input_shape:
-                raise ValueError
         except (ConfigError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError):
             raise DataError(f"{folder / DESCRIPTION} does not describe a model that can be built") from None
-        bundle = cls(layer, dropping, found.dtype, scaling, task, found.outputs)
+        bundle = cls(layer, dropping, found.dtype, found.scaling, task, found.outputs)
         if not np.isfinite(bundle.weights).all():
             raise DataError(f"{folder / WEIGHTS} is damaged: weights must be finite")
         if bundle.model != found.model:
@@ -227,22 +152,3 @@ def _task(name: str, allow: Collection[str]) -> Task:
 def model_name(weights: FloatArray) -> str:
     """Return the name of a model, from its first layer's flat parameters."""
     return f"{weights_digest(weights):016x}"
-
-
-def described(layer: FirstLayer) -> Layer:
-    """Return what a layer is, besides its weights; raises ConfigError if its kind cannot be exported."""
-    return Layer(
-        kind=layer.kind.name,
-        arguments=layer.kind.describe(),
-        bias="bias" in layer.shapes,
-        activation=layer.nonlinearity.name,
-        numbers=layer.nonlinearity.numbers or None,
-        input_shape=layer.input_shape,
-    )
-
-
-def _built(found: Layer) -> FirstLayer:
-    module = kind_named(found.kind).build(found.arguments, bias=found.bias)
-    if found.activation not in ACTIVATIONS:
-        raise ConfigError(f"activation {found.activation!r} is not known here")
-    return FirstLayer(module, ACTIVATIONS[found.activation](**(found.numbers or {})), found.input_shape)

@@ -10,6 +10,9 @@ from fedsplit.common.errors import WireError
 _RECORD_KEY, _PAYLOAD = "fedsplit", "packed"
 _LARGE = 2**22  # bytes
 
+TERMS = "terms"
+"""The key of a run config under which nodes find the run's terms."""
+
 
 def to_record(payload: bytes) -> RecordDict:
     """Wrap a payload as the content of a Flower message.

@@ -2,6 +2,7 @@
 
 import math
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from fedsplit.model.head import cut_head
 from fedsplit.model.split import SplitModel
 from fedsplit.model.zoo import build_model
 from fedsplit.plan.settings import Settings
+from fedsplit.plan.strategies import PER_DEVICE
 from fedsplit.release.policy import Policy
+from fedsplit.wire.description import BuiltLayer, Description, Dropping, Layer
+from fedsplit.wire.terms import Terms
 
 
 class Experiment:
@@ -84,6 +88,63 @@ class Experiment:
     def policy(self) -> Policy:
         """The dropping policy; raises ConfigError."""
         return self.settings.dropping.built()
+
+    @cached_property
+    def terms(self) -> Terms:
+        """What a node needs to know of the run; raises ConfigError."""
+        settings, source = self.settings, self.source
+        protocol = settings.protocol
+        return Terms.made(
+            model=Description.made(
+                task=source.task.name,
+                outputs=source.outputs,
+                layer=self._layer_terms(),
+                dropping=Dropping.of(self.policy),
+                dtype=protocol.dtype,
+                scaling=source.scaling,
+            ),
+            data=self._data_terms(),
+            asked=self._asked_terms(),
+            seed=settings.run.seed,
+            keyed=settings.dropping.mask == "keyed",
+            head=self._head_terms() if protocol.labels == "at-home" else None,
+        )
+
+    def _layer_terms(self) -> Layer | BuiltLayer:
+        layer, builder = self.model.first_layer, self.settings.model.builder
+        shipped = all(type(known).__module__.startswith("fedsplit.") for known in (layer.kind, layer.nonlinearity))
+        if builder is None or (shipped and layer.kind.describes):
+            return Layer.of(layer)
+        return BuiltLayer(builder=builder, input_shape=layer.input_shape)
+
+    def _data_terms(self) -> dict[str, Any]:
+        data, devices = self.settings.data, self.settings.devices
+        return {
+            **data.model_dump(include={"name", "folder", "builder", "overlap", "novel"}),
+            "count": self.source.count,
+            "test": tuple(devices.test) if isinstance(devices.test, list) else devices.test,
+            "partition": devices.partition,
+            "alpha": devices.alpha,
+        }
+
+    def _asked_terms(self) -> dict[str, Any]:
+        settings, protocol = self.settings, self.settings.protocol
+        strategy = settings.first_layer.strategy
+        return {
+            "rounds": settings.run.rounds,
+            "once": protocol.facts.once,
+            "chunk": protocol.chunk,
+            "fraction": settings.devices.fraction,
+            "sampling": settings.devices.sampling,
+            "evaluate_every": settings.run.evaluate_every,
+            "teaches": settings.teaches,
+            "alone": strategy if strategy in PER_DEVICE else None,
+            "donors": settings.donors,
+        }
+
+    def _head_terms(self) -> dict[str, Any]:
+        head = cut_head(self.model.trunk)[1]
+        return {"features": head.in_features, "outputs": head.out_features, "bias": head.bias is not None}
 
     @cached_property
     def public(self) -> Records | None:

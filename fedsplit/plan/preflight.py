@@ -14,41 +14,34 @@ from fedsplit.guard.gaussian import epsilon, gaussian_precision, largest_precisi
 from fedsplit.guard.limits import Limits
 from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.schedule import Schedule
-from fedsplit.plan.settings import Settings
-from fedsplit.plan.strategies import PER_DEVICE
 from fedsplit.release.policy import Policy
+from fedsplit.wire.terms import Terms
 
 
 @dataclass(frozen=True)
 class _Plan:
     """A run, the records of the devices that are asked, and the limits."""
 
-    settings: Settings
+    terms: Terms
     layer: FirstLayer
+    policy: Policy
     limits: Limits
     train: dict[int, Records]
     test: list[Records]
 
     @cached_property
-    def policy(self) -> Policy:
-        return self.settings.dropping.built()
-
-    @cached_property
     def passes(self) -> int:
         """The most times that something new of a training record would leave."""
-        protocol, run = self.settings.protocol, self.settings.run
-        keyed = self.settings.dropping.mask == "keyed" or self.policy.deterministic
-        if protocol.facts.once or (keyed and not self.settings.teaches):
+        asked, keyed = self.terms.asked, self.terms.keyed or self.policy.deterministic
+        if asked.once or (keyed and not asked.teaches):
             return 1  # the same weights and masks give the same bytes
-        devices = self.settings.devices
-        fraction = devices.fraction
         counts = {d: len(records) for d, records in self.train.items()}
-        if fraction == 1.0:  # devices of one size are asked alike
+        if asked.fraction == 1.0:  # devices of one size are asked alike
             counts = {d: n for n, d in {n: d for d, n in counts.items()}.items()}
-        schedule = Schedule(protocol.facts.once, protocol.chunk, fraction, run.rounds, run.seed, devices.sampling)
+        schedule = Schedule(asked.once, asked.chunk, asked.fraction, asked.rounds, self.terms.seed, asked.sampling)
         schedule.set_counts(counts)
         seen: dict[int, set[int]] = {}
-        for round_number in range(1, run.rounds + 1):
+        for round_number in range(1, asked.rounds + 1):
             for device, row in schedule.rows(round_number).items():
                 seen.setdefault(device, set()).add(row[1])
         return max(map(len, seen.values()), default=0)
@@ -56,22 +49,27 @@ class _Plan:
     @property
     def most_asked(self) -> int:
         """The most records that a device is asked for in a round."""
-        chunk, most = self.settings.protocol.chunk, max(map(len, self.train.values()), default=0)
+        chunk, most = self.terms.asked.chunk, max(map(len, self.train.values()), default=0)
         if chunk == "spread":
-            return math.ceil(most / self.settings.run.rounds)
+            return math.ceil(most / self.terms.asked.rounds)
         return most if isinstance(chunk, str) else min(chunk, most)
 
     @property
     def evaluations(self) -> int:
         """How often something new of a test record would leave."""
-        rounds, every = self.settings.run.rounds, self.settings.run.evaluate_every
+        asked = self.terms.asked
         if not self.test:
             return 0
-        return 1 if every == 0 or not self.settings.teaches else math.ceil(rounds / every)
+        return 1 if asked.evaluate_every == 0 or not asked.teaches else math.ceil(asked.rounds / asked.evaluate_every)
 
 
 def check_limits(
-    settings: Settings, source: Source, layer: FirstLayer, limits: Limits, devices: Sequence[int] | None = None
+    terms: Terms,
+    source: Source,
+    layer: FirstLayer,
+    policy: Policy,
+    limits: Limits,
+    devices: Sequence[int] | None = None,
 ) -> None:
     """Refuse a run that the limits would stop half-way.
 
@@ -83,7 +81,7 @@ def check_limits(
     Raises
     ------
     ConfigError
-        In one line: each limit that the settings cannot keep, and what would keep it.
+        In one line: each limit that the run cannot keep, and what would keep it.
     """
     train, test = {}, []
     for device in range(source.count) if devices is None else devices:
@@ -91,11 +89,11 @@ def check_limits(
             data = source.device(device)
         except Exception:  # a device's own code may raise anything
             continue
-        if device not in settings.donors:
+        if device not in terms.asked.donors:
             train[device] = data.train
-        if device in source.test_devices:
+        if len(data.test) and (source.chosen is None or device in source.chosen):
             test.append(data.test)
-    plan = _Plan(settings, layer, limits, train, test)
+    plan = _Plan(terms, layer, policy, limits, train, test)
     rules = (_labels, _releases, _overlap, _evaluations, _gradients, _equations, _epsilon)
     problems = [text for rule in rules if (text := rule(plan))]
     if problems:
@@ -103,7 +101,7 @@ def check_limits(
 
 
 def _labels(plan: _Plan) -> str:
-    if plan.limits.labels or plan.settings.protocol.labels == "at-home":
+    if plan.limits.labels or plan.terms.head is not None:
         return ""
     return "labels would leave, labels is false (use protocol.labels 'at-home')"
 
@@ -136,19 +134,18 @@ def _evaluations(plan: _Plan) -> str:
 
 
 def _gradients(plan: _Plan) -> str:
-    if not plan.settings.teaches:
+    if not plan.terms.asked.teaches:
         return ""
-    strategy, least, asked = plan.settings.first_layer.strategy, plan.limits.gradient_records, plan.most_asked
-    alone = strategy in PER_DEVICE
+    alone, least, asked = plan.terms.asked.alone, plan.limits.gradient_records, plan.most_asked
     way = "(use protocol.mode 'release-once', or first-layer.strategy 'frozen')"
-    why = f"; {strategy} needs each device's alone, which tell more than a sum over a node's" if alone else ""
+    why = f"; {alone} needs each device's alone, which tell more than a sum over a node's" if alone else ""
     if not plan.limits.gradients:
         return f"first-layer gradients would leave, gradients is false {way}{why}"
     if plan.limits.epsilon is not None:
         return f"first-layer gradients would leave without noise, epsilon is {plan.limits.epsilon:g} {way}{why}"
     if alone and asked < least:
         return (
-            f"{strategy} needs the first-layer gradients of each device alone, of {asked} records at most, "
+            f"{alone} needs the first-layer gradients of each device alone, of {asked} records at most, "
             f"gradient-records is {least} (use a larger protocol.chunk, or a first-layer.strategy that takes a mean)"
         )
     return ""

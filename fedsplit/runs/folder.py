@@ -1,6 +1,8 @@
 """The run folder: every file of it has its name here."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,38 @@ if TYPE_CHECKING:
 
 STATE, LOG, NODES, METRICS, RESULT = "state.json", "run.log", "nodes.json", "metrics.jsonl", "result.json"
 DEVICES = "devices.csv"
+SUBMITTED = "submitted.toml"  # the settings as fedsplit run gives them to the process that trains
 
 
 def check_fresh(folder: Path) -> None:
     """Refuse a folder with anything of another run in it; raises ConfigError."""
-    if folder.exists() and any(path.name not in (STATE, LOG) for path in folder.iterdir()):
+    if folder.exists() and any(path.name not in (STATE, LOG, SUBMITTED) for path in folder.iterdir()):
         raise ConfigError(f"out folder {folder} is not empty: choose another, or continue it with --resume")
+
+
+@contextmanager
+def submitting(folder: Path, settings: Settings) -> Iterator[None]:
+    """Leave settings for the process that trains; in an error nothing is left.
+
+    Raises
+    ------
+    ConfigError
+        If the folder cannot be written.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / SUBMITTED) as new:
+            new.write_text(settings.to_toml(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"out folder {folder} cannot be written: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        (folder / SUBMITTED).unlink(missing_ok=True)
+        if made:
+            folder.rmdir()
+        raise
 
 
 def read_nodes(folder: Path) -> list[dict[str, Any]]:

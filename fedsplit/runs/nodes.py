@@ -1,39 +1,76 @@
-"""From settings to the nodes of a run: simulated ones, and real ones in their own folders."""
+"""The nodes of a simulation, from what each needs to know of the run; and a run's terms from its settings file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from fedsplit.audit.transcript import record_exchange
 from fedsplit.common.errors import ConfigError
-from fedsplit.data import DeviceData, open_own
-from fedsplit.device.at_home import AtHomeNode
+from fedsplit.common.tables import Section
+from fedsplit.data import DeviceData, Source
 from fedsplit.device.home import Home
 from fedsplit.device.node import Node
+from fedsplit.device.nodes import check_allowed, node_kind, open_records
 from fedsplit.device.pending import NodeState
 from fedsplit.guard.accountant import ExposureAccountant
 from fedsplit.guard.guard import Guard
-from fedsplit.model.head import Head
+from fedsplit.guard.limits import Limits
+from fedsplit.model.layer import FirstLayer
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.named_code import names_code
-from fedsplit.plan.preflight import check_limits
-from fedsplit.plan.settings import Settings
+from fedsplit.plan.settings import load_settings
+from fedsplit.release.policy import Policy
 from fedsplit.release.streams import simulation_secret
+from fedsplit.wire.terms import Terms
 
-_KNOWN_DEVICES = 256  # of a real node: those whose records were compared with the ones it knows
 _CACHED_BYTES = 2**28  # of a user's own data, in each process of a run; packaged data sets are shared arrays
 
 
+class Simulated(Section):
+    """What a simulation tells its nodes: the terms, and what real nodes have from their owners.
+
+    Attributes
+    ----------
+    terms : Terms
+        Their seed makes the devices' secrets, too.
+    limits : Limits
+    enforce : bool
+        Whether the guard refuses, or counts what it would refuse.
+    audited : bool
+        Whether every exchange is recorded.
+    """
+
+    terms: Terms
+    limits: Limits
+    enforce: bool
+    audited: bool
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Self:
+        """Return what a run's nodes are told; raises FedsplitError."""
+        settings, limits = experiment.settings, experiment.limits
+        enforce = limits.enforce and settings.guard.mode == "enforce"
+        return cls(terms=experiment.terms, limits=limits, enforce=enforce, audited=bool(settings.audit.targets))
+
+    def to_json(self) -> str:
+        """Return it as one line."""
+        return self.model_dump_json(by_alias=True)
+
+
 @lru_cache(maxsize=4)
-def _opened(settings_json: str) -> Experiment:
-    experiment = Experiment(Settings.from_json(settings_json))
-    if experiment.settings.data.name is None:
-        experiment.source = replace(experiment.source, load=_cached(experiment.source.load))
-    return experiment
+def _opened(simulated_json: str) -> tuple[Simulated, Policy, FirstLayer, Source]:
+    simulated = Simulated.model_validate_json(simulated_json)
+    source = open_records(simulated.terms)
+    if simulated.terms.data.name is None:
+        source = replace(source, load=_cached(source.load))
+    named = simulated.terms.named().values()  # the settings' own
+    policy = simulated.terms.model.dropping.built(named)
+    return simulated, policy, simulated.terms.model.build(policy, named), source
 
 
 def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:
@@ -56,7 +93,7 @@ def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:
 
 
 @lru_cache(maxsize=4096)
-def simulated_node(settings_json: str, partition: int, partitions: int, folder: str) -> Node:
+def simulated_node(simulated_json: str, partition: int, partitions: int, folder: str) -> Node:
     """Return a virtual node, the same object as long as this process lives.
 
     Devices are dealt to nodes in order. Secrets derive from the seed; what must outlive the process is below
@@ -67,13 +104,10 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
     ConfigError
         If there are more nodes than devices.
     """
-    experiment = _opened(settings_json)
-    settings, source, layer = experiment.settings, experiment.source, experiment.model.first_layer
+    simulated, policy, layer, source = _opened(simulated_json)
     if partitions > source.count:
         raise ConfigError(f"{partitions} nodes for {source.count} devices: lower the number of nodes")
-    seed = settings.run.seed
-    own_limits = experiment.limits
-    enforce = own_limits.enforce and settings.guard.mode == "enforce"
+    seed = simulated.terms.seed
     owner = sha256(b"%d %d %d" % (seed, partition, partitions)).digest()
 
     def home(run: int) -> Path:
@@ -85,64 +119,36 @@ def simulated_node(settings_json: str, partition: int, partitions: int, folder: 
             home(run).mkdir(parents=True, mode=0o700)
             for name in ("train", "test"):
                 ExposureAccountant.create(home(run) / f"ledger-{name}.npz", owner)
-        return Guard(own_limits, ExposureAccountant(path, owner, durable=False), layer, enforce=enforce)
+        accountant = ExposureAccountant(path, owner, durable=False)
+        return Guard(simulated.limits, accountant, layer, enforce=simulated.enforce)
 
     recorder = partial(record_exchange, Path(folder).parent / "audit" / "exchanges", partition)
-    return _node_kind(experiment)(
+    return node_kind(simulated.terms)(
         layer,
-        experiment.policy,
+        policy,
         np.array_split(np.arange(source.count), partitions)[partition].tolist(),
         source.device,
         lambda device: simulation_secret(seed, device),
         lambda run: NodeState(home(run)),
         guard,
-        dtype=settings.protocol.dtype,
-        keyed=settings.dropping.mask == "keyed",
-        record=recorder if settings.audit.targets else None,
+        record=recorder if simulated.audited else None,
     )
 
 
 @lru_cache(maxsize=4)
-def real_node(settings_json: str, folder: str, data: str | None = None) -> Node:
-    """Return a real node, whose folder ``fedsplit node init`` has made; its guard enforces the owner's limits.
+def simulated_by(path: str) -> str:
+    """Return what a settings file tells the nodes of its simulation; raises FedsplitError."""
+    return Simulated.of(Experiment(load_settings(path))).to_json()
 
-    ``data`` is the folder or file with the node's own records; without it they are those that the settings name.
+
+@lru_cache(maxsize=4)
+def terms_by(path: str, home: str) -> str:
+    """Return the terms that a settings file means, to a real node whose owner allows what it names.
 
     Raises
     ------
     FedsplitError
-        If something of the folder is missing or damaged, or its owner does not allow the run.
     """
-    home = Home(Path(folder))
-    _check_allowed(Settings.from_json(settings_json), home.allowed)
-    experiment = _opened(settings_json)
-    settings, source, layer = experiment.settings, experiment.source, experiment.model.first_layer
-    if data is not None:
-        source = open_own(data, home.devices, source)
-    if home.limits.enforce:
-        check_limits(settings, source, layer, home.limits, home.devices)
-    return _node_kind(experiment)(
-        layer,
-        experiment.policy,
-        home.devices,
-        lru_cache(maxsize=_KNOWN_DEVICES)(lambda device: home.known(device, source.device(device))),
-        home.device_secret,
-        lambda run: NodeState(home.run_folder(run)),
-        lambda run, ledger: home.guard(ledger, layer),
-        dtype=settings.protocol.dtype,
-        keyed=settings.dropping.mask == "keyed",
-    )
-
-
-def _node_kind(experiment: Experiment) -> Callable[..., Node]:
-    if experiment.settings.protocol.labels == "shared":
-        return Node
-    return partial(AtHomeNode, head=Head.of(experiment.model.trunk, experiment.source.task))
-
-
-def _check_allowed(settings: Settings, allowed: Sequence[str]) -> None:
-    """Refuse settings, which are the server's, that name code or files of this machine; raises ConfigError."""
-    folder = {"data.folder": settings.data.folder} if settings.data.folder is not None else {}
-    for key, name in {**names_code(settings, on_nodes=True), **folder}.items():
-        if name not in allowed:
-            raise ConfigError(f"{key} {name!r} is not among what the node's owner allows (allow in node.toml)")
+    settings = load_settings(path)
+    check_allowed(names_code(settings, on_nodes=True), Home(Path(home)).allowed)  # the model's, too: it is built here
+    return Experiment(settings).terms.to_json()

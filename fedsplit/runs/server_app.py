@@ -7,10 +7,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedsplit.plan.settings import Settings, default_folder
+from fedsplit.flower.record import TERMS
+from fedsplit.plan.settings import default_folder, load_settings
 from fedsplit.runs.assembly import calibrated
-from fedsplit.runs.client_app import STATE_FOLDER, run_settings
-from fedsplit.runs.folder import open_run_folder
+from fedsplit.runs.client_app import APP_FOLDER, CONFIG, STATE_FOLDER
+from fedsplit.runs.folder import SUBMITTED, open_run_folder
 from fedsplit.runs.following import working
 from fedsplit.runs.pictures import draw_curves
 from fedsplit.runs.training import TrainingRun
@@ -22,13 +23,15 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train with the settings in the run config, or in the file that it names.
+    """Train with the settings that ``fedsplit run`` has left in the run folder, or those of the file ``config``.
 
-    Besides them it may have ``out``, the run folder (default: in ``runs/`` of the current folder), ``resume``, and for
-    real nodes ``nodes``, the server's folder, which says which devices each key has: empty without keys.
+    Besides the nodes' terms a run config may have ``out``, the run folder (default: in ``runs/`` of the current
+    folder), ``resume``, and for real nodes ``nodes``, the server's folder, which says which devices each key has: empty
+    without keys.
     """
     config = context.run_config
-    settings = Settings.from_json(run_settings(config))
+    submitted = Path(str(config["out"])) / SUBMITTED if TERMS in config else APP_FOLDER / str(config[CONFIG])
+    settings = load_settings(submitted)
     folder = Path(str(config["out"])) if "out" in config else default_folder(settings)
     owners = ServerFolder(Path(str(config["nodes"]))).owners if config.get("nodes") else None
     if isinstance(grid, HttpGrid):

@@ -74,8 +74,10 @@ def _start_nodes(start: Start, settings: Settings, states: Path) -> Callable[[],
     # these imports bring torch: Ray starts meanwhile
     from fedsplit.plan.experiment import Experiment
     from fedsplit.runs.client_app import client_app
+    from fedsplit.runs.nodes import Simulated
 
-    return start(client_app(settings.to_json(), str(states.resolve())), Experiment(settings).nodes)
+    experiment = Experiment(settings)
+    return start(client_app(Simulated.of(experiment).to_json(), str(states.resolve())), experiment.nodes)
 
 
 def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resume: bool) -> "TrainingRun":
@@ -89,6 +91,6 @@ def _prepared(settings: Settings, folder: Path, report: "Report | None", *, resu
     run = TrainingRun(settings, folder, report)
     run.check_startable()
     if settings.guard.mode == "enforce" and (own := run.experiment.limits).enforce:
-        check_limits(settings, run.source, run.model.first_layer, own)
+        check_limits(run.experiment.terms, run.source, run.model.first_layer, run.experiment.policy, own)
     open_run_folder(folder, settings, resume=resume)
     return run

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import own
 import pytest
-from conftest import CONFIGS, small_settings
+from conftest import CONFIGS, simulated_json, small_settings
 from safetensors.numpy import load_file
 
 from fedsplit import simulate
@@ -213,7 +213,7 @@ def test_resume_with_other_settings_names_the_key_and_both_values(refused: Main,
 def test_more_nodes_than_devices(out: Path) -> None:
     settings = small_settings()
     open_run_folder(out, settings, resume=False)
-    grid = InProcessGrid(client_app(settings.to_json(), str(out / "nodes")), 6)
+    grid = InProcessGrid(client_app(simulated_json(settings), str(out / "nodes")), 6)
     with pytest.raises(RunError, match=r"^6 nodes for 5 devices: lower the number of nodes$"):
         TrainingRun(settings, out).train(grid)
 

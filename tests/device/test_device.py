@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import small_settings
+from conftest import new_node, small_settings
 from own import linear
 from payloads import ones_for
 
 from fedsplit import DeviceData
 from fedsplit.device.node import Node
-from fedsplit.runs.nodes import simulated_node
 from fedsplit.wire.exchange import CutGradients, Download
 
 DEVICES = 5
@@ -32,7 +31,7 @@ def node(folder: Path, dtype: str = "float32", number: int = 0, nodes: int = 1, 
         dropping=dropping,
         protocol={"dtype": dtype},
     )
-    return simulated_node(settings.to_json(), number, nodes, str(folder / "nodes"))
+    return new_node(settings, number, nodes, folder / "nodes")
 
 
 def ask(node: Node, round_number: int = 1, pending: tuple[CutGradients, ...] = ()) -> Download:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import demo as driving
 import httpx
 import numpy as np
 import pytest
@@ -42,6 +41,7 @@ from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens, add_token
 from fedsplit.wire.ledger import Reason
 from fedsplit.wire.query import EPISODE
+from simulations.shared import browser as driving
 
 RATES = (0.25, 0.45, 0.65)  # radians a sample: what a device does in its recordings
 NEW = 1.3

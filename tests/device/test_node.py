@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import free_port
 
 from fedsplit.common.certs import CA, CERTIFICATE, KEY, read_authority
 from fedsplit.common.errors import ConfigError
 from fedsplit.device.home import Home
 from fedsplit.device.link import supernode as module
 from fedsplit.device.link.supernode import SuperNode, check_superlink, wait_for_superlink
+from simulations.shared.network import free_port
 
 Handle = Callable[[socket.socket], None]
 

@@ -13,7 +13,6 @@ import httpx
 import numpy as np
 import pytest
 from predictions import RECORDS, listening
-from processes import free_port, wait_for_port
 
 from fedsplit.common.certs import CA
 from fedsplit.common.errors import ConfigError, RunError
@@ -27,6 +26,7 @@ from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens, add_token
 from fedsplit.wire.container import VERSION
 from fedsplit.wire.query import Query
+from simulations.shared.network import free_port, wait_for_port
 
 Serving = Callable[..., AbstractContextManager[str]]
 

@@ -1,5 +1,6 @@
 """The guard: each rule by itself, then through the real ClientApp, with a server that sends what it likes."""
 
+import json
 import logging
 import struct
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, small_settings
+from conftest import CONFIGS, simulated_json, small_settings
 from flwr.app import Context, Message, MessageType, RecordDict
 from torch import nn
 
@@ -19,8 +20,10 @@ from fedsplit.cli import main as cli
 from fedsplit.common.errors import ConfigError, StateError
 from fedsplit.data import Records
 from fedsplit.device.home import Home
+from fedsplit.device.link import HOME
+from fedsplit.device.nodes import real_node
 from fedsplit.flower.grid import InProcessGrid
-from fedsplit.flower.record import from_record, to_record
+from fedsplit.flower.record import TERMS, from_record, to_record
 from fedsplit.guard.accountant import Cost, ExposureAccountant
 from fedsplit.guard.gaussian import gaussian_precision
 from fedsplit.guard.guard import Guard
@@ -31,8 +34,7 @@ from fedsplit.model.tasks.targets import Classes
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.preflight import check_limits
 from fedsplit.plan.settings import Settings, load_settings
-from fedsplit.runs.client_app import HOME, client_app
-from fedsplit.runs.nodes import real_node
+from fedsplit.runs.client_app import client_app
 from fedsplit.server.answers import PendingBlock, check_upload
 from fedsplit.wire.exchange import CutGradients, Download, Upload, weights_digest
 from fedsplit.wire.ledger import Reason
@@ -711,7 +713,7 @@ def tanh_model() -> SplitModel:
     return SplitModel.from_sequential(nn.Sequential(nn.Linear(N, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3)), (N,))
 
 
-NAMED = ["test_guard:private", "test_guard:model"]
+NAMED = ["test_guard:private"]
 
 
 def run_settings(folder: Path, lines: str = "", mode: str = "enforce", **changes: Any) -> Settings:
@@ -734,8 +736,9 @@ class Server:
     """Talks to the nodes of a run, and remembers all that it hears."""
 
     def __init__(self, settings: Settings, folder: Path, home: Path | None = None) -> None:
-        self.layer = Experiment(settings).model.first_layer
-        self.app = client_app(settings.to_json(), str(folder / "nodes"))
+        experiment = Experiment(settings)
+        self.layer, self.terms = experiment.model.first_layer, experiment.terms.to_json()
+        self.app = client_app(simulated_json(settings), str(folder / "nodes"))
         nodes = -(-settings.devices.count // settings.devices.per_node) if settings.devices.count else 0
         self.grid = InProcessGrid(self.app, nodes)
         self.home, self.bits = home, settings.dropping.bits
@@ -768,7 +771,7 @@ class Server:
         """Return what the node answers; None if that is an error. An honest server accepts the answer."""
         message = Message(to_record(download.to_bytes()), node, kind, ttl=100.0)
         if self.home is not None:
-            context = Context(1, node, {HOME: str(self.home)}, RecordDict(), {})
+            context = Context(1, node, {HOME: str(self.home)}, RecordDict(), {TERMS: self.terms})
             try:
                 reply = self.app(message, context)
             except Exception as error:  # what Flower would send
@@ -975,19 +978,21 @@ def test_a_real_node_counts_over_all_runs(server: Start, tmp_path: Path) -> None
     assert hostile.send(hostile.ask(3)) is None and hostile.errors[-1] == NOTHING_LEAVES
 
 
-@pytest.mark.parametrize("named", NAMED)
-def test_a_real_node_runs_no_code_that_its_owner_has_not_allowed(named: str, server: Start, tmp_path: Path) -> None:
-    Home.create(tmp_path / "home", [0, 1, 2], [other for other in NAMED if other != named])
+def test_a_real_node_runs_no_code_that_its_owner_has_not_allowed(server: Start, tmp_path: Path) -> None:
+    """It needs no model's: that of a run is not named."""
+    Home.create(tmp_path / "home", [0, 1, 2], ["test_guard:model"])
     hostile = server(home=tmp_path / "home", protocol={"mode": "single-pass", "chunk": "epoch"})
     assert hostile.send(hostile.ask()) is None
-    assert f"builder {named!r} is not among what the node's owner allows" in hostile.errors[-1]
+    assert "data.builder 'test_guard:private' is not among what the node's owner allows" in hostile.errors[-1]
+    assert "test_guard:model" not in hostile.terms
 
 
 def test_a_real_node_opens_no_folder_that_its_owner_has_not_allowed(tmp_path: Path) -> None:
     Home.create(tmp_path / "home", [0], ["own:linear_model"])
-    settings = small_settings(data={"builder": None, "folder": str(tmp_path / "other")})
+    terms = json.loads(Experiment(small_settings()).terms.to_json())
+    terms["data"] |= {"builder": None, "folder": str(tmp_path / "other")}
     with pytest.raises(ConfigError, match=r"data\.folder .* is not among what the node's owner allows"):
-        real_node(settings.to_json(), str(tmp_path / "home"))
+        real_node(json.dumps(terms), str(tmp_path / "home"))
 
 
 def test_a_device_of_a_real_node_whose_records_were_changed_sits_out(server: Start, tmp_path: Path) -> None:
@@ -1222,25 +1227,20 @@ def test_observing_lets_everything_leave_and_says_the_same(server: Start) -> Non
 # --- before a run --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def mnist() -> Iterator[Callable[[str], tuple[Settings, Any, FirstLayer]]]:
-    def opened(name: str) -> tuple[Settings, Any, FirstLayer]:
-        settings = load_settings(CONFIGS / f"{name}.toml", ["guard.mode=enforce"])
-        source = Experiment(settings).source
-        return settings, source, Experiment(settings).model.first_layer
-
-    yield opened
+def planned(settings: Settings) -> tuple[Any, ...]:
+    """Return the run as the preflight takes it, with the limits that the settings name."""
+    experiment = Experiment(settings)
+    return experiment.terms, experiment.source, experiment.model.first_layer, experiment.policy, experiment.limits
 
 
-def test_the_private_configuration_passes_the_preflight(mnist: Any) -> None:
-    settings, source, layer = mnist("mnist-private")
-    check_limits(settings, source, layer, Experiment(settings).limits)
+def test_the_private_configuration_passes_the_preflight() -> None:
+    check_limits(*planned(load_settings(CONFIGS / "mnist-private.toml", ["guard.mode=enforce"])))
 
 
-def test_the_published_configuration_is_refused_with_the_ways_out(mnist: Any) -> None:
-    settings, source, layer = mnist("mnist-paper")
+def test_the_published_configuration_is_refused_with_the_ways_out() -> None:
+    run = planned(load_settings(CONFIGS / "mnist-paper.toml", ["guard.mode=enforce"]))
     with pytest.raises(ConfigError) as caught:
-        check_limits(settings, source, layer, Experiment(settings).limits)
+        check_limits(*run)
     text = str(caught.value)
     assert "\n" not in text
     for said in ("up to 12 times, releases is 1", "'release-once' or 'single-pass'", "gradients is false", "'frozen'"):
@@ -1266,9 +1266,8 @@ FROZEN = {"first_layer": {"strategy": "frozen"}}
 def test_the_preflight_counts_what_would_leave(changes: dict[str, Any], refused: str, tmp_path: Path) -> None:
     """Of 20 records, seven at a time, three rounds are one pass."""
     settings = run_settings(tmp_path / "s", "equations = 1.0", **changes)
-    source = Experiment(settings).source
     try:
-        check_limits(settings, source, Experiment(settings).model.first_layer, Experiment(settings).limits)
+        check_limits(*planned(settings))
     except ConfigError as error:
         assert refused and refused in str(error)
         assert ("times" in refused) == ("each record would" in str(error)) or "test" in refused
@@ -1298,13 +1297,11 @@ def test_the_preflight_says_what_a_robust_strategy_needs(
 ) -> None:
     changes = {"protocol": {**PIPELINED, "chunk": chunk}, "run": {"rounds": 1}, "first_layer": {"strategy": strategy}}
     settings = run_settings(tmp_path / "s", f"equations = 1.0\n{lines}", **changes)
-    experiment = Experiment(settings)
-    source, layer = experiment.source, experiment.model.first_layer
     if said is None:
-        check_limits(settings, source, layer, experiment.limits)
+        check_limits(*planned(settings))
         return
     with pytest.raises(ConfigError) as caught:
-        check_limits(settings, source, layer, experiment.limits)
+        check_limits(*planned(settings))
     assert said in str(caught.value) and ("alone" in str(caught.value)) == bool(said)
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from deployments import HONEST, deployed, simulated, written
 from hostile import LIES
-from processes import Deployment, deployment, write_data
 from references import largest_difference, trained
 
 from fedsplit.device.home import Home
 from fedsplit.plan.settings import Settings, load_settings
 from fedsplit.runs.simulation import simulate
+from simulations.shared.processes import Deployment, deployment, write_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 

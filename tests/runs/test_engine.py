@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import small_settings
+from conftest import simulated_json, small_settings
 from flwr.app import Message
 from references import largest_difference, moved, trained
 
@@ -159,7 +159,7 @@ def test_another_ray_of_this_process_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_the_run_folder_is_refused(tmp_path: Path) -> None:
-    app = client_app(settings().to_json(), str(tmp_path / "elsewhere" / "nodes"))
+    app = client_app(simulated_json(settings()), str(tmp_path / "elsewhere" / "nodes"))
     grid = InProcessGrid(app, 3)
     reply = next(iter(grid.send_and_receive([Message(to_record(b""), 2, "query")])))
     assert "elsewhere is not there: all Ray nodes must share it" in reply.error.reason

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, small_settings
+from conftest import CONFIGS, simulated_json, small_settings
 from references import largest_difference, moved, trained
 
 from fedsplit import simulate
@@ -204,7 +204,7 @@ def test_replay_keeps_within_its_limit_and_a_resumed_run_forgets_the_same(mode: 
     folder = tmp_path / "whole"
     open_run_folder(folder, settings, resume=False)
     run = Watched(settings, folder)
-    whole = run.train(InProcessGrid(client_app(settings.to_json(), str(folder / "nodes")), 5))
+    whole = run.train(InProcessGrid(client_app(simulated_json(settings), str(folder / "nodes")), 5))
     last = kept[-1]
     assert 12 < sum(last.values()) < whole["samples"] and last.keys() - {0} == {n for n in last if n > 1}
     assert last[max(last)] > 0 and (last.get(0) == 10) == (mode == "release-once")

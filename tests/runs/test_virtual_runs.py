@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import small_settings
+from conftest import simulated_json, small_settings
 from references import largest_difference, trained
 
 from fedsplit import simulate
@@ -160,7 +160,7 @@ def run_watched(settings: Settings, folder: Path) -> TrainingRun:
     open_run_folder(folder, settings, resume=False)
     run = TrainingRun(settings, folder)
     nodes = Experiment(settings).nodes
-    run.train(InProcessGrid(client_app(settings.to_json(), str(folder / "nodes")), nodes))
+    run.train(InProcessGrid(client_app(simulated_json(settings), str(folder / "nodes")), nodes))
     return run
 
 

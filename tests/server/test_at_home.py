@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import references
 import torch
-from conftest import small_settings
+from conftest import new_node, simulated_json, small_settings
 from flwr.app import Message
 from own import linear
 from references import centralised, delayed, largest_difference, moved, trained
@@ -21,14 +21,16 @@ from fedsplit import simulate
 from fedsplit.common.errors import ConfigError, WireError
 from fedsplit.device.at_home import AtHomeNode
 from fedsplit.device.home import Home
+from fedsplit.device.link import HOME
+from fedsplit.device.nodes import real_node
 from fedsplit.flower.grid import InProcessGrid
-from fedsplit.flower.record import from_record, to_record
+from fedsplit.flower.record import TERMS, from_record, to_record
 from fedsplit.model.head import Head, cut_head
 from fedsplit.model.tasks import task_of
+from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings
-from fedsplit.runs.client_app import HOME, client_app
+from fedsplit.runs.client_app import client_app
 from fedsplit.runs.folder import open_run_folder
-from fedsplit.runs.nodes import real_node, simulated_node
 from fedsplit.runs.training import TrainingRun
 from fedsplit.service.served import Served
 from fedsplit.wire.coding import quantise
@@ -199,7 +201,7 @@ class Wire(InProcessGrid):
     """Keeps all payloads, and may change or swallow replies."""
 
     def __init__(self, settings: Settings, states: Path, nodes: int) -> None:
-        super().__init__(client_app(settings.to_json(), str(states)), nodes)
+        super().__init__(client_app(simulated_json(settings), str(states)), nodes)
         self.sent: list[tuple[int, bytes]] = []
         self.came: list[tuple[int, bytes]] = []
         self.change: Callable[[int, bytes, bytes], bytes | None] = lambda node, sent, came: came
@@ -449,7 +451,7 @@ def ask(node: AtHomeNode, rows: list[tuple[int, int, int, int]], number: int = 1
 @pytest.fixture
 def node(tmp_path: Path) -> AtHomeNode:
     settings = at_home(devices={"per-node": DEVICES})
-    found = simulated_node(settings.to_json(), 0, 1, str(tmp_path / "run" / "nodes"))
+    found = new_node(settings, 0, 1, tmp_path / "run" / "nodes")
     assert isinstance(found, AtHomeNode)
     return found
 
@@ -530,28 +532,26 @@ def test_gradients_that_are_not_finite_do_not_leave(node: AtHomeNode) -> None:
 def test_a_node_whose_labels_are_shared_answers_no_question_about_them(node: AtHomeNode, tmp_path: Path) -> None:
     payload = ask(node, ROWS).to_bytes()
     settings = at_home(protocol={"labels": "shared"}, devices={"per-node": DEVICES})
-    other = simulated_node(settings.to_json(), 0, 1, str(tmp_path / "other" / "nodes"))
+    other = new_node(settings, 0, 1, tmp_path / "other" / "nodes")
     with pytest.raises(WireError, match="kind must be 2, got 5"):
         other.answer("train", payload)
 
 
 def test_an_owner_can_keep_labels_at_home(tmp_path: Path) -> None:
     """Whatever the server's settings say."""
-    home = Home.create(tmp_path / "home", [0], ["own:linear", "own:linear_model"])
+    home = Home.create(tmp_path / "home", [0], ["own:linear"])
     limits = "releases = 100\nequations = 1.0\nlabels = {}\n"
     frozen = {"first_layer": {"strategy": "frozen"}, "dropping": {"policy": "top-k", "k": 4, "mask": "keyed"}}
     (home.folder / "limits.toml").write_text(limits.format("false"))
     with pytest.raises(ConfigError) as refused:
-        real_node(at_home(protocol={"labels": "shared"}, **frozen).to_json(), str(home.folder))
+        real_node(Experiment(at_home(protocol={"labels": "shared"}, **frozen)).terms.to_json(), str(home.folder))
     assert str(refused.value) == (
         "the limits do not allow this run: labels would leave, labels is false (use protocol.labels 'at-home')"
     )
-    built = real_node(at_home(**frozen).to_json(), str(home.folder))
-    upload = built.exchange(
-        Download(
-            1, 1, 0, False, built.first_layer.flatten(built.first_layer.initial_weights()), np.array([(0, 0, 0, 7)]), []
-        )
-    )
+    experiment = Experiment(at_home(**frozen))
+    built, layer = real_node(experiment.terms.to_json(), str(home.folder)), experiment.model.first_layer
+    weights = layer.flatten(layer.initial_weights())
+    upload = built.exchange(Download(1, 1, 0, False, weights, np.array([(0, 0, 0, 7)]), []))
     assert upload.release.targets.shape == (len(upload.release.counts), 0)
 
 
@@ -568,9 +568,10 @@ def test_real_nodes_whose_owners_keep_their_labels_train_a_model(out: Path) -> N
 
     def owned(wire: Wire) -> None:
         for device, context in enumerate(wire._contexts.values()):
-            home = Home.create(out.parent / str(device), [device], ["own:linear", "own:linear_model"])
+            home = Home.create(out.parent / str(device), [device], ["own:linear"])
             (home.folder / "limits.toml").write_text("equations = 1.0\nleverage = 1.0\nactive = 1.0\nlabels = false\n")
             context.node_config = {HOME: str(home.folder)}
+            context.run_config = {TERMS: Experiment(settings).terms.to_json()}
 
     training, wire = run(settings, out, owned)
     assert training.result is not None and training.result["exposures_max"] == 1

@@ -12,7 +12,6 @@ from conftest import small_settings
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from processes import free_port
 
 from fedsplit.common.certs import (
     CA,
@@ -29,6 +28,7 @@ from fedsplit.flower.programs import connect_flower, flower_config, run_flower, 
 from fedsplit.server.link import folder as module
 from fedsplit.server.link.folder import ServerFolder, check_port_free, register_node, server_of, superlink_command
 from fedsplit.server.link.runs import submit
+from simulations.shared.network import free_port
 
 
 @pytest.fixture

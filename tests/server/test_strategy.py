@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_settings
+from conftest import simulated_json, small_settings
 from flwr.app import Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from references import largest_difference, moved, trained
@@ -67,7 +67,7 @@ def train(tmp_path: Path, change: Change, nodes: int = 5, **changes: dict[str, A
     folder = tmp_path / "run"
     open_run_folder(folder, settings, resume=False)
     run = TrainingRun(settings, folder)
-    grid = FaultyGrid(client_app(settings.to_json(), str(folder / "nodes")), nodes)
+    grid = FaultyGrid(client_app(simulated_json(settings), str(folder / "nodes")), nodes)
     grid.change = change
     grid.marker = run.strategy.progress.run.to_bytes(8, "little")
     run.train(grid)
@@ -640,5 +640,5 @@ def test_a_run_says_for_how_many_devices_it_waits(
     settings, folder = small_settings(protocol={"timeout": 600}), tmp_path / "run"
     open_run_folder(folder, settings, resume=False)
     run = TrainingRun(settings, folder)
-    assert run.train(Late(client_app(settings.to_json(), str(folder / "nodes")), 5))["nodes"] == 5
+    assert run.train(Late(client_app(simulated_json(settings), str(folder / "nodes")), 5))["nodes"] == 5
     assert there[0] == 3 and len(read_nodes(folder)) == 5 and caplog.text.count("devices are there") == 1

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_settings
+from conftest import simulated_json, small_settings
 from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
 from hypothesis import given, settings
@@ -397,7 +397,9 @@ def watch(
             after(metrics["round"], grid)
 
     run = TrainingRun(chosen, folder, report)
-    grid = Watched(client_app(chosen.to_json(), str(folder / "nodes")), Experiment(chosen).nodes, hidden=list(hidden))
+    grid = Watched(
+        client_app(simulated_json(chosen), str(folder / "nodes")), Experiment(chosen).nodes, hidden=list(hidden)
+    )
     run.train(grid)
     return run, grid, exchanges
 

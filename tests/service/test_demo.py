@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import demo as driving
 import numpy as np
 import pytest
 from conftest import CONFIGS, small_settings
@@ -26,6 +25,8 @@ from fedsplit.service.app import service
 from fedsplit.service.demo import Attacker, add_demo
 from fedsplit.service.served import Served
 from fedsplit.service.tokens import Tokens, add_token
+from simulations.shared import browser as driving
+from simulations.shared.serving import serving
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +148,14 @@ def test_a_model_that_the_page_cannot_compute_is_refused(why: str, tmp_path: Pat
 @pytest.mark.skipif(not driving.installed(), reason="needs Chromium and ChromeDriver")
 def test_the_page_in_a_browser(run: Path, home: Home, tmp_path: Path) -> None:
     """What it sends is, byte for byte, what the Python client sends of the same record with the same secret."""
-    with driving.serving(run, tmp_path) as (url, token), driving.browser() as driver:
+    token = add_token(tmp_path / "tokens", "demo")
+    with serving(run, tmp_path, "--demo") as url, driving.browser() as driver:
         driver.get(f"{url}/demo/page.css")
         driver.execute_script("localStorage.setItem('fedsplit-secret', arguments[0])", home.secret.hex())
         driving.enter(driver, url, token)
         driving.resize(driver, *driving.PHONE)
         assert driver.execute_script("return document.documentElement.scrollWidth") <= driving.PHONE[0]
-        driving.draw(driver, driving.SEVEN)
+        driving.draw_lines(driver, driving.SEVEN)
         assert driving.predict(driver).isdigit()
 
         module = (

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from deployments import HONEST, deployed, simulated, written
-from processes import Deployment, deployment, free_port, wait_for_port
 from references import largest_difference, trained
 
 from fedsplit.plan.settings import load_settings
 from fedsplit.runs.simulation import simulate
+from simulations.shared.network import free_port, wait_for_port
+from simulations.shared.processes import Deployment, deployment
 
 pytestmark = [
     pytest.mark.slow,

@@ -5,14 +5,17 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
-import homomorphic
 import numpy as np
 import pytest
 import torch
-from homomorphic import LeftOut, Product, ckks, measured, paillier, stages
 from torch import nn
 
 from fedsplit.model.split import SplitModel
+from simulations.encryption import paillier as scheme
+from simulations.encryption.ckks import Product, ckks
+from simulations.encryption.homomorphic import measured
+from simulations.encryption.paillier import paillier
+from simulations.encryption.stages import LeftOut, stages
 
 
 def network(*shape: int) -> nn.Sequential:
@@ -120,10 +123,10 @@ def test_paillier_gives_the_first_layers_outputs(monkeypatch: pytest.MonkeyPatch
     name, row, said = paillier(layer, records(12), bits=256)
     assert name == "Paillier, first layer" and "scaled" not in said
     assert (row["bytes_up"], row["bytes_down"]) == (12 * 64, 10 * 64)
-    monkeypatch.setattr(homomorphic, "LONGEST", 0.0)
+    monkeypatch.setattr(scheme, "LONGEST", 0.0)
     name, row, said = paillier(layer, records(12), bits=256)
     assert name == "Paillier, first layer, from 1 of 10 outputs" and "1 of 10 outputs were computed" in said
     assert row["bytes_down"] == 10 * 64
-    monkeypatch.setattr(homomorphic, "_FRACTION", 2)
+    monkeypatch.setattr(scheme, "_FRACTION", 2)
     with pytest.raises(RuntimeError, match="Paillier: another prediction"):
         paillier(layer, records(12), bits=256)

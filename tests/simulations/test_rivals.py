@@ -2,22 +2,23 @@
 
 import os
 
-import naive
 import numpy as np
 import pytest
 import torch
 from conftest import small_settings
-from exchanges import Cost, array_bytes
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from rivals import ClockedGrid, train_naively
 
 from fedsplit.plan.experiment import Experiment
 from fedsplit.server.virtual.clock import VirtualClock
 from fedsplit.server.virtual.presence import ByChance
 from fedsplit.server.virtual.profile import Profile
 from fedsplit.server.virtual.trace import SECOND
+from simulations.devices.exchanges import Cost, array_bytes
+from simulations.devices.grid import ClockedGrid
+from simulations.devices.rivals import train_naively
+from simulations.shared import naive
 
 pytestmark = pytest.mark.slow  # trains whole networks
 
@@ -95,8 +96,6 @@ def test_only_those_who_hold_records_are_asked() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5, 1 - 1e-12])
 def test_naive_training_goes_on_without_lost_devices(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, naive.SETTINGS, "")  # is taken back afterwards
-    naive._model.cache_clear()
-    naive._data.cache_clear()
     settings = small_settings(run={"rounds": 5}, devices={"count": DEVICES, "test": [3]})
     before = Experiment(settings).model
     seen = []

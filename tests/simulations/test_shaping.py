@@ -1,4 +1,4 @@
-"""The proxy of simulations/shaped.py: it changes no byte, and nothing is faster than its link allows."""
+"""The proxy of the study `shaped`: it changes no byte, and nothing is faster than its link allows."""
 
 import socket
 import threading
@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from shaping import Link, shaped
+
+from simulations.shaped.proxy import Link, shaped
 
 pytestmark = pytest.mark.slow  # waits for links that are slow on purpose
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_settings
+from conftest import new_node, small_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from payloads import ints, nothing_but, ones_for, some_kept
@@ -12,7 +12,6 @@ from payloads import ints, nothing_but, ones_for, some_kept
 from fedsplit.data import DeviceData
 from fedsplit.model.head import Head
 from fedsplit.release.admitted import unguarded
-from fedsplit.runs.nodes import simulated_node
 from fedsplit.wire.exchange import CutGradients, Download, Gradients, Upload
 from fedsplit.wire.head import HeadDownload, HeadUpload, Rows
 from fedsplit.wire.release import Release
@@ -139,7 +138,7 @@ def test_a_real_node_of_one_device_sends_so_much(task: str, tmp_path: Path) -> N
     columns = {"classification": None, "regression": 3}[task]
     data = {"builder": "own:linear" if columns is None else "test_sizes:failing", "task": task, "outputs": 3}
     whole = small_settings(data=data, dropping={"policy": "top-k", "k": 4})
-    node = simulated_node(whole.to_json(), 0, 5, str(tmp_path / "nodes"))
+    node = new_node(whole, 0, 5, tmp_path / "nodes")
     weights = node.first_layer.flatten(node.first_layer.initial_weights())
     sizes = Sizes(node.first_layer.size, node.first_layer.width, 4, 0, columns)
     rows, nothing = ints(0, 0, 0, 6).reshape(1, 4), np.zeros((0, 4), np.int64)
@@ -158,7 +157,7 @@ def test_a_real_node_of_one_device_sends_so_much(task: str, tmp_path: Path) -> N
         said = sizes.upload(one(records), one(values), one(0), one(refused), one(len(blocks)))
         assert said.tolist() == [len(answer)], number
     if columns:
-        sits_out = simulated_node(whole.to_json(), 1, 5, str(tmp_path / "nodes"))
+        sits_out = new_node(whole, 1, 5, tmp_path / "nodes")
         schedule = ints(1, 0, 0, 6).reshape(1, 4)
         answer = sits_out.answer("train", Download(1, 1, 0, False, weights, schedule).to_bytes())
         assert sizes.upload(one(0), one(0), one(1), one(0), one(0)).tolist() == [len(answer)]

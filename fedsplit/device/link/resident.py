@@ -39,7 +39,7 @@ if not started:
 """
 
 
-def ask(path: str, kind: str, settings_json: str, payload: bytes) -> bytes:
+def ask(path: str, kind: str, terms_json: str, payload: bytes) -> bytes:
     """Have the resident process at a socket answer a payload.
 
     Raises
@@ -50,7 +50,7 @@ def ask(path: str, kind: str, settings_json: str, payload: bytes) -> bytes:
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(path)
-            _send(connection, kind.encode(), settings_json.encode(), payload)
+            _send(connection, kind.encode(), terms_json.encode(), payload)
             error, content = _receive(connection), _receive(connection)
     except OSError:
         raise RunError("the node's resident process is gone: start the node again") from None
@@ -67,7 +67,7 @@ class Resident:
     folder : Path
         Of the socket, and of the program that Flower starts for a message.
     answer : callable
-        Takes a message's kind, the run's settings as JSON, and its payload; returns the answer's.
+        Takes a message's kind, the run's terms as JSON, and its payload; returns the answer's.
     client : callable
         Does the work of that program, from its arguments.
     program : str
@@ -99,12 +99,12 @@ class Resident:
             with connection:
                 connection.settimeout(_SILENCE)
                 try:
-                    kind, settings_json, payload = (_receive(connection) for _ in range(3))
+                    kind, terms_json, payload = (_receive(connection) for _ in range(3))
                     if kind.decode() == _START:
                         self._fork(connection, payload.decode().split("\0"))
                         connection.sendall(b"1")
                     else:
-                        _send(connection, *self._result(kind.decode(), settings_json.decode(), payload))
+                        _send(connection, *self._result(kind.decode(), terms_json.decode(), payload))
                 except (OSError, UnicodeDecodeError):
                     continue  # who asked is gone, or silent, or somebody else
         self._socket.close()
@@ -129,9 +129,9 @@ class Resident:
             sys.stderr.flush()
             os._exit(code)  # what this process has open is not the copy's to close
 
-    def _result(self, kind: str, settings_json: str, payload: bytes) -> tuple[bytes, bytes]:
+    def _result(self, kind: str, terms_json: str, payload: bytes) -> tuple[bytes, bytes]:
         try:
-            return b"", self._answer(kind, settings_json, payload)
+            return b"", self._answer(kind, terms_json, payload)
         except FedsplitError as error:
             return type(error).__name__.encode(), str(error).encode()
 

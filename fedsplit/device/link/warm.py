@@ -2,7 +2,7 @@
 
 Flower's SuperNode looks for messages every three seconds and starts a process for each. This one looks about when the
 next is expected, ever less often when nothing comes, and has everything loaded. The app that a run brings along is read
-for its settings, never executed.
+for the run's terms, never executed.
 
 The API is internal to Flower, so this module is for one version of it, which is checked before it is imported. To the
 server it is an ordinary SuperNode.
@@ -59,7 +59,7 @@ from fedsplit.common.errors import ConfigError, FedsplitError, RunError
 from fedsplit.device.link.resident import Answer
 from fedsplit.device.link.supernode import TAKEOVER
 from fedsplit.flower.grid import PULL_AGAIN, PULL_LONGEST, PULL_MOST, Pauses
-from fedsplit.flower.record import from_record, to_record
+from fedsplit.flower.record import TERMS, from_record, to_record
 
 log = logging.getLogger(__name__)
 Response = TypeVar("Response")
@@ -99,7 +99,7 @@ class WarmNode:
     seen : Path
         A file that is there once the node has been connected.
     answer : callable
-        Takes a message's kind, the run's settings as JSON, and its payload; returns the answer's.
+        Takes a message's kind, the run's terms as JSON, and its payload; returns the answer's.
     """
 
     def __init__(self, address: str, certificates: bytes | None, key: Path, seen: Path, answer: Answer) -> None:
@@ -120,7 +120,7 @@ class WarmNode:
         self._answer = answer
         self._address = address
         self._stop = threading.Event()
-        self._settings: dict[int, dict[str, Any]] = {}
+        self._configs: dict[int, dict[str, Any]] = {}
         self._node = FleetNode()
         self._until = math.inf  # when the message at hand expires
 
@@ -256,23 +256,23 @@ class WarmNode:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run, self._node.node_id
         began = time.monotonic()
         try:
-            payload = self._answer(kind, self._run_settings(run), from_record(message.content))
+            payload = self._answer(kind, self._terms(run), from_record(message.content))
         except FedsplitError as error:
             log.warning("%s refused: %s", kind, error)
             return Message(Error(2, f"{type(error).__name__}: {error}"), reply_to=message)
         log.info("%s answered in %.3f s: %d bytes left", kind, time.monotonic() - began, len(payload))
         return Message(to_record(payload), reply_to=message)
 
-    def _run_settings(self, run: int) -> str:
-        if run not in self._settings:
+    def _terms(self, run: int) -> str:
+        if run not in self._configs:
             info = run_from_proto(self._call(self._client.GetRun, GetRunRequest(node=self._node, run_id=run)).run)
             request = GetFabRequest(node=self._node, hash_str=info.fab_hash, run_id=run)
             app = fab_from_proto(self._call(self._client.GetFab, request).fab)
-            self._settings = {run: dict(get_fused_config_from_fab(app.content, info))}
-        settings = self._settings[run].get("settings")
-        if not isinstance(settings, str):
-            raise RunError("the run does not bring its settings: submit it with fedsplit run")
-        return settings
+            self._configs = {run: dict(get_fused_config_from_fab(app.content, info))}
+        terms = self._configs[run].get(TERMS)
+        if not isinstance(terms, str):
+            raise RunError("the run does not bring its terms: submit it with fedsplit run")
+        return terms
 
     def _send(self, reply: Message, seconds: float) -> None:
         reply.metadata.__dict__["_message_id"] = reply.object_id

@@ -114,6 +114,11 @@ class LayerKind(ABC):
         the gradient. ``delta`` is ``(N, width)``, float64.
         """
 
+    @property
+    def describes(self) -> bool:
+        """Whether the kind says with :meth:`describe` what it is."""
+        return type(self).describe is not LayerKind.describe
+
     def describe(self) -> dict[str, Any]:
         """Return what :meth:`build` needs besides the parameters; raises ConfigError if the kind cannot be exported."""
         raise ConfigError(f"first layer {type(self.module).__name__} cannot be exported: its kind does not say how")

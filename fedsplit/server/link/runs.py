@@ -10,14 +10,15 @@ import tomli_w
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.flower.programs import run_flower
+from fedsplit.flower.record import TERMS
 from fedsplit.server.link.folder import server_of
 
 
-def submit(settings_json: str, name: str, folder: Path, *, resume: bool, modules: Sequence[Path] = ()) -> str:
+def submit(terms_json: str, name: str, folder: Path, *, resume: bool, modules: Sequence[Path] = ()) -> str:
     """Start a run on a SuperLink and return its id.
 
-    The app that goes there holds no code of fedsplit's, which nodes and server have installed, but the settings, and
-    the ``modules`` that these name.
+    The app that goes there holds no code of fedsplit's, which nodes and server have installed, but the nodes' terms,
+    and the ``modules`` that the settings name. The settings themselves are in the run folder.
 
     Raises
     ------
@@ -27,7 +28,7 @@ def submit(settings_json: str, name: str, folder: Path, *, resume: bool, modules
     server = server_of(name)
     if server is not None and not server.owners():
         raise ConfigError(f"SuperLink {name!r} has no nodes yet: let them in with fedsplit server register")
-    config: dict[str, str | bool] = {"settings": settings_json, "out": str(folder.resolve()), "resume": resume}
+    config: dict[str, str | bool] = {TERMS: terms_json, "out": str(folder.resolve()), "resume": resume}
     config["nodes"] = str(server.folder) if server else ""
     with tempfile.TemporaryDirectory() as app:
         write_app(Path(app), config, modules)

@@ -28,9 +28,9 @@ from fedsplit.model.tasks.base import Task
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.learning import TuneSettings
 from fedsplit.plan.settings import INCIDENTAL, Settings, check_settings, flattened
-from fedsplit.runs.assembly import split_strategy
 from fedsplit.runs.engine import running_ray
 from fedsplit.runs.folder import RunFolder
+from fedsplit.tuning.fitting import check_fit
 from fedsplit.tuning.folder import StudyFolder, seed_folder
 from fedsplit.tuning.space import Space, usual_space
 from fedsplit.tuning.trial import Outcome, Plan, audited, run_trial, with_seed
@@ -148,7 +148,7 @@ class Study:
         else:
             tables = tune.space
         space = Space.of(settings, tables)
-        space.check(lambda trial: _check_fit(trial, self.plan))
+        space.check(lambda trial: check_fit(trial, self.plan))
         return space
 
     def _open(self, *, resume: bool) -> optuna.Study:
@@ -293,22 +293,6 @@ class Study:
         """Return a point's settings."""
         (found,) = (t for t in self.trials if t.number == point.number)
         return check_settings(self.space.draw(optuna.trial.FixedTrial(found.params)))
-
-
-def _check_fit(settings: Settings, plan: Plan) -> None:
-    """Refuse settings that cannot give what is asked for, before anything runs; raises ConfigError."""
-    settings = check_settings(with_seed(settings, plan.seeds - 1).tables())
-    experiment = Experiment(settings)
-    source = experiment.source
-    for name in plan.names:
-        if name in AUDITED and not settings.audit.targets:
-            raise ConfigError(f"{name!r} is an audit's: audit.targets must be at least 1, got 0")
-        if name.startswith("test_") and not source.test_devices:
-            raise ConfigError(f"{name!r} needs test devices, devices.test names none")
-        if name.startswith("test_"):
-            _check_figure(name, source.task)
-    split_strategy(experiment, run=0)
-    _ = experiment.public  # raises
 
 
 def _check_figure(name: str, task: Task) -> None:

@@ -24,7 +24,7 @@ from fedsplit.flower.programs import environment, flower
 from fedsplit.flower.record import TERMS
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings
-from fedsplit.runs.folder import submitting
+from fedsplit.runs.folder import RunFolder
 from fedsplit.server.link.runs import start_run, write_app
 from simulations.shared import naive, replicated
 from simulations.shared.network import free_port
@@ -131,7 +131,7 @@ def stock(folder: Path, rounds: int) -> Row:
         out = trial.folder / "run"
         settings, server = settings_for(rounds), str(trial.folder / "server")
         terms = Experiment(settings).terms.to_json()
-        with submitting(out, settings):
+        with RunFolder(out).submitting(settings):
             start(trial, {TERMS: terms, "out": str(out), "nodes": server}, {"run_server.py": STOCK_SERVER})
         wait_for(out / "result.json")
         return rounds_of(out)

@@ -14,20 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsplit.audit.attacks import decoder, lmmse, map_qp, wiener
-from fedsplit.audit.evidence import Evidence, GradientGroup, equations, released
-from fedsplit.audit.gradient_attacks import gradient_conv, gradient_dense, negative_control
+from fedsplit.audit.attack import Attack, Problem, guesses_of
+from fedsplit.audit.evidence import Evidence
+from fedsplit.audit.gradient_attacks import negative_control
 from fedsplit.audit.prior import Labels, Prior
 from fedsplit.audit.scores import summarise
+from fedsplit.audit.standard import STANDARD
 from fedsplit.common.arrays import IntArray
 from fedsplit.data import Records
 from fedsplit.guard.criterion import coordinates
-from fedsplit.model.kinds.base import double
 from fedsplit.model.layer import FirstLayer
 
 Array = NDArray[np.float64]
 CONTROL = 60.0  # dB that the negative control must reach
-_LARGEST_GRADIENT = 4e8  # elements of the equations that the gradient attack may hold
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class Audit:
     guesses: dict[str, Array]
 
 
-def audit(evidence: Evidence, *, seed: int, quick: bool = False) -> Audit:
-    """Attack what was released of the targets, with all standard attacks.
+def audit(evidence: Evidence, *, seed: int, quick: bool = False, more: Sequence[Attack] = ()) -> Audit:
+    """Attack what was released of the targets, with all standard attacks and others.
 
     Parameters
     ----------
@@ -55,7 +54,9 @@ def audit(evidence: Evidence, *, seed: int, quick: bool = False) -> Audit:
     seed : int
         Equal seeds, equal figures.
     quick : bool
-        Fewer targets and no constrained search: for tuning.
+        Fewer targets, and no attack that is slow, as the constrained search: for tuning.
+    more : sequence of Attack
+        Somebody's own attacks.
     """
     began = time.process_time()
     subjects = evidence.subjects
@@ -66,12 +67,13 @@ def audit(evidence: Evidence, *, seed: int, quick: bool = False) -> Audit:
     public = subjects.public.x.reshape(len(subjects.public.x), -1)
     prior = known_before(subjects.public, 0 if labels is None else int(max(labels.max(), subjects.public.y.max())) + 1)
     baselines = without_releases(prior, labels, count)
-    found, skipped = reconstructions(evidence, prior, targets, labels, seed=seed, quick=quick)
+    attacks = [attack for attack in (*STANDARD, *more) if not (quick and attack.slow)]
+    found, skipped = reconstructions(Problem.of(evidence, prior, targets, labels, seed), attacks)
     guesses = {**baselines, **found}
     score = _scorer(evidence, public, count)
     scores = {name: score(x, guess) for name, guess in guesses.items()}
-    attacks = {name: s for name, s in scores.items() if name not in baselines}
-    strongest = max(attacks or scores, key=lambda name: scores[name]["psnr"])
+    scored = {name: s for name, s in scores.items() if name not in baselines}
+    strongest = max(scored or scores, key=lambda name: scores[name]["psnr"])
     report = {
         "targets": count,
         "candidates": len(subjects.candidates),
@@ -79,7 +81,7 @@ def audit(evidence: Evidence, *, seed: int, quick: bool = False) -> Audit:
         "peak": peak_of(subjects.public),
         "criterion": _criterion(evidence, targets),
         "baselines": {name: scores[name] for name in baselines},
-        "attacks": attacks,
+        "attacks": scored,
         "skipped": skipped,
         "strongest": {"attack": strongest, **scores[strongest]},
         "control": _control(evidence, seed),
@@ -114,24 +116,8 @@ def without_releases(prior: Prior, labels: Labels, count: int) -> dict[str, Arra
     return guesses if labels is None else {**guesses, "class mean": prior.means[labels]}
 
 
-def reconstructions(
-    evidence: Evidence, prior: Prior, targets: IntArray, labels: Labels, *, seed: int, quick: bool
-) -> tuple[dict[str, Array], dict[str, str]]:
-    """Run every attack on the targets.
-
-    Parameters
-    ----------
-    evidence : Evidence
-        Everything that left.
-    prior : Prior
-        What is known before any release.
-    targets : int array (targets,)
-        Which of the evidence's subjects are attacked.
-    labels : int array (targets,), optional
-    seed : int
-        Equal seeds, equal guesses.
-    quick : bool
-        Without the constrained search.
+def reconstructions(problem: Problem, attacks: Sequence[Attack]) -> tuple[dict[str, Array], dict[str, str]]:
+    """Run attacks.
 
     Returns
     -------
@@ -139,120 +125,26 @@ def reconstructions(
         What each attack makes of the targets.
     dict of str to str
         Why the other attacks had nothing to go by.
+
+    Raises
+    ------
+    ConfigError
+        If an attack of somebody's own fails.
     """
     guesses: dict[str, Array] = {}
     skipped: dict[str, str] = {}
-    for name, attack in _attacks(quick).items():
-        found = attack(evidence, prior, targets, labels, seed)
+    for attack in attacks:
+        found = guesses_of(attack, problem)
         if isinstance(found, str):
-            skipped[name] = found
+            skipped[attack.name] = found
         else:
-            guesses[name] = prior.clip(found)
+            guesses[attack.name] = found
     return guesses, skipped
 
 
 def peak_of(public: Records) -> float:
     """Return the range of records' numbers, against which a PSNR is told."""
     return 1.0 if _box(public.x) else float(public.x.max() - public.x.min())
-
-
-def _attacks(quick: bool) -> dict[str, Callable[..., Array | str]]:
-    slow = {} if quick else {"constrained": _constrained}
-    return {
-        "Wiener": _wiener,
-        **slow,
-        "linear, with label": _lmmse,
-        "decoder, with label": _decoder,
-        "gradient": _gradient,
-    }
-
-
-def _wiener(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int) -> Array | str:
-    known = equations(evidence, targets)
-    if not any(len(r) for r in known.rhs):
-        return "no equations were released"
-    return wiener(prior, labels, known.rows, known.rhs, known.noise)
-
-
-def _constrained(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int) -> Array | str:
-    known = equations(evidence, targets)
-    if not known.any:
-        return "neither equations nor inequalities were released"
-    return map_qp(prior, labels, known.rows, known.rhs, known.noise, known.inequalities)
-
-
-def _features(evidence: Evidence, targets: IntArray, seed: int) -> tuple[Array, Array] | None:
-    """Return (public, targets') releases under the weights of the targets' last release."""
-    last = [seen for seen in evidence.seen if len(np.unique(seen.targets))]
-    if not last:
-        return None
-    width = evidence.layer.width
-    own, theirs = np.zeros((len(targets), width)), {}
-    for seen in last:
-        mine = seen.targets < len(targets)
-        own[seen.targets[mine]] = seen.values[mine]
-        theirs[seen.weights.tobytes()] = seen.weights
-    weights = last[-1].weights
-    x = evidence.subjects.public.x
-    _, values = released(evidence.layer, evidence.dropping, evidence.dtype, weights, x, seed)
-    return values.astype(np.float64), own
-
-
-def _lmmse(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int) -> Array | str:
-    return _learned(evidence, prior, targets, labels, seed, lmmse)
-
-
-def _decoder(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int) -> Array | str:
-    def attack(*args: Any) -> Array:
-        return decoder(*args, seed=seed)
-
-    return _learned(evidence, prior, targets, labels, seed, attack)
-
-
-def _learned(
-    evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int, attack: Callable[..., Array]
-) -> Array | str:
-    features = _features(evidence, targets, seed)
-    if features is None:
-        return "nothing was released"
-    public = evidence.subjects.public
-    known = public.y if labels is not None else None
-    return attack(prior, (features[0], public.x.reshape(len(public.x), -1), known), features[1], labels)
-
-
-def _gradient(evidence: Evidence, prior: Prior, targets: IntArray, labels: Any, seed: int) -> Array | str:
-    if not evidence.groups:
-        return "no first-layer gradients were released"
-    n = int(np.prod(evidence.layer.input_shape))
-    guess = np.broadcast_to(prior.mean, (len(targets), n)).copy()
-    reached = 0
-    for group in evidence.groups:
-        places = np.flatnonzero((group.places >= 0) & (group.places < len(targets)))
-        found = _group(evidence, prior, group, None if labels is None else group.labels)
-        if found is not None and len(places):
-            guess[group.places[places]] = found[places]
-            reached += len(places)
-    if not reached:
-        return "the sums are over more records than this attack can hold"
-    return guess
-
-
-def _group(evidence: Evidence, prior: Prior, group: GradientGroup, labels: Any) -> Array | None:
-    """Solve one group's sums for all its records; None if they are too many."""
-    kind, shape, records = evidence.layer.kind, evidence.layer.cut_shape, len(group.places)
-    deltas = [double(d).reshape(records, *shape) for d in group.deltas]
-    pairs = zip(group.sums, deltas, strict=True)
-    sums = [kind.of_records(double(total), delta).numpy() for total, delta in pairs]
-    if kind.dense and len(shape) == 1:
-        return gradient_dense(prior, labels, group.deltas, [total.reshape(shape[0], -1) for total in sums])
-    n = int(np.prod(evidence.layer.input_shape))
-    if records * n * sum(map(len, sums)) > _LARGEST_GRADIENT:
-        return None
-
-    def operator(i: int) -> Array:
-        return np.concatenate([kind.operator(d[i]).numpy() for d in deltas], axis=1)
-
-    return gradient_conv(prior, labels, operator, np.concatenate(sums), records)
 
 
 def _criterion(evidence: Evidence, targets: IntArray) -> dict[str, Any]:

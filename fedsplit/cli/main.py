@@ -81,6 +81,7 @@ def audit(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, with --policy.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer targets, without the constrained search.")] = False,
     seed: Annotated[int, typer.Option(help="Equal seeds, equal figures.")] = 0,
+    attack: Annotated[list[str] | None, typer.Option(help="An attack of your own, module:Class; repeatable.")] = None,
     fail_above: Annotated[float | None, typer.Option(help="Exit with 1 if the strongest PSNR is above (dB).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Report on stdout as JSON, logs on stderr.")] = False,
 ) -> None:
@@ -94,12 +95,12 @@ def audit(
     if policy:
         settings = configuration.load_settings(target, overrides or [])
         folder = out or configuration.default_folder(settings)
-        report = auditing.audit_policy(settings, folder, seed=seed, quick=quick)
+        report = auditing.audit_policy(settings, folder, seed=seed, quick=quick, attacks=attack or [])
     elif overrides or out:
         raise ConfigError("--set and --out are for --policy: a run is audited as it was, in its folder")
     else:
         folder = target
-        report = auditing.audit_run(folder, seed=seed, quick=quick)
+        report = auditing.audit_run(folder, seed=seed, quick=quick, attacks=attack or [])
     if as_json:
         print(json.dumps(report))
     else:

@@ -10,6 +10,7 @@ _SERVER_ALONE = (
     "trunk.schedule",
     "protocol.pace",
     "run.observers",
+    "audit.attacks",
 )
 
 
@@ -33,6 +34,7 @@ def names_code(settings: Settings, *, on_nodes: bool = False) -> dict[str, str]:
         "trunk.schedule": settings.trunk.schedule,
         "protocol.pace": settings.protocol.pace,
         **{f"run.observers.{place}": name for place, name in enumerate(settings.run.observers)},
+        **{f"audit.attacks.{place}": name for place, name in enumerate(settings.audit.attacks)},
     }
     wanted = {key: name for key, name in found.items() if not (on_nodes and key.startswith(_SERVER_ALONE))}
     return {key: name for key, name in wanted.items() if name and (":" in name or key not in _SERVER_ALONE)}

@@ -238,6 +238,9 @@ class AuditSettings(Section):
     ----------
     targets
         The number of private records whose originals and releases are recorded. 0 records nothing.
+    attacks
+        Attacks of one's own (module:Class) beside the standard ones; see :class:`fedsplit.audit.attack.Attack`.
     """
 
     targets: Annotated[int, Field(ge=0)] = 0
+    attacks: list[Code] = Field(default_factory=list)

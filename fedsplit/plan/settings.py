@@ -26,7 +26,7 @@ from fedsplit.plan.sections import (
     RunSettings,
 )
 
-INCIDENTAL = ("run.engine", "run.ray-address", "run.observers")
+INCIDENTAL = ("run.engine", "run.ray-address", "run.observers", "audit.attacks")
 """Settings on which nothing depends that a run comes to: it may be resumed with others."""
 
 

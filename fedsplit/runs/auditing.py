@@ -1,6 +1,7 @@
 """Audits of runs and of policies: from a folder or a settings file to a report."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from fedsplit.audit.attack import Attack, attacks_named
 from fedsplit.audit.audit import Audit, audit
 from fedsplit.audit.evidence import Evidence, recorded, rehearsed, released_bytes
 from fedsplit.audit.page import page
+from fedsplit.audit.standard import STANDARD
 from fedsplit.audit.transcript import Subjects
 from fedsplit.common.errors import ConfigError, DataError
 from fedsplit.common.files import put
@@ -26,8 +29,18 @@ from fedsplit.server.warmup import WarmUp, warm_up
 _TARGETS = 200  # of an audit before any training, unless the settings say
 
 
-def audit_run(folder: Path, *, seed: int, quick: bool = False) -> dict[str, Any]:
+def audit_run(folder: Path, *, seed: int, quick: bool = False, attacks: Sequence[str] = ()) -> dict[str, Any]:
     """Audit a finished run that recorded targets; write ``audit.json`` and ``audit.html`` into its folder.
+
+    Parameters
+    ----------
+    folder : Path
+    seed : int
+        Equal seeds, equal figures.
+    quick : bool
+        As of :func:`fedsplit.audit.audit.audit`.
+    attacks : sequence of str
+        Attacks (module:Class) beside those of the run's settings and the standard ones.
 
     Raises
     ------
@@ -36,23 +49,40 @@ def audit_run(folder: Path, *, seed: int, quick: bool = False) -> dict[str, Any]
     """
     run = RunFolder(folder)
     settings = run.trained()
+    more = _own_attacks(settings, attacks)
     experiment = Experiment(settings)
     layer = experiment.model.first_layer
     layer.load_weights(load_file(run.weights))
     evidence = recorded(run.recordings, layer, experiment.policy, settings.protocol.dtype)
-    return _write(run, audit(evidence, seed=seed, quick=quick), evidence, settings)
+    return _write(run, audit(evidence, seed=seed, quick=quick, more=more), evidence, settings)
 
 
-def audit_policy(settings: Settings, out: Path, *, seed: int, quick: bool = False) -> dict[str, Any]:
+def _own_attacks(settings: Settings, more: Sequence[str] = ()) -> list[Attack]:
+    named = dict.fromkeys([*settings.audit.attacks, *more])
+    return attacks_named(list(named), [attack.name for attack in STANDARD])
+
+
+def audit_policy(
+    settings: Settings, out: Path, *, seed: int, quick: bool = False, attacks: Sequence[str] = ()
+) -> dict[str, Any]:
     """Audit one release of private records as the settings would make it, before any training.
 
     Public records, if the settings name some, warm the first layer up as a run would.
+
+    Parameters
+    ----------
+    settings : Settings
+    out : Path
+        The folder to write into.
+    seed, quick, attacks
+        As of :func:`audit_run`.
 
     Raises
     ------
     FedsplitError
         If the settings do not fit together or the data.
     """
+    more = _own_attacks(settings, attacks)
     experiment = Experiment(settings)
     source, model, policy = experiment.source, experiment.model, experiment.policy
     public, chosen = experiment.public, settings.public
@@ -65,7 +95,7 @@ def audit_policy(settings: Settings, out: Path, *, seed: int, quick: bool = Fals
     evidence = rehearsed(model.first_layer, policy, settings.protocol.dtype, subjects, seed)
     folder = RunFolder(out)
     folder.make()
-    return _write(folder, audit(evidence, seed=seed, quick=quick), evidence, settings)
+    return _write(folder, audit(evidence, seed=seed, quick=quick, more=more), evidence, settings)
 
 
 @dataclass(frozen=True)

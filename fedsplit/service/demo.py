@@ -15,9 +15,11 @@ import numpy as np
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
+from fedsplit.audit.attack import Problem
 from fedsplit.audit.audit import known_before, peak_of, reconstructions, without_releases
 from fedsplit.audit.evidence import Evidence, Seen, dense
 from fedsplit.audit.prior import Prior
+from fedsplit.audit.standard import STANDARD
 from fedsplit.audit.transcript import Subjects, tested
 from fedsplit.common.errors import ConfigError, WireError
 from fedsplit.data import Records
@@ -96,7 +98,7 @@ class Attacker:
         subjects = Subjects(nothing, label, target, target, nothing, target, self.public, False)
         seen = Seen(bundle.weights, target, *dense(release))
         evidence = Evidence(bundle.layer, dropping, bundle.dtype, subjects, [seen], [])
-        guesses, _ = reconstructions(evidence, self.prior, target, labels, seed=0, quick=False)
+        guesses, _ = reconstructions(Problem.of(evidence, self.prior, target, labels, seed=0), STANDARD)
         return {
             "guesses": _shown(guesses),
             "without": _shown(without_releases(self.prior, labels, 1)),

@@ -1,11 +1,14 @@
 """Whether settings can give what a study looks for."""
 
+from fedsplit.audit.attack import attacks_named
+from fedsplit.audit.standard import STANDARD
 from fedsplit.common.errors import ConfigError
-from fedsplit.common.figures import AUDITED
+from fedsplit.common.figures import AUDITED, OBJECTIVES
+from fedsplit.model.tasks import TASKS, task_of
+from fedsplit.model.tasks.base import Task
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.settings import Settings, check_settings
 from fedsplit.runs.assembly import split_strategy
-from fedsplit.tuning.study import _check_figure
 from fedsplit.tuning.trial import Plan, with_seed
 
 
@@ -21,5 +24,16 @@ def check_fit(settings: Settings, plan: Plan) -> None:
             raise ConfigError(f"{name!r} needs test devices, devices.test names none")
         if name.startswith("test_"):
             _check_figure(name, source.task)
+    attacks_named(settings.audit.attacks, [attack.name for attack in STANDARD])
     split_strategy(experiment, run=0)
     _ = experiment.public  # raises
+
+
+def _check_figure(name: str, task: Task) -> None:
+    if name in task.figures:
+        return
+    owners = [other for other in map(task_of, TASKS) if name in other.figures]
+    if len(owners) == 1:
+        raise ConfigError(f"{name!r} is for {owners[0].noun}, not for {task.name}")
+    instead = [known for known in task.figures if known in OBJECTIVES][:1]
+    raise ConfigError(f"{task.noun} has no {name!r}{''.join(f', use {known!r}' for known in instead)}")

@@ -21,10 +21,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.exceptions import RayError
 
 from fedsplit.common.errors import ConfigError, RunError
-from fedsplit.common.figures import AUDITED, OBJECTIVES, figure
+from fedsplit.common.figures import AUDITED, figure
 from fedsplit.common.files import alone, put
-from fedsplit.model.tasks import TASKS, task_of
-from fedsplit.model.tasks.base import Task
 from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.learning import TuneSettings
 from fedsplit.plan.settings import INCIDENTAL, Settings, check_settings, flattened
@@ -293,16 +291,6 @@ class Study:
         """Return a point's settings."""
         (found,) = (t for t in self.trials if t.number == point.number)
         return check_settings(self.space.draw(optuna.trial.FixedTrial(found.params)))
-
-
-def _check_figure(name: str, task: Task) -> None:
-    if name in task.figures:
-        return
-    owners = [other for other in map(task_of, TASKS) if name in other.figures]
-    if len(owners) == 1:
-        raise ConfigError(f"{name!r} is for {owners[0].noun}, not for {task.name}")
-    instead = [known for known in task.figures if known in OBJECTIVES][:1]
-    raise ConfigError(f"{task.noun} has no {name!r}{''.join(f', use {known!r}' for known in instead)}")
 
 
 def _full(number: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from inspect import cleandoc
 from pkgutil import walk_packages
-from typing import Any
+from typing import Any, get_args
 
 import click
 import griffe
@@ -95,11 +95,9 @@ def _sections(model: type[BaseModel], name: str) -> Iterator[str]:
 
 def section_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     """Return the model behind a key if the key is a table of its own (``[devices.profile]``), else None."""
-    from fedsplit.plan import settings
-
-    found = re.findall(r"\b(\w+Settings)\b", str(model.model_fields[key].annotation))
-    part = getattr(settings, found[-1], None) if len(set(found)) == 1 else None
-    return part if isinstance(part, type) and issubclass(part, BaseModel) else None
+    annotation = model.model_fields[key].annotation
+    parts = [part for part in (annotation, *get_args(annotation)) if isinstance(part, type)]
+    return next((p for p in parts if issubclass(p, BaseModel) and p.__name__.endswith("Settings")), None)
 
 
 def meanings_of(model: type[BaseModel]) -> dict[str, str]:

@@ -44,7 +44,13 @@ class Problem:
 
     @classmethod
     def of(cls, evidence: Evidence, prior: Prior, targets: IntArray, labels: Labels, seed: int) -> "Problem":
-        """Return what an attacker has, without the originals that the evidence holds for scoring."""
+        """Return what an attacker has, without the originals that the evidence holds for scoring.
+
+        Parameters
+        ----------
+        evidence, prior, targets, labels, seed
+            Those of the problem; the originals and candidates may be in the evidence.
+        """
         subjects = evidence.subjects
         blank = np.full_like(subjects.x, np.nan)
         hidden = replace(subjects, x=blank, candidates=np.full_like(subjects.candidates, np.nan))

@@ -27,7 +27,7 @@ from fedsplit.runs.folder import RunFolder
 from fedsplit.runs.training import TrainingRun
 from fedsplit.server.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.slow  # whole runs
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]  # whole runs
 
 EXACT = [
     "run.rounds=3",
@@ -45,11 +45,10 @@ def wearables(*overrides: str, engine: str = "inline", config: str = "wearables"
     return load_settings(CONFIGS / f"{config}.toml", [f"run.engine={engine}", *overrides])
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes most of a small run's time, and is not looked at here."""
+@pytest.fixture
+def quick(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out more."""
     monkeypatch.setattr(observing, "draw_curves", lambda folder: None)
-    monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(gc, "collect", lambda *arguments: 0)  # which Flower's Bulyan does for every contribution
 
 

@@ -1,7 +1,6 @@
 """What happens when nodes do not answer, answer late, or lie."""
 
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -29,13 +28,7 @@ from fedsplit.server.checkpoint import load_checkpoint
 from fedsplit.wire import exchange as wire
 from fedsplit.wire.ledger import Reason
 
-pytestmark = pytest.mark.slow  # whole runs
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes most of a small run's time, and is not looked at here."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]  # whole runs
 
 
 Change = Callable[[int, Message, Message], Message | None]

@@ -53,11 +53,7 @@ from fedsplit.server.warmup import (
 )
 from fedsplit.wire import exchange as wire
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes most of a small run's time, and is not looked at here."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # --- what leaks ------------------------------------------------------------------------------------------------

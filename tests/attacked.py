@@ -1,4 +1,4 @@
-"""What several tests of audit build."""
+"""Records that attacks go for, and equations that they hold of them."""
 
 import numpy as np
 

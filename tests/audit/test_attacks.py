@@ -1,4 +1,4 @@
-"""Attacks on outputs: against closed forms, scipy and slow searches; what they must bring back; what must not break them."""
+"""Attacks on outputs: against closed forms, scipy and slow searches; what they must bring back and must survive."""
 
 from collections.abc import Callable
 

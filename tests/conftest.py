@@ -28,7 +28,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)  # tests share the machine, and threads that wait for each other make them many times slower
 
 _LONGEST = 3600  # seconds for all tests together
-_RAY = ("test_engine", "test_simulation", "test_readme", "test_tune")  # each looks for what it has left running
+_RAY = (
+    "test_outside_package",
+    "test_engine",
+    "test_simulation",
+    "test_readme",
+    "test_tune",
+)  # each looks for what it has left running
 _APART = ("test_pages",)  # whose tests may run in any process
 _RAY_PAGE = "[tune]"
 

@@ -107,6 +107,15 @@ def new_node(settings: Settings, number: int, nodes: int, folder: Path) -> "Node
     return node
 
 
+@pytest.fixture(autouse=True)
+def as_loud_as_before() -> Iterator[None]:
+    """Put back how much is logged: studies and commands change it, and other tests of the process listen."""
+    levels = {name: logging.getLogger(name).level for name in ("flwr", "fedsplit")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "run"

@@ -6,7 +6,8 @@ from typing import Any
 
 from fedsplit.common.errors import ConfigError, FedsplitError
 from fedsplit.common.plugins import resolve_function
-from fedsplit.release.policies import BUILT_IN, Noisy, settings_name
+from fedsplit.release.noise import Noisy
+from fedsplit.release.policies import BUILT_IN, settings_name
 from fedsplit.release.policy import FACTS, Policy
 
 _SETTING = "dropping.policy"

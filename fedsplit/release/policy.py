@@ -2,7 +2,7 @@
 
 Guard, preflight, audit, tuning, wire and export ask these facts and know no policy by name. Facts that a policy could
 state wrongly at the expense of a record are derived from what it really sends, where they can be: equations from its
-code, noise from :class:`fedsplit.release.policies.Noisy`.
+code, noise from :class:`fedsplit.release.noise.Noisy`.
 """
 
 import math
@@ -19,7 +19,7 @@ from fedsplit.model.layer import FirstLayer
 from fedsplit.release.codes import Code
 
 if TYPE_CHECKING:
-    from fedsplit.release.policies import Noisy
+    from fedsplit.release.noise import Noisy
 
 Mask = NDArray[np.bool_]
 
@@ -141,7 +141,7 @@ class Policy(Protocol):
 
     @property
     def noisy(self) -> "Noisy | None":
-        """The noise on what is sent; none but by :class:`fedsplit.release.policies.Noisy`."""
+        """The noise on what is sent; none but by :class:`fedsplit.release.noise.Noisy`."""
         return None
 
 
@@ -170,7 +170,8 @@ def choices(width: int, k: int) -> float:
 def name_of(policy: Policy) -> str:
     """Return a text that is equal only for policies that send the same: the class, from outside by its module, too.
 
-    >>> from fedsplit.release.policies import All, Noisy, TopK
+    >>> from fedsplit.release.noise import Noisy
+    >>> from fedsplit.release.policies import All, TopK
     >>> name_of(TopK(6)), name_of(Noisy(All(), 4.0, 0.1))
     ('TopK(k=6)', 'Noisy(policy=All(), clip=4.0, noise=0.1)')
     """

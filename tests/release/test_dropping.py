@@ -19,7 +19,8 @@ from fedsplit.common.errors import ConfigError
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.chosen import built_in
 from fedsplit.release.kept import Kept
-from fedsplit.release.policies import BUILT_IN, All, AtMost, Bits, Noisy, Random, TopK, Units
+from fedsplit.release.noise import Noisy
+from fedsplit.release.policies import BUILT_IN, All, AtMost, Bits, Random, TopK, Units
 from fedsplit.release.policy import Policy
 from fedsplit.release.streams import keystream, record_order, simulation_secret
 

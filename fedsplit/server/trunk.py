@@ -195,7 +195,20 @@ class Trunk:
 
 
 def trunk_outputs(module: nn.Module, cut_shape: tuple[int, ...], batches: Batches) -> FloatArray:
-    """Return what a trunk in evaluation mode makes of released records, ``(records, outputs)``."""
+    """Return a trunk's outputs for released records.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        In evaluation mode.
+    cut_shape : tuple of int
+        Shape of a record's outputs at the cut.
+    batches : Batches
+
+    Returns
+    -------
+    float32 array (records, outputs)
+    """
     parts = []
     with torch.no_grad():
         for start in range(0, len(batches), 512):

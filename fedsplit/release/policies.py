@@ -1,7 +1,6 @@
 """Which activation outputs leave the device: the policies that come with fedsplit.
 
-Dropping (arXiv 1711.07520) sets outputs to zero before they leave; kept values are not rescaled. What is drawn comes
-from a *device secret* that the server does not have; see :mod:`fedsplit.release.streams`.
+Dropping (arXiv 1711.07520) sets outputs to zero before they leave. Kept values are not rescaled.
 """
 
 import math
@@ -42,7 +41,12 @@ class All(Policy):
         return outputs
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Keep all."""
+        """Keep all.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         return np.ones(outputs.shape, dtype=bool)
 
     def information(self, width: int, dtype: str) -> float:
@@ -64,13 +68,7 @@ class All(Policy):
 
 @dataclass(frozen=True)
 class Random(All):
-    """Each output is kept with probability ``keep``, independently: the paper's policy.
-
-    Attributes
-    ----------
-    keep : float
-        In (0, 1], in steps of 2^-16.
-    """
+    """Each output is kept with probability ``keep`` in (0, 1], in steps of 2^-16, independently: the paper's policy."""
 
     keep: float
 
@@ -81,7 +79,12 @@ class Random(All):
             raise ConfigError(f"keep must be in (0, 1], got {self.keep}")
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Draw 16 bits for each output."""
+        """Draw 16 bits for each output.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         words = keystream(secret, DROPPING, round_number, records, 2 * outputs.shape[1])
         threshold = max(1, round(self.keep * 65536))
         # compared as 32-bit, since 65536 (keep everything) does not fit the stream's 16 bits
@@ -129,7 +132,12 @@ class AtMost(_OfK):
     deterministic = False
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Draw 32 bits for each output and keep the ``k`` smallest."""
+        """Draw 32 bits for each output and keep the ``k`` smallest.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         words = keystream(secret, DROPPING, round_number, records, 4 * outputs.shape[1])
         return _smallest(np.ascontiguousarray(words).view("<u4"), self.k)
 
@@ -151,7 +159,12 @@ class TopK(_OfK):
     blind = False
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Keep the largest."""
+        """Keep the largest.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         return _smallest(-np.abs(outputs), self.k)
 
     def information(self, width: int, dtype: str) -> float:
@@ -183,10 +196,7 @@ class Units(_OfK):
 
 @dataclass(frozen=True)
 class Bits(All):
-    """All outputs of a relu layer as ``bits``-bit codes, rounded up to the levels of :class:`Code`.
-
-    The gradient passes straight through at what is above zero.
-    """
+    """All outputs of a relu layer as ``bits``-bit codes, rounded up to the levels of :class:`Code`."""
 
     bits: int
 
@@ -207,7 +217,7 @@ class Bits(All):
             raise ConfigError("policy 'bits' needs the activation relu")
 
     def coded(self, outputs: FloatArray) -> FloatArray:
-        """Round up to the levels."""
+        """Round up to the levels; the gradient passes straight through at what is above zero."""
         return self.code.rounded(outputs)
 
     def most_equations(self, width: int) -> float:
@@ -223,13 +233,9 @@ class Bits(All):
 class Noisy(Policy):
     """Gaussian noise on every output that a policy keeps, zeros among them: a missing one would tell that it was zero.
 
-    Attributes
-    ----------
-    policy : Policy
-        One whose choice of outputs tells nothing of the record; else it would tell what the noise hides.
-    clip, noise : float
-        Noise of standard deviation ``noise * clip``, after the kept outputs of a record are scaled to a Euclidean norm
-        of at most ``clip``.
+    The choice of ``policy`` must tell nothing of the record, or else it would tell what the noise hides. Kept outputs
+    of a record are scaled to a Euclidean norm of at most ``clip``. Noise of standard deviation ``noise * clip`` is
+    then added.
     """
 
     policy: Policy
@@ -268,14 +274,18 @@ class Noisy(Policy):
         return self.policy.coded(outputs)
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Keep what the policy keeps."""
+        """Keep what the policy keeps.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         return self.policy.mask(outputs, secret, round_number, records)
 
     def information(self, width: int, dtype: str) -> float:
         """Return the smaller of payload and channel: (k/2) log2(1 + 1 / (k noise^2)) for k outputs at most.
 
-        The capacity of k Gaussian channels that share the power ``clip^2``, of real numbers: the bits of floating
-        point below the noise are taken for noise.
+        The channel: k Gaussian ones that share the power ``clip^2``. Float bits below the noise are taken for noise.
         """
         payload = self.policy.information(width, dtype)
         return min(payload, width / 2 * math.log2(1 + 1 / (width * self.noise**2)))
@@ -300,9 +310,14 @@ class Noisy(Policy):
     def gaussian(
         self, secret: bytes, weights_name: bytes, round_number: int, records: NDArray[np.int64], width: int
     ) -> FloatArray:
-        """Return one device's noise ``(records, width)``, standard deviation ``noise * clip``.
+        """Return one device's noise, float32 ``(records, width)``, of standard deviation ``noise * clip``.
 
-        Its stream belongs to the weights, too: the same noise on the activations of two weights could be subtracted.
+        Parameters
+        ----------
+        secret, round_number, records : as in :meth:`Policy.mask`
+        weights_name : bytes
+            Gives the weights a stream of their own: the same noise under two weights could be subtracted.
+        width : int
         """
         own = HKDF(algorithm=SHA256(), length=32, salt=None, info=b"fedsplit noise " + weights_name).derive(secret)
         words = np.ascontiguousarray(keystream(own, NOISE, round_number, records, 8 * width)).view("<u4")

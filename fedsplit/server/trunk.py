@@ -232,7 +232,7 @@ def _optimizer(module: nn.Module, options: TrunkOptions) -> torch.optim.Optimize
 
 
 def thinned(cut: Tensor, most: float) -> Tensor:
-    """Drop of each record a share of its outputs that is drawn from 0..``most``; without any, nothing is drawn."""
+    """Drop a random share, 0..``most``, of each record's outputs; if ``most`` is 0, no random number is used."""
     if not most:
         return cut
     share = most * torch.rand((len(cut), *[1] * (cut.ndim - 1)))

@@ -168,7 +168,24 @@ def predict(
 
 
 def remote(server: str, model: str, ca: Path | None, *, insecure: bool) -> "Remote":
-    """Return a service's answers about a model, asked with the token in FEDSPLIT_TOKEN; raises ConfigError."""
+    """Return a service's answers about a model. The variable FEDSPLIT_TOKEN holds the token.
+
+    Parameters
+    ----------
+    server : str
+        URL of the service.
+    model : str
+        Name of the model.
+    ca : Path or None
+        File of the certificate authority (PEM); None is for the usual authorities.
+    insecure : bool
+        Whether ``http://``, which takes no token, is allowed.
+
+    Raises
+    ------
+    ConfigError
+        If the URL is not allowed, or the token is missing.
+    """
     from fedsplit.device.remote import Remote
 
     if server.startswith("http://") and not insecure:

@@ -21,13 +21,9 @@ from fedsplit.release.streams import NOISE, keystream
 class Noisy(Policy):
     """Gaussian noise on every output that a policy keeps, zeros among them: a missing one would tell that it was zero.
 
-    Attributes
-    ----------
-    policy : Policy
-        One whose choice of outputs tells nothing of the record; else it would tell what the noise hides.
-    clip, noise : float
-        Noise of standard deviation ``noise * clip``, after the kept outputs of a record are scaled to a Euclidean norm
-        of at most ``clip``.
+    The choice of ``policy`` must tell nothing of the record, or else it would tell what the noise hides. Kept outputs
+    of a record are scaled to a Euclidean norm of at most ``clip``. Noise of standard deviation ``noise * clip`` is
+    then added.
     """
 
     policy: Policy
@@ -66,14 +62,18 @@ class Noisy(Policy):
         return self.policy.coded(outputs)
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Keep what the policy keeps."""
+        """Keep what the policy keeps.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         return self.policy.mask(outputs, secret, round_number, records)
 
     def information(self, width: int, dtype: str) -> float:
         """Return the smaller of payload and channel: (k/2) log2(1 + 1 / (k noise^2)) for k outputs at most.
 
-        The capacity of k Gaussian channels that share the power ``clip^2``, of real numbers: the bits of floating
-        point below the noise are taken for noise.
+        The channel: k Gaussian ones that share the power ``clip^2``. Float bits below the noise are taken for noise.
         """
         payload = self.policy.information(width, dtype)
         return min(payload, width / 2 * math.log2(1 + 1 / (width * self.noise**2)))
@@ -98,9 +98,14 @@ class Noisy(Policy):
     def gaussian(
         self, secret: bytes, weights_name: bytes, round_number: int, records: NDArray[np.int64], width: int
     ) -> FloatArray:
-        """Return one device's noise ``(records, width)``, standard deviation ``noise * clip``.
+        """Return one device's noise, float32 ``(records, width)``, of standard deviation ``noise * clip``.
 
-        Its stream belongs to the weights, too: the same noise on the activations of two weights could be subtracted.
+        Parameters
+        ----------
+        secret, round_number, records : as in :meth:`Policy.mask`
+        weights_name : bytes
+            Gives the weights a stream of their own: the same noise under two weights could be subtracted.
+        width : int
         """
         own = HKDF(algorithm=SHA256(), length=32, salt=None, info=b"fedsplit noise " + weights_name).derive(secret)
         words = np.ascontiguousarray(keystream(own, NOISE, round_number, records, 8 * width)).view("<u4")

@@ -1,7 +1,6 @@
 """Which activation outputs leave the device: the policies that come with fedsplit.
 
-Dropping (arXiv 1711.07520) sets outputs to zero before they leave; kept values are not rescaled. What is drawn comes
-from a *device secret* that the server does not have; see :mod:`fedsplit.release.streams`.
+Dropping (arXiv 1711.07520) sets outputs to zero before they leave. Kept values are not rescaled.
 """
 
 import math
@@ -40,7 +39,12 @@ class All(Policy):
         return outputs
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Keep all."""
+        """Keep all.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         return np.ones(outputs.shape, dtype=bool)
 
     def information(self, width: int, dtype: str) -> float:
@@ -62,13 +66,7 @@ class All(Policy):
 
 @dataclass(frozen=True)
 class Random(All):
-    """Each output is kept with probability ``keep``, independently: the paper's policy.
-
-    Attributes
-    ----------
-    keep : float
-        In (0, 1], in steps of 2^-16.
-    """
+    """Each output is kept with probability ``keep`` in (0, 1], in steps of 2^-16, independently: the paper's policy."""
 
     keep: float
 
@@ -79,7 +77,12 @@ class Random(All):
             raise ConfigError(f"keep must be in (0, 1], got {self.keep}")
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Draw 16 bits for each output."""
+        """Draw 16 bits for each output.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         words = keystream(secret, DROPPING, round_number, records, 2 * outputs.shape[1])
         threshold = max(1, round(self.keep * 65536))
         # compared as 32-bit, since 65536 (keep everything) does not fit the stream's 16 bits
@@ -127,7 +130,12 @@ class AtMost(_OfK):
     deterministic = False
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Draw 32 bits for each output and keep the ``k`` smallest."""
+        """Draw 32 bits for each output and keep the ``k`` smallest.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         words = keystream(secret, DROPPING, round_number, records, 4 * outputs.shape[1])
         return _smallest(np.ascontiguousarray(words).view("<u4"), self.k)
 
@@ -149,7 +157,12 @@ class TopK(_OfK):
     blind = False
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Keep the largest."""
+        """Keep the largest.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         return _smallest(-np.abs(outputs), self.k)
 
     def information(self, width: int, dtype: str) -> float:
@@ -181,10 +194,7 @@ class Units(_OfK):
 
 @dataclass(frozen=True)
 class Bits(All):
-    """All outputs of a relu layer as ``bits``-bit codes, rounded up to the levels of :class:`Code`.
-
-    The gradient passes straight through at what is above zero.
-    """
+    """All outputs of a relu layer as ``bits``-bit codes, rounded up to the levels of :class:`Code`."""
 
     bits: int
 
@@ -205,7 +215,7 @@ class Bits(All):
             raise ConfigError("policy 'bits' needs the activation relu")
 
     def coded(self, outputs: FloatArray) -> FloatArray:
-        """Round up to the levels."""
+        """Round up to the levels; the gradient passes straight through at what is above zero."""
         return self.code.rounded(outputs)
 
     def most_equations(self, width: int) -> float:

@@ -150,9 +150,20 @@ FACTS = frozenset(Policy.__abstractmethods__)
 
 
 def told(width: int, sent: float, code: Code, dtype: str, chosen: float = 0.0) -> float:
-    """Return the bits of a release: of ``sent`` values and ``chosen``, log2 of how many choices of outputs there are.
+    """Return the bits that a release tells of a record, at most those of all its outputs.
 
-    A choice that is drawn without a look at the record tells nothing: 0. No release tells more than all outputs.
+    Parameters
+    ----------
+    width : int
+        Outputs of the first layer.
+    sent : float
+        Values that are sent.
+    code : Code
+        How a value is sent.
+    dtype : str
+        The wire's type of a value.
+    chosen : float
+        log2 of the number of possible choices of outputs. It is 0 for a choice that does not depend on the record.
     """
     each = code.any_bits(dtype)
     return min(chosen + each * sent, each * width) + code.record_bits(dtype)

@@ -14,7 +14,8 @@ from plain_streams import OTHER, SECRET, mask, outputs, reference_keystream
 
 from fedsplit.common.errors import ConfigError
 from fedsplit.release.chosen import built_in
-from fedsplit.release.policies import BUILT_IN, All, AtMost, Noisy, Random
+from fedsplit.release.noise import Noisy
+from fedsplit.release.policies import BUILT_IN, All, AtMost, Random
 from fedsplit.release.policy import Policy
 from fedsplit.release.streams import keystream, record_order, simulation_secret
 

@@ -18,7 +18,8 @@ from fedsplit.model.tasks import task_of
 from fedsplit.model.zoo import build_model
 from fedsplit.plan.experiment import Experiment
 from fedsplit.release.chosen import numbers_of
-from fedsplit.release.policies import All, AtMost, Bits, Noisy, Random, TopK, Units
+from fedsplit.release.noise import Noisy
+from fedsplit.release.policies import All, AtMost, Bits, Random, TopK, Units
 from fedsplit.release.policy import Policy
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
 from fedsplit.server.batches import Batches

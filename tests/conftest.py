@@ -27,6 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 torch.set_num_threads(1)  # tests share the machine, and threads that wait for each other make them many times slower
 
+_HERE = sys.modules[__name__]
 _LONGEST = 3600  # seconds for all tests together
 _RAY = (
     "test_outside_package",
@@ -37,6 +38,11 @@ _RAY = (
 )  # each looks for what it has left running
 _APART = ("test_pages",)  # whose tests may run in any process
 _RAY_PAGE = "[tune]"
+
+
+def pytest_plugin_registered() -> None:
+    """Keep the name by which tests import what is below: pytest gives it to the conftest.py of a room."""
+    sys.modules[__name__] = _HERE
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -114,6 +120,12 @@ def as_loud_as_before() -> Iterator[None]:
     yield
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes most of a small run's time, and is not looked at."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture

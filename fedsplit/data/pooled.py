@@ -70,7 +70,7 @@ def open_pool(
         _check_people(pool, chosen)
         indices = partition.natural(owners, total)
     else:
-        total = _count(count, method)
+        total = _count(count, method, len(pool.x))
         chosen = _test_devices(test, total)
         indices = _deal(pool, total, chosen, method, alpha, np.random.default_rng([seed, _STREAM]))
     task, outputs, labels = pool.task, pool.outputs, pool.y
@@ -118,9 +118,13 @@ def _natural_owners(pool: Pool, name: str, count: int | None) -> IndexArray:
     return pool.owners
 
 
-def _count(count: int | None, method: str) -> int:
+def _count(count: int | None, method: str, records: int) -> int:
     if count is None or count < 2:
         raise ConfigError(f"count must be at least 2 for partition {method!r}, got {count}")
+    if count > records:  # said at once: a server may name any number, and dealing takes time and memory for each
+        raise ConfigError(
+            f"partition {method!r} leaves device {records} of {count} without records: use fewer devices"
+        )
     return count
 
 

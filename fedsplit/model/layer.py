@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -67,8 +68,9 @@ class FirstLayer:
 
     @property
     def description(self) -> str:
-        """All that decides the outputs besides weights and record."""
-        return f"{self.layer} {self.activation} {self.input_shape}"
+        """All that decides the outputs besides weights and record: of a module of one's own its buffers, too."""
+        buffers = [f"{name}={_digest(values)}" for name, values in self.layer.named_buffers()]
+        return " ".join([str(self.layer), *buffers, str(self.activation), str(self.input_shape)])
 
     def unrolled(self) -> Tensor:
         """Return the layer's linear map as a matrix ``(width, numbers of a record)`` that gradients flow through."""
@@ -145,3 +147,8 @@ class FirstLayer:
     def run(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Run the layer with some parameters on ``(batch, *input_shape)``, without the activation."""
         return self.kind.run(parameters, x)
+
+
+def _digest(values: Tensor) -> str:
+    array = values.detach().contiguous().numpy()
+    return sha256(f"{array.dtype} {array.shape} ".encode() + array.tobytes()).hexdigest()

@@ -60,6 +60,8 @@ def from_outside(reference: str, values: Mapping[str, Any]) -> Policy:
     _check_class(reference, kind)
     own = {key.replace("-", "_"): value for key, value in values.items()}
     known = [field.name for field in fields(kind) if field.init]
+    if taken := [name for name in ("clip", "noise") if name in known]:
+        raise ConfigError(f"{_SETTING} {reference!r} may not have a field {taken[0]!r}: it is that of the noise on top")
     if unknown := sorted(set(own) - set(known)):
         raise ConfigError(f"dropping.{unknown[0]}: policy {reference!r} takes {' and '.join(known) or 'nothing'}")
     if odd := [key for key, value in own.items() if not isinstance(value, bool | int | float | str)]:

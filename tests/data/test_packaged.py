@@ -265,6 +265,7 @@ def test_a_pool_is_loaded_once_and_cannot_be_spoilt_by_a_device():
         ({"name": "digits", "partition": "iid", "count": 4, "test": (1, 4)}, r"names device 4, but ids are 0..3"),
         ({"name": "digits", "partition": "iid", "count": 4, "test": (1, 1)}, "names a device twice: 1, 1"),
         ({"name": "digits", "partition": "iid", "count": 3000}, "partition 'iid' leaves device"),
+        ({"name": "digits", "partition": "iid", "count": 10**15, "test": 10**14}, "leaves device 1797 of 10{15} with"),
         ({"name": "digits", "partition": "iid", "count": 4, "task": "binary"}, "'digits' is a classification task"),
         ({"name": "digits", "partition": "iid", "count": 4, "outputs": 3}, "outputs = 10, got .* outputs 3"),
         ({}, "exactly one of name, folder, builder, shape must be given, got none"),

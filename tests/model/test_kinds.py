@@ -11,6 +11,7 @@ from fedsplit.audit.gradient_attacks import negative_control
 from fedsplit.common.errors import ConfigError
 from fedsplit.guard.criterion import LayerMap, coordinates
 from fedsplit.guard.gradient import joint
+from fedsplit.model.kinds import general as general_kind
 from fedsplit.model.kinds import kind_named, kind_of
 from fedsplit.model.kinds.base import double
 from fedsplit.model.kinds.general import General
@@ -136,6 +137,15 @@ def test_a_module_that_is_not_linear_is_refused(forward: Any, said: str) -> None
         FirstLayer(_Wrong(forward), nn.ReLU(), (4,))
 
 
+def test_rows_of_a_wide_module_are_taken_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, taken = _General(nn.Linear(6, 40), (6,)), []
+    transpose = General.transpose
+    monkeypatch.setattr(general_kind, "_BLOCK", 7 * 46)
+    monkeypatch.setattr(General, "transpose", lambda *args: taken.append(len(args[2])) or transpose(*args))
+    linear = {name: double(p.detach().numpy()) for name, p in kind.module.named_parameters()}
+    assert torch.equal(kind.kernels(linear), linear["weight"]) and taken == [7, 7, 7, 7, 7, 5]
+
+
 def test_buffers_come_along() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -150,3 +160,7 @@ def test_buffers_come_along() -> None:
     layer.load_weights(layer.initial_weights())
     m = LayerMap(layer, layer.initial_weights())
     np.testing.assert_allclose(m.kernels, layer.unrolled().detach().numpy(), atol=1e-6)
+    assert layer.description == FirstLayer(Scaled(), nn.ReLU(), (4,)).description
+    other = Scaled()
+    other.scale += 1  # type: ignore[operator]
+    assert layer.description != FirstLayer(other, nn.ReLU(), (4,)).description  # a ledger must not take it for the same

@@ -223,6 +223,15 @@ def test_what_is_no_policy_is_refused(own: ModuleType) -> None:
             from_outside(f"{OWN}:{name}", {})
 
 
+def test_the_names_of_the_noises_numbers_are_taken(own: ModuleType) -> None:
+    """A device would take a policy's own default for noise on top, of which the server knows nothing."""
+    space = {name: value for name, value in vars(Every).items() if name in FACTS}
+    kind = type("Loud", (Policy,), {**space, "__module__": OWN, "__annotations__": {"noise": float}, "noise": 0.5})
+    own.Loud = dataclass(frozen=True)(kind)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="may not have a field 'noise'"):
+        from_outside(f"{OWN}:Loud", {})
+
+
 @pytest.mark.parametrize("wrong", ["shape", "type"])
 def test_a_mask_that_is_none_is_refused(own: ModuleType, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"shape": np.ones((2, 3), bool), "type": np.ones((2, WIDTH), np.int64)}[wrong]

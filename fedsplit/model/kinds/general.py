@@ -101,11 +101,13 @@ class General(LayerKind):
 
     def _rows(self, linear: Parameters) -> Iterator[Tensor]:
         """Yield all rows, a block at a time."""
-        ones = torch.eye(math.prod(self._cut_shape), dtype=torch.float64)
-        step = max(1, _BLOCK // (math.prod(self.input_shape) * len(ones)))
-        for start in range(0, len(ones), step):
-            d = ones[start : start + step].reshape(-1, *self._cut_shape)
-            yield self.transpose(linear, d).flatten(1)
+        width = math.prod(self._cut_shape)
+        step = max(1, _BLOCK // (math.prod(self.input_shape) + width))
+        for start in range(0, width, step):
+            rows = torch.arange(start, min(start + step, width))
+            d = torch.zeros(len(rows), width, dtype=torch.float64)  # never all of them: a wide layer's do not fit
+            d[torch.arange(len(rows)), rows] = 1
+            yield self.transpose(linear, d.reshape(-1, *self._cut_shape)).flatten(1)
 
     def _by_parameters(self, parameters: Parameters, x: Tensor, d: Tensor) -> list[Tensor]:
         back = torch.func.vjp(lambda p: self.run(p, x), dict(parameters))[1]

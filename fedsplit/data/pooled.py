@@ -122,9 +122,7 @@ def _count(count: int | None, method: str, records: int) -> int:
     if count is None or count < 2:
         raise ConfigError(f"count must be at least 2 for partition {method!r}, got {count}")
     if count > records:  # said at once: a server may name any number, and dealing takes time and memory for each
-        raise ConfigError(
-            f"partition {method!r} leaves device {records} of {count} without records: use fewer devices"
-        )
+        raise ConfigError(f"partition {method!r} leaves device {records} of {count} without records: use fewer devices")
     return count
 
 

@@ -1,7 +1,7 @@
 """The device's side of a prediction: first layer, dropping and guard here, the rest wherever the trunk is.
 
-A record is known by its content: the same one always keeps the same outputs, and asking again releases nothing new. One
-that differs in a single bit is another record.
+A record is known by its content, as float32: the same one always keeps the same outputs, and asking again releases
+nothing new. One that differs in a single bit is another record.
 """
 
 import hmac
@@ -156,12 +156,12 @@ class Predictor:
 
     def _chunk(self, raw: NDArray[Any]) -> Chunk:
         """Return the scaled records, known by their content."""
-        numbers = self._checked(raw)
-        x = self._bundle.scaling.apply(numbers).astype(np.float64)
+        # by the raw numbers: whoever made the scaling has no say in which record is which
+        content = np.ascontiguousarray(self._checked(raw), dtype="<f4") + np.float32(0.0)  # -0.0 is 0.0
+        # and of nothing else: what float32 cannot tell apart would leave again and again as one record
+        x = self._bundle.scaling.apply(content.astype(np.float64)).astype(np.float64)
         if not np.isfinite(x).all():
             raise DataError("records must be in the model's units: these are too large")
-        # by the raw numbers: whoever made the scaling has no say in which record is which
-        content = np.ascontiguousarray(numbers, dtype="<f4") + np.float32(0.0)  # -0.0 is 0.0
         hashes = [hmac.digest(self._home.secret, row.tobytes(), "sha256")[:8] for row in content]
         words = np.frombuffer(b"".join(hashes), dtype="<u8")
         names = (words >> 3).astype(np.int64) | ASKED

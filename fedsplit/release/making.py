@@ -130,6 +130,7 @@ def forward(
         )
 
     def with_noise(noisy: Noisy, outputs: FloatArray, mask: NDArray[np.bool_], rows: slice) -> tuple[FloatArray, ...]:
+        outputs = np.nan_to_num(outputs)  # no noise hides which are infinite
         scales, index = noisy.scales(outputs, mask), chunk.index[rows]
         noise = drawn(rows, lambda key, r: noisy.gaussian(key, noise_name, mask_round, index[r], layer.width))
         return outputs * scales + noise, scales

@@ -16,6 +16,8 @@ from fedsplit.release.policies import Table, settings_name
 from fedsplit.release.policy import Mask, Policy, Silence, Unknown
 from fedsplit.release.streams import NOISE, keystream
 
+_LEAST_CLIP = 1e-30  # far above where float32 rounds what is sent, and the noise, to a few levels
+
 
 @dataclass(frozen=True)
 class Noisy(Policy):
@@ -39,6 +41,8 @@ class Noisy(Policy):
         if min(self.noise, self.clip) <= 0:
             said = f"got {self.noise}, {self.clip}"
             raise ConfigError(f"noise and clip must both be above 0 or both be left out, {said}")
+        if self.clip < _LEAST_CLIP:
+            raise ConfigError(f"clip must be at least {_LEAST_CLIP:g}, got {self.clip}")
         if not (self.policy.blind and self.policy.code.floats) or self.policy.noisy:
             said = "what it sends would tell of the record"
             raise ConfigError(f"noise is not for policy {settings_name(self.policy)!r}: {said}")
@@ -92,8 +96,10 @@ class Noisy(Policy):
 
     def scales(self, outputs: FloatArray, mask: Mask) -> FloatArray:
         """Return the factor ``(records, 1)`` that brings each record's kept outputs to a norm of at most ``clip``."""
-        norms = np.sqrt(np.square(np.where(mask, outputs, 0)).sum(axis=1, keepdims=True))
-        return np.asarray(self.clip / np.maximum(norms, self.clip), dtype=np.float32)
+        # in float64: a server chooses weights and clip, and float32 squares of what is small or large are 0 or infinite
+        norms = np.sqrt(np.square(np.where(mask, outputs, 0), dtype=np.float64).sum(axis=1, keepdims=True))
+        found = np.asarray(self.clip / np.maximum(norms, self.clip), dtype=np.float32)
+        return np.where(found < np.finfo(np.float32).tiny, np.float32(0), found)  # subnormal ones may be rounded up
 
     def gaussian(
         self, secret: bytes, weights_name: bytes, round_number: int, records: NDArray[np.int64], width: int

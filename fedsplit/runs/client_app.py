@@ -77,7 +77,10 @@ def _terms(context: Context) -> str:
         return str(config[TERMS])
     from fedsplit.runs.nodes import terms_by
 
-    return terms_by(str(APP_FOLDER / str(config[CONFIG])), str(context.node_config[HOME]))
+    path = (APP_FOLDER / str(config[CONFIG])).resolve()
+    if not path.is_relative_to(APP_FOLDER.resolve()):  # what is wrong with a file is told to the server
+        raise ConfigError("the run's settings file must be in the app")
+    return terms_by(str(path), str(context.node_config[HOME]))
 
 
 app = client_app()

@@ -159,5 +159,7 @@ def terms_by(path: str, home: str) -> str:
     FedsplitError
     """
     settings = load_settings(path)
-    check_allowed(names_code(settings, on_nodes=True), Home(Path(home)).allowed)  # the model's, too: it is built here
+    folder = {} if settings.data.folder is None else {"data.folder": settings.data.folder}
+    named = {**names_code(settings, on_nodes=True), **folder}  # the model's, too: it is built here, and data are opened
+    check_allowed(named, Home(Path(home)).allowed)
     return Experiment(settings).terms.to_json()

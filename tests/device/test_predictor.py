@@ -101,6 +101,15 @@ def test_a_record_is_sent_alike_whatever_it_is_sent_with(trained: Path, home: Ho
         assert np.array_equal(alone.release.codes, whole.release.codes[stop - alone.release.counts[0] : stop])
 
 
+def test_what_is_known_as_one_record_leaves_as_one(trained: Path, home: Home) -> None:
+    """Else records that float32 cannot tell apart, but a scaling can, would leave uncounted."""
+    bundle = replace(run_bundle(trained), scaling=Scaling(subtract=(1e6,), divide=(1e-2,)))
+    one, other = (1e6 + 0.03 * np.random.default_rng(seed).random(RECORDS[:1].shape) for seed in (0, 1))
+    first, second = (Predictor(bundle, home, nobody).release(raw)[0].release for raw in (one, other))
+    assert home.accountant("test").most().releases == 1
+    assert np.array_equal(first.codes, second.codes) and np.array_equal(first.bitmap, second.bitmap)
+
+
 @pytest.mark.parametrize("other", OTHERS)
 def test_the_same_weights_in_another_layer_are_another_release(other: str, tmp_path: Path) -> None:
     """Else whoever makes models could ask about a record again and again, uncounted."""

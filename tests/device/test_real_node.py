@@ -214,6 +214,28 @@ def test_a_settings_file_means_the_same_terms(tmp_path: Path) -> None:
         terms_by(path, str(stricter.folder))
 
 
+def test_of_a_settings_file_no_folder_is_opened_that_is_not_allowed(tmp_path: Path) -> None:
+    settings = small_settings(**FROZEN, data={"builder": None, "folder": str(tmp_path / "private"), "outputs": 3})
+    (tmp_path / "small.toml").write_text(settings.to_toml())
+    home = made(tmp_path / "home", [0], ("own:linear", "own:linear_model"))
+    with pytest.raises(ConfigError, match=r"data\.folder '.*private' is not among what the node's owner allows"):
+        terms_by(str(tmp_path / "small.toml"), str(home.folder))
+
+
+def test_the_app_reads_no_settings_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with it would be told to the server."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "own.toml").write_text("secret = 12345")
+    monkeypatch.setattr("fedsplit.runs.client_app.APP_FOLDER", tmp_path / "app")
+    home = made(tmp_path / "home", [1])
+    app = client_app()
+    InProcessGrid(app, 5)
+    for path in ("../own.toml", str(tmp_path / "own.toml")):
+        context = Context(1, 7, {HOME: str(home.folder)}, RecordDict(), {"config": path})
+        with pytest.raises(ConfigError, match="must be in the app"):
+            app(Message(to_record(b""), 7, MessageType.QUERY, ttl=100.0), context)
+
+
 def test_a_simulated_node_builds_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = simulated_json(small_settings())
     monkeypatch.setattr("fedsplit.plan.experiment._built", lambda name: pytest.fail("a trunk is built"))
@@ -228,6 +250,7 @@ def test_the_app_answers_where_a_run_config_names_a_settings_file(
     (tmp_path / "small.toml").write_text(small_settings(**FROZEN).to_toml())
     home = made(tmp_path / "home", [1], ("own:linear", "own:linear_model"))
     monkeypatch.setattr("fedsplit.runs.client_app.STATE_FOLDER", tmp_path / "state")
+    monkeypatch.setattr("fedsplit.runs.client_app.APP_FOLDER", tmp_path)
     own = {HOME: str(home.folder)} if real else {"partition-id": 1, "num-partitions": 5}
     context = Context(1, 7, own, RecordDict(), {"config": str(tmp_path / "small.toml")})
     app = client_app()

@@ -104,3 +104,9 @@ def test_purposes_share_no_noise_and_no_name() -> None:
     assert not np.isclose(one.outputs.kept.values, other.outputs.kept.values).any()
     again = own.make(chunk(), WEIGHTS, 0, "predict [1.0]")
     assert again.name == one.name and np.array_equal(again.outputs.kept.values, one.outputs.kept.values)
+
+
+def test_noise_hides_outputs_that_are_infinite_too() -> None:
+    own = releaser(Noisy(All(), 1.0, 0.5))
+    kept = own.make(chunk(), np.full_like(WEIGHTS, np.float32(3e38)), 1, "train").outputs.kept
+    assert np.isfinite(kept.values).all() and len(kept.values) == LAYER.width * len(kept.counts)

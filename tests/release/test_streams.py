@@ -56,6 +56,20 @@ def test_noise_and_clip_need_each_other(clip: float, noise: float) -> None:
         Noisy(All(), clip=clip, noise=noise)
 
 
+@pytest.mark.parametrize("clip", [1e-30, 1e-28, 1.0])
+@pytest.mark.parametrize("size", [1e-29, 1e-23, 1e15, 3e38])
+def test_no_size_of_the_outputs_gets_past_the_clip(clip: float, size: float) -> None:
+    """A hostile server chooses both: float32 squares of the outputs would be 0 or infinite."""
+    x = np.full((1, 12), size, dtype=np.float32)
+    sent = x * Noisy(All(), clip=clip, noise=1.0).scales(x, np.ones(x.shape, bool))
+    assert np.sqrt(np.square(sent, dtype=np.float64).sum()) <= clip * (1 + 1e-5)
+
+
+def test_a_clip_that_float32_cannot_tell_from_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="clip must be at least 1e-30, got 1e-36"):
+        Noisy(All(), clip=1e-36, noise=10.0)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([0.3, 1.0]))
 def test_scales_bring_the_kept_outputs_to_the_clip_and_no_further(seed: int, clip: float, keep: float) -> None:

@@ -27,10 +27,22 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 torch.set_num_threads(1)  # tests share the machine, and threads that wait for each other make them many times slower
 
+_HERE = sys.modules[__name__]
 _LONGEST = 3600  # seconds for all tests together
-_RAY = ("test_engine", "test_simulation", "test_readme", "test_tune")  # each looks for what it has left running
+_RAY = (
+    "test_outside_package",
+    "test_engine",
+    "test_simulation",
+    "test_readme",
+    "test_tune",
+)  # each looks for what it has left running
 _APART = ("test_pages",)  # whose tests may run in any process
 _RAY_PAGE = "[tune]"
+
+
+def pytest_plugin_registered() -> None:
+    """Keep the name by which tests import what is below: pytest gives it to the conftest.py of a room."""
+    sys.modules[__name__] = _HERE
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -99,6 +111,21 @@ def new_node(settings: Settings, number: int, nodes: int, folder: Path) -> "Node
     node = simulated_node(simulated_json(settings), number, nodes, str(folder))
     node.first_layer.load_weights(Experiment(settings).model.first_layer.initial_weights())
     return node
+
+
+@pytest.fixture(autouse=True)
+def as_loud_as_before() -> Iterator[None]:
+    """Put back how much is logged: studies and commands change it, and other tests of the process listen."""
+    levels = {name: logging.getLogger(name).level for name in ("flwr", "fedsplit")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes most of a small run's time, and is not looked at."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from fedsplit.plan.experiment import Experiment
 from fedsplit.plan.named_code import names_code
 from fedsplit.plan.preflight import check_limits
 from fedsplit.plan.settings import Settings, check_settings, load_settings
-from fedsplit.release.policies import Noisy
+from fedsplit.release.noise import Noisy
 from fedsplit.runs.comparing import differing, read_runs
 from fedsplit.runs.simulation import simulate
 from fedsplit.tuning.space import Space, usual_space

@@ -69,3 +69,9 @@ def test_the_root_holds_the_facade_and_addresses_alone() -> None:
 def test_no_module_is_too_long() -> None:
     lengths = {str(p.relative_to(PACKAGE)): len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
     assert {name: n for name, n in lengths.items() if n > 350} == {}
+
+
+def test_no_test_file_is_too_long() -> None:
+    tests = ROOT / "tests"
+    lengths = {str(p.relative_to(tests)): len(p.read_text().splitlines()) for p in tests.rglob("*.py")}
+    assert {name: n for name, n in lengths.items() if n > 400} == {}

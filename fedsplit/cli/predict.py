@@ -74,11 +74,10 @@ def serve(
     need("serve")
     import logging
 
-    import uvicorn
-
     from fedsplit.cli.node import find_functions
     from fedsplit.server.link.folder import ServerFolder, check_pair, check_port_free
-    from fedsplit.service.app import MOST_CONNECTIONS, service
+    from fedsplit.service.app import service
+    from fedsplit.service.running import run as run_service
     from fedsplit.service.served import Served
     from fedsplit.service.tokens import Tokens
 
@@ -126,17 +125,7 @@ def serve(
         print(f"the page is at {url}/demo/", flush=True)
     if watching:
         print(f"the devices that are watched are at {url}/fleet/", flush=True)
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        ws="none",
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=10,
-        **files,
-    )
+    run_service(app, host, port, files)
 
 
 def predict(
@@ -179,7 +168,24 @@ def predict(
 
 
 def remote(server: str, model: str, ca: Path | None, *, insecure: bool) -> "Remote":
-    """Return a service's answers about a model, asked with the token in FEDSPLIT_TOKEN; raises ConfigError."""
+    """Return a service's answers about a model. The variable FEDSPLIT_TOKEN holds the token.
+
+    Parameters
+    ----------
+    server : str
+        URL of the service.
+    model : str
+        Name of the model.
+    ca : Path or None
+        File of the certificate authority (PEM); None is for the usual authorities.
+    insecure : bool
+        Whether ``http://``, which takes no token, is allowed.
+
+    Raises
+    ------
+    ConfigError
+        If the URL is not allowed, or the token is missing.
+    """
     from fedsplit.device.remote import Remote
 
     if server.startswith("http://") and not insecure:

@@ -106,7 +106,23 @@ def _recipe(given: dict[str, Any]) -> "Recipe":
 
 
 def layout_of(recipe: "Recipe", column: Texts, unit: Texts, time: str, file_rate: float | None) -> "Layout":
-    """Return how files hold a recipe's channels, from the options of these names; raises ConfigError."""
+    """Return where files hold a recipe's channels, from the command-line options of the same names.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    column, unit : list of str or None
+        Entries CHANNEL=NAME and CHANNEL=UNIT.
+    time : str
+        A table's column of times.
+    file_rate : float or None
+        Rows per second (Hz) of a table without times.
+
+    Raises
+    ------
+    ConfigError
+        If the rate is not positive and finite, or an entry names no channel of the recipe.
+    """
     from fedsplit.data.formats import Layout
 
     if file_rate is not None and not 0 < file_rate < float("inf"):

@@ -56,6 +56,15 @@ class Backward:
     def answer(self, download: Download, state: NodeState, guard: Guard) -> tuple[Gradients, IntArray, Refusals]:
         """Sum the first-layer gradients of all pending chunks, per device or over the node.
 
+        Parameters
+        ----------
+        download : Download
+            Its pending chunks hold the cut gradients.
+        state : NodeState
+            What the node has kept of its pending chunks.
+        guard : Guard
+            Checks each chunk before its gradients leave.
+
         Returns
         -------
         tuple

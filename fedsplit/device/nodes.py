@@ -105,10 +105,19 @@ def check_allowed(named: Mapping[str, str], allowed: Sequence[str]) -> None:
 def answer(node: Callable[[], Node], kind: str, payload: bytes) -> bytes:
     """Return a node's answer to a payload.
 
+    Parameters
+    ----------
+    node : callable
+        Returns the node; its errors are treated as those of the answer.
+    kind : str
+        Of the message.
+    payload : bytes
+        Packed for the wire, as the answer is.
+
     Raises
     ------
     FedsplitError
-        With a text that holds nothing of a record, as every other error, too: it reaches the server.
+        Its text holds nothing of a record, since the server reads it. This is so for every error.
     """
     try:
         return _answer(node(), kind, payload)

@@ -112,7 +112,19 @@ class PollingGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """Make a message (deprecated by Flower in favour of ``Message``)."""
+        """Make a message. Flower has deprecated this in favour of ``Message``.
+
+        Parameters
+        ----------
+        content : RecordDict
+        message_type : str
+        dst_node_id : int
+            The node that gets it.
+        group_id : str
+            In Flower the round.
+        ttl : float, optional
+            Seconds until the message expires; default: Flower's.
+        """
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:

@@ -71,9 +71,20 @@ def run_flower(arguments: Sequence[str]) -> str:
 
 
 def tell_keys(address: str, authority: bytes, keys: Iterable[EllipticCurvePublicKey]) -> bool:
-    """Have a SuperLink let nodes with these keys in, as ``flwr supernode register`` does for one.
+    """Have a SuperLink let nodes with these keys in, as ``flwr supernode register`` does for one key.
 
-    Returns whether it answers.
+    Parameters
+    ----------
+    address : str
+        The SuperLink's, HOST:PORT.
+    authority : bytes
+        The certificate authority (PEM).
+    keys : iterable of EllipticCurvePublicKey
+
+    Returns
+    -------
+    bool
+        Whether the SuperLink answers.
 
     Raises
     ------
@@ -102,12 +113,20 @@ def tell_keys(address: str, authority: bytes, keys: Iterable[EllipticCurvePublic
 
 
 def connect_flower(name: str, address: str, root: Path | None) -> Path:
-    """Make a SuperLink known to Flower's own commands by a name; return the file that says so.
+    """Make a SuperLink known to Flower's own commands by a name, and return the file that says so.
+
+    Parameters
+    ----------
+    name : str
+    address : str
+        The SuperLink's, HOST:PORT.
+    root : Path or None
+        File of the certificate authority (PEM); None is without TLS.
 
     Raises
     ------
     ConfigError
-        If the name is another's, or the file cannot be written.
+        If another SuperLink has the name, or the file cannot be written.
     """
     path = flower_config()
     entry: dict[str, object] = {"address": address}

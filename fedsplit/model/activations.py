@@ -134,7 +134,13 @@ class Relu(Activation):
         return outputs
 
     def preimage(self, outputs: Array, error: Array, least: Array, most: Array) -> Preimage:
-        """Return the outputs; those of exactly zero, which none with noise is, have a bound alone."""
+        """Return the outputs themselves. An output of exactly zero, which noise never gives, has only bounds.
+
+        Parameters
+        ----------
+        outputs, error, least, most : float64 arrays
+            As in :meth:`Activation.preimage`.
+        """
         found = super().preimage(outputs, error, least, most)
         low = np.where(least >= 0, found.low, -np.inf)
         return Preimage(outputs, np.where(outputs == 0, np.inf, found.deviation), low, found.high)
@@ -176,7 +182,16 @@ class LeakyRelu(Activation):
         return np.where(outputs < 0, outputs / self.slope, outputs)
 
     def preimage(self, outputs: Array, error: Array, least: Array, most: Array) -> Preimage:
-        """Return the preimage; of a slope below 0 both as bounds, of 0 none below for outputs of zero."""
+        """Return the preimage; its bounds depend on the slope.
+
+        With a slope below 0 an output has two preimages, and the bounds enclose both. With a slope of 0 it is as for
+        relu.
+
+        Parameters
+        ----------
+        outputs, error, least, most : float64 arrays
+            As in :meth:`Activation.preimage`.
+        """
         found = super().preimage(outputs, error, least, most)
         if self.slope > 0:
             return found
@@ -258,7 +273,13 @@ class Gelu(Activation):
         return np.where(outputs >= self._function(np.array([-_WIDE / 4]))[0], -np.inf, found)
 
     def preimage(self, outputs: Array, error: Array, least: Array, most: Array) -> Preimage:
-        """Return the preimage of positive outputs, and of others the bounds that both keep."""
+        """Return the preimage of positive outputs, and bounds around both preimages of all others.
+
+        Parameters
+        ----------
+        outputs, error, least, most : float64 arrays
+            As in :meth:`Activation.preimage`.
+        """
         found, positive = super().preimage(outputs, error, least, most), outputs > 0
         low = np.where(least > 0, found.low, self._left(most))
         return Preimage(found.point, np.where(positive, found.deviation, np.inf), low, found.high)

@@ -85,9 +85,17 @@ class Head:
         return parameters[: self.outputs * self.features].reshape(self.outputs, self.features)
 
     def sums(self, parameters: FloatArray, features: FloatArray, targets: NDArray[Any]) -> Sums:
-        """Compute loss and gradients of some records' features ``(records, features)``.
+        """Compute the sums of loss and gradients over some records.
 
-        In float64: which records a node happens to compute together must not show.
+        The computation is in float64, so that the result does not show which records a node computes together.
+
+        Parameters
+        ----------
+        parameters : float32 array (parameters,)
+            The head's weights ``(outputs, features)``, flat, and then its bias.
+        features : float32 array (records, features)
+        targets : array (records, ...)
+            As the task has them.
         """
         vector = torch.from_numpy(parameters.astype(np.float64)).requires_grad_()
         inputs = torch.from_numpy(features.astype(np.float64)).requires_grad_()

@@ -1,5 +1,6 @@
 """The sections of a settings file that say what is run: data, devices, model, dropping, guard, audit."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -9,7 +10,7 @@ from fedsplit.common.errors import ConfigError
 from fedsplit.common.tables import Section
 from fedsplit.model.tasks import TASKS
 from fedsplit.plan.profiles import ProfileSettings
-from fedsplit.plan.values import Code, Positive, Rate, one_of
+from fedsplit.plan.values import Code, Positive, Rate, one_of, outside
 from fedsplit.release.chosen import built_in, from_outside, takes, with_noise
 from fedsplit.release.policies import BUILT_IN
 from fedsplit.release.policy import Policy
@@ -142,6 +143,15 @@ class ModelSettings(Section):
     activation: Literal["relu", "leaky_relu", "tanh", "sigmoid", "gelu", "identity"] = "relu"
 
 
+POLICY_KEYS = tuple(dict.fromkeys(key for name in BUILT_IN for key in takes(name)))
+"""The keys of ``[dropping]`` that one or the other policy takes."""
+
+
+def _listed(words: Sequence[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}"
+
+
 class DroppingSettings(Section):
     """``[dropping]``: which of the first layer's outputs leave a device; see :mod:`fedsplit.release.policies`.
 
@@ -167,7 +177,7 @@ class DroppingSettings(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    policy: Literal["none", "random", "at-most", "top-k", "units", "bits"] | Annotated[str, Field(pattern=".:.")]
+    policy: Literal["none", "random", "at-most", "top-k", "units", "bits"] | Annotated[str, outside("Class")]
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     k: Positive | None = None
     bits: Annotated[int, Field(ge=1, le=8)] | None = None
@@ -183,7 +193,7 @@ class DroppingSettings(Section):
     @property
     def numbers(self) -> dict[str, Any]:
         """What is given of the policy's fields."""
-        given = {key: getattr(self, key) for key in ("keep", "k", "bits")} | (self.model_extra or {})
+        given = {key: getattr(self, key) for key in POLICY_KEYS} | (self.model_extra or {})
         return {key: value for key, value in given.items() if value is not None}
 
     def built(self) -> Policy:
@@ -207,7 +217,7 @@ class DroppingSettings(Section):
             return self
         needs, given = takes(self.policy), tuple(self.numbers)
         if given != needs:
-            taken = " and ".join(needs) or "none of keep, k and bits"
+            taken = " and ".join(needs) or f"none of {_listed(POLICY_KEYS)}"
             raise ValueError(f"policy {self.policy!r} takes {taken}, got {' and '.join(given) or 'none'}")
         try:
             self.built()

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 Code = Annotated[str, Field(pattern=r"^[^:\s]+:[^:\s]+$")]  # module:Name
 Positive = Annotated[int, Field(ge=1)]
@@ -17,6 +18,17 @@ def one_of(*known: str, own: str) -> AfterValidator:
     def check(name: str) -> str:
         if name not in known and not all(name.partition(":")):
             raise ValueError(f"should be one of {', '.join(map(repr, known))} or 'module:{own}', got {name!r}")
+        return name
+
+    return AfterValidator(check)
+
+
+def outside(kind: str) -> AfterValidator:
+    """Allow what is from outside, by its name ``module:Class`` or ``module:function``."""
+
+    def check(name: str) -> str:
+        if not all(name.partition(":")):
+            raise PydanticCustomError("outside", "Input should be 'module:{kind}'", {"kind": kind})
         return name
 
     return AfterValidator(check)

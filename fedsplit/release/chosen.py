@@ -6,7 +6,8 @@ from typing import Any
 
 from fedsplit.common.errors import ConfigError, FedsplitError
 from fedsplit.common.plugins import resolve_function
-from fedsplit.release.policies import BUILT_IN, Noisy, settings_name
+from fedsplit.release.noise import Noisy
+from fedsplit.release.policies import BUILT_IN, settings_name
 from fedsplit.release.policy import FACTS, Policy
 
 _SETTING = "dropping.policy"
@@ -20,13 +21,24 @@ def takes(name: str) -> tuple[str, ...]:
 
 
 def built_in(name: str, *, clip: float = 0.0, noise: float = 0.0, **numbers: Any) -> Policy:
-    """Return a policy that comes with fedsplit; of ``numbers`` those that it does not take are not looked at.
+    """Return a policy that comes with fedsplit.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`BUILT_IN`.
+    clip, noise : float
+        As in :func:`with_noise`.
+    **numbers
+        The policy's fields. Numbers that are not its fields are ignored.
 
     Raises
     ------
     ConfigError
-        If there is none of this name, or a number is missing or not allowed.
+        If no policy has this name, or a number is missing or not allowed.
 
+    Examples
+    --------
     >>> built_in("top-k", k=6, keep=1.0)
     TopK(k=6)
     """
@@ -75,7 +87,14 @@ def _check_class(reference: str, kind: Any) -> None:
 
 
 def with_noise(policy: Policy, clip: float, noise: float) -> Policy:
-    """Return a policy behind Gaussian noise, or as it is without ``clip`` and ``noise``."""
+    """Return a policy behind Gaussian noise, or the policy itself if ``clip`` and ``noise`` are 0.
+
+    Parameters
+    ----------
+    policy : Policy
+    clip, noise : float
+        As in :class:`fedsplit.release.policies.Noisy`.
+    """
     return Noisy(policy, clip, noise) if clip or noise else policy
 
 

@@ -31,9 +31,14 @@ class Kept:
 
     @classmethod
     def of(cls, outputs: FloatArray, mask: NDArray[np.bool_], *, zeros_count: bool) -> "Kept":
-        """Drop from ``outputs`` ``(records, width)`` what ``mask`` does not keep.
+        """Drop the outputs that a mask does not keep.
 
-        ``zeros_count`` is false for relu: a kept zero has derivative zero, so it sends nothing.
+        Parameters
+        ----------
+        outputs : float32 array (records, width)
+        mask : bool array (records, width)
+        zeros_count : bool
+            Whether a kept zero is sent. It is false for relu: the derivative at zero is zero, so a zero sends nothing.
         """
         pattern = mask if zeros_count else mask & (outputs != 0)
         return cls(

@@ -16,7 +16,7 @@ from fedsplit.common.errors import ConfigError
 from fedsplit.data import Records
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.kept import Kept
-from fedsplit.release.policies import Noisy
+from fedsplit.release.noise import Noisy
 from fedsplit.release.policy import Policy
 
 BLOCK = 1024  # records computed at once: bounds the dense activations in memory

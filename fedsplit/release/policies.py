@@ -1,7 +1,6 @@
 """Which activation outputs leave the device: the policies that come with fedsplit.
 
-Dropping (arXiv 1711.07520) sets outputs to zero before they leave; kept values are not rescaled. What is drawn comes
-from a *device secret* that the server does not have; see :mod:`fedsplit.release.streams`.
+Dropping (arXiv 1711.07520) sets outputs to zero before they leave. Kept values are not rescaled.
 """
 
 import math
@@ -10,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from fedsplit.common.arrays import FloatArray
@@ -19,10 +16,9 @@ from fedsplit.common.errors import ConfigError
 from fedsplit.model.layer import FirstLayer
 from fedsplit.release.codes import Code
 from fedsplit.release.policy import BelowLeast, Mask, Policy, Silence, Unknown, Zero, choices, told
-from fedsplit.release.streams import DROPPING, NOISE, keystream
+from fedsplit.release.streams import DROPPING, keystream
 
 _FLOATS = Code()
-_LEAST_CLIP = 1e-30  # far above where float32 rounds what is sent, and the noise, to a few levels
 Table = Mapping[str, Any]
 
 
@@ -43,7 +39,12 @@ class All(Policy):
         return outputs
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Keep all."""
+        """Keep all.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         return np.ones(outputs.shape, dtype=bool)
 
     def information(self, width: int, dtype: str) -> float:
@@ -65,13 +66,7 @@ class All(Policy):
 
 @dataclass(frozen=True)
 class Random(All):
-    """Each output is kept with probability ``keep``, independently: the paper's policy.
-
-    Attributes
-    ----------
-    keep : float
-        In (0, 1], in steps of 2^-16.
-    """
+    """Each output is kept with probability ``keep`` in (0, 1], in steps of 2^-16, independently: the paper's policy."""
 
     keep: float
 
@@ -82,7 +77,12 @@ class Random(All):
             raise ConfigError(f"keep must be in (0, 1], got {self.keep}")
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Draw 16 bits for each output."""
+        """Draw 16 bits for each output.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         words = keystream(secret, DROPPING, round_number, records, 2 * outputs.shape[1])
         threshold = max(1, round(self.keep * 65536))
         # compared as 32-bit, since 65536 (keep everything) does not fit the stream's 16 bits
@@ -130,7 +130,12 @@ class AtMost(_OfK):
     deterministic = False
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Draw 32 bits for each output and keep the ``k`` smallest."""
+        """Draw 32 bits for each output and keep the ``k`` smallest.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         words = keystream(secret, DROPPING, round_number, records, 4 * outputs.shape[1])
         return _smallest(np.ascontiguousarray(words).view("<u4"), self.k)
 
@@ -152,7 +157,12 @@ class TopK(_OfK):
     blind = False
 
     def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Keep the largest."""
+        """Keep the largest.
+
+        Parameters
+        ----------
+        outputs, secret, round_number, records : as in :meth:`Policy.mask`
+        """
         return _smallest(-np.abs(outputs), self.k)
 
     def information(self, width: int, dtype: str) -> float:
@@ -184,10 +194,7 @@ class Units(_OfK):
 
 @dataclass(frozen=True)
 class Bits(All):
-    """All outputs of a relu layer as ``bits``-bit codes, rounded up to the levels of :class:`Code`.
-
-    The gradient passes straight through at what is above zero.
-    """
+    """All outputs of a relu layer as ``bits``-bit codes, rounded up to the levels of :class:`Code`."""
 
     bits: int
 
@@ -208,7 +215,7 @@ class Bits(All):
             raise ConfigError("policy 'bits' needs the activation relu")
 
     def coded(self, outputs: FloatArray) -> FloatArray:
-        """Round up to the levels."""
+        """Round up to the levels; the gradient passes straight through at what is above zero."""
         return self.code.rounded(outputs)
 
     def most_equations(self, width: int) -> float:
@@ -218,102 +225,6 @@ class Bits(All):
     def search(self, layer: FirstLayer) -> Table:
         """Try these bits where they fit."""
         return {"bits": self.bits} if layer.positive_only else {}
-
-
-@dataclass(frozen=True)
-class Noisy(Policy):
-    """Gaussian noise on every output that a policy keeps, zeros among them: a missing one would tell that it was zero.
-
-    Attributes
-    ----------
-    policy : Policy
-        One whose choice of outputs tells nothing of the record; else it would tell what the noise hides.
-    clip, noise : float
-        Noise of standard deviation ``noise * clip``, after the kept outputs of a record are scaled to a Euclidean norm
-        of at most ``clip``.
-    """
-
-    policy: Policy
-    clip: float
-    noise: float
-
-    code = _FLOATS
-    deterministic = False
-    blind = True
-    zeros_count = True
-
-    def __post_init__(self) -> None:
-        if min(self.noise, self.clip) <= 0:
-            said = f"got {self.noise}, {self.clip}"
-            raise ConfigError(f"noise and clip must both be above 0 or both be left out, {said}")
-        if self.clip < _LEAST_CLIP:
-            raise ConfigError(f"clip must be at least {_LEAST_CLIP:g}, got {self.clip}")
-        if not (self.policy.blind and self.policy.code.floats) or self.policy.noisy:
-            said = "what it sends would tell of the record"
-            raise ConfigError(f"noise is not for policy {settings_name(self.policy)!r}: {said}")
-
-    @property
-    def noisy(self) -> "Noisy":
-        """Itself."""
-        return self
-
-    @property
-    def deviation(self) -> float:
-        """The noise's standard deviation."""
-        return self.noise * self.clip
-
-    def fits(self, layer: FirstLayer) -> None:
-        """Fit what the policy fits."""
-        self.policy.fits(layer)
-
-    def coded(self, outputs: FloatArray) -> FloatArray:
-        """Return the outputs as the policy would send them."""
-        return self.policy.coded(outputs)
-
-    def mask(self, outputs: FloatArray, secret: bytes, round_number: int, records: NDArray[np.int64]) -> Mask:
-        """Keep what the policy keeps."""
-        return self.policy.mask(outputs, secret, round_number, records)
-
-    def information(self, width: int, dtype: str) -> float:
-        """Return the smaller of payload and channel: (k/2) log2(1 + 1 / (k noise^2)) for k outputs at most.
-
-        The capacity of k Gaussian channels that share the power ``clip^2``, of real numbers: the bits of floating
-        point below the noise are taken for noise.
-        """
-        payload = self.policy.information(width, dtype)
-        return min(payload, width / 2 * math.log2(1 + 1 / (width * self.noise**2)))
-
-    def most_equations(self, width: int) -> float:
-        """Return the policy's."""
-        return self.policy.most_equations(width)
-
-    def silence(self, layer: FirstLayer) -> Silence:
-        """Nothing: zeros are sent, too."""
-        return Unknown()
-
-    def search(self, layer: FirstLayer) -> Table:
-        """Search from a fifth to five times as much noise."""
-        return {"noise": {"low": self.noise / 5, "high": self.noise * 5, "log": True}}
-
-    def scales(self, outputs: FloatArray, mask: Mask) -> FloatArray:
-        """Return the factor ``(records, 1)`` that brings each record's kept outputs to a norm of at most ``clip``."""
-        # in float64: a server chooses weights and clip, and float32 squares of what is small or large are 0 or infinite
-        norms = np.sqrt(np.square(np.where(mask, outputs, 0), dtype=np.float64).sum(axis=1, keepdims=True))
-        found = np.asarray(self.clip / np.maximum(norms, self.clip), dtype=np.float32)
-        return np.where(found < np.finfo(np.float32).tiny, np.float32(0), found)  # subnormal ones may be rounded up
-
-    def gaussian(
-        self, secret: bytes, weights_name: bytes, round_number: int, records: NDArray[np.int64], width: int
-    ) -> FloatArray:
-        """Return one device's noise ``(records, width)``, standard deviation ``noise * clip``.
-
-        Its stream belongs to the weights, too: the same noise on the activations of two weights could be subtracted.
-        """
-        own = HKDF(algorithm=SHA256(), length=32, salt=None, info=b"fedsplit noise " + weights_name).derive(secret)
-        words = np.ascontiguousarray(keystream(own, NOISE, round_number, records, 8 * width)).view("<u4")
-        uniform = (words.astype(np.float64) + 0.5) / 2**32  # never 0 or 1
-        radius, angle = np.sqrt(-2 * np.log(uniform[:, :width])), 2 * np.pi * uniform[:, width:]  # Box and Muller
-        return np.asarray(self.deviation * radius * np.cos(angle), dtype=np.float32)
 
 
 def _smallest(keys: NDArray[np.uint32] | FloatArray, k: int) -> Mask:

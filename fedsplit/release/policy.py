@@ -2,7 +2,7 @@
 
 Guard, preflight, audit, tuning, wire and export ask these facts and know no policy by name. Facts that a policy could
 state wrongly at the expense of a record are derived from what it really sends, where they can be: equations from its
-code, noise from :class:`fedsplit.release.policies.Noisy`.
+code, noise from :class:`fedsplit.release.noise.Noisy`.
 """
 
 import math
@@ -19,7 +19,7 @@ from fedsplit.model.layer import FirstLayer
 from fedsplit.release.codes import Code
 
 if TYPE_CHECKING:
-    from fedsplit.release.policies import Noisy
+    from fedsplit.release.noise import Noisy
 
 Mask = NDArray[np.bool_]
 
@@ -141,7 +141,7 @@ class Policy(Protocol):
 
     @property
     def noisy(self) -> "Noisy | None":
-        """The noise on what is sent; none but by :class:`fedsplit.release.policies.Noisy`."""
+        """The noise on what is sent; none but by :class:`fedsplit.release.noise.Noisy`."""
         return None
 
 
@@ -150,9 +150,20 @@ FACTS = frozenset(Policy.__abstractmethods__)
 
 
 def told(width: int, sent: float, code: Code, dtype: str, chosen: float = 0.0) -> float:
-    """Return the bits of a release: of ``sent`` values and ``chosen``, log2 of how many choices of outputs there are.
+    """Return the bits that a release tells of a record, at most those of all its outputs.
 
-    A choice that is drawn without a look at the record tells nothing: 0. No release tells more than all outputs.
+    Parameters
+    ----------
+    width : int
+        Outputs of the first layer.
+    sent : float
+        Values that are sent.
+    code : Code
+        How a value is sent.
+    dtype : str
+        The wire's type of a value.
+    chosen : float
+        log2 of the number of possible choices of outputs. It is 0 for a choice that does not depend on the record.
     """
     each = code.any_bits(dtype)
     return min(chosen + each * sent, each * width) + code.record_bits(dtype)
@@ -170,7 +181,8 @@ def choices(width: int, k: int) -> float:
 def name_of(policy: Policy) -> str:
     """Return a text that is equal only for policies that send the same: the class, from outside by its module, too.
 
-    >>> from fedsplit.release.policies import All, Noisy, TopK
+    >>> from fedsplit.release.noise import Noisy
+    >>> from fedsplit.release.policies import All, TopK
     >>> name_of(TopK(6)), name_of(Noisy(All(), 4.0, 0.1))
     ('TopK(k=6)', 'Noisy(policy=All(), clip=4.0, noise=0.1)')
     """

@@ -23,7 +23,20 @@ def simulation_secret(seed: int, device_id: int) -> bytes:
 def keystream(
     secret: bytes, purpose: int, round_number: int, records: NDArray[np.int64], width: int
 ) -> NDArray[np.uint8]:
-    """Return ``(records, width)`` pseudo-random bytes, one independent stream per record."""
+    """Return ``(records, width)`` pseudo-random bytes, one independent stream per record.
+
+    Parameters
+    ----------
+    secret : bytes
+        32 bytes: the key of AES-256.
+    purpose : int
+        What the bytes are for, one of this module's constants: each purpose has its own streams.
+    round_number : int
+    records : int64 array (records,)
+        The records' indices on their device.
+    width : int
+        Bytes per record.
+    """
     blocks = -(-width // 16)
     counters = np.empty((len(records), blocks, 4), dtype="<u4")
     counters[..., 0] = purpose
@@ -37,6 +50,20 @@ def keystream(
 
 
 def record_order(secret: bytes, pass_number: int, count: int) -> NDArray[np.int64]:
-    """Return the device's own random order of its records in one pass over them."""
+    """Return the device's own random order of its records in one pass over them.
+
+    Parameters
+    ----------
+    secret : bytes
+        The device's, 32 bytes.
+    pass_number : int
+    count : int
+        Records on the device.
+
+    Returns
+    -------
+    int64 array (count,)
+        A permutation of the records' indices.
+    """
     words = keystream(secret, ORDER, pass_number, np.arange(count), 8)
     return np.argsort(np.ascontiguousarray(words).view("<u8").ravel(), kind="stable")

@@ -33,10 +33,19 @@ def split_strategy(
     secret_noise: bool = False,
     kind: type[Trunk] | None = None,
 ) -> SplitStrategy:
-    """Return the server's strategy before its first round; ``owners`` as in :class:`fedsplit.server.roster.Roster`.
+    """Return the server's strategy before its first round.
 
-    With ``secret_noise`` what the first layer's strategy draws does not follow from the seed, which nodes know.
-    ``kind`` is another trunk than that of task and labels.
+    Parameters
+    ----------
+    experiment : Experiment
+    run : int
+        Names the run in the nodes' state folders.
+    owners : callable, optional
+        As in :class:`fedsplit.server.roster.Roster`.
+    secret_noise : bool
+        Whether the random numbers of the first layer's strategy are independent of the seed, which nodes know.
+    kind : type of Trunk, optional
+        Default: the trunk of the task and of where the labels are.
     """
     settings, source = experiment.settings, experiment.source
     at_home = settings.protocol.labels == "at-home"

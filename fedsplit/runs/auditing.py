@@ -119,8 +119,22 @@ def preview_record(
 ) -> Preview:
     """Release one record as the settings would have it, attack it, and write a page.
 
-    Masks and noise are drawn from the secret of the node in ``home``, or the simulation's. The attacker's public
-    records are those that the settings name, or else the device's other records.
+    Parameters
+    ----------
+    settings : Settings
+    device, record : int
+        The device's id, and the index of one of its training records.
+    weights : Path or None
+        File of the first layer's weights (safetensors). None is for the initial weights.
+    home : Path or None
+        The folder of the device's node: masks and noise are drawn from its secret. None is for the simulation's secret.
+    page_path : Path
+        The page (HTML) that is written.
+
+    Returns
+    -------
+    Preview
+        The attacker's public records are those of the settings, or else the device's other records.
 
     Raises
     ------

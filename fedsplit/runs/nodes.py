@@ -95,10 +95,18 @@ def _cached(load: Callable[[int], DeviceData]) -> Callable[[int], DeviceData]:
 
 @lru_cache(maxsize=4096)
 def simulated_node(simulated_json: str, partition: int, partitions: int, folder: str) -> Node:
-    """Return a virtual node, the same object as long as this process lives.
+    """Return a virtual node. It is the same object as long as this process lives.
 
-    Devices are dealt to nodes in order. Secrets derive from the seed; what must outlive the process is below
-    ``folder``.
+    Devices are dealt to nodes in order. Their secrets derive from the seed.
+
+    Parameters
+    ----------
+    simulated_json : str
+        A :class:`Simulated` as JSON.
+    partition, partitions : int
+        The node's number from 0, and how many nodes there are.
+    folder : str
+        Holds below it everything of the node that must outlive the process.
 
     Raises
     ------

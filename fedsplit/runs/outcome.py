@@ -53,7 +53,17 @@ class Stopwatch:
 
 
 def outcome(progress: Progress, watch: Stopwatch, guard_mode: str, **known: Any) -> dict[str, Any]:
-    """Return a run's result: its scores, its totals, and ``known`` (``name``, ``seed``, ``devices``, ``nodes``)."""
+    """Return a run's result: its scores, its totals and the versions of the software.
+
+    Parameters
+    ----------
+    progress : Progress
+    watch : Stopwatch
+    guard_mode : str
+        The setting ``guard.mode``, or ``by each owner`` in a deployment.
+    **known
+        ``name``, ``seed``, ``devices`` and ``nodes``.
+    """
     evaluation = progress.evaluation or {"test_accuracy": None, "test_loss": None}
     totals = {**vars(progress.totals)}
     ledger, refused, test_refused = (totals.pop(key) for key in ("ledger", "refused", "test_refused"))

@@ -101,9 +101,16 @@ class Aggregation(Protocol):
     @property
     def per_device(self) -> bool: ...  # noqa: D102
 
-    def step(  # noqa: D102
+    def step(
         self, round_number: int, contributions: Sequence[tuple[Gradient, int]], stream: str = "first-layer"
-    ) -> None: ...
+    ) -> None:
+        """Apply the gradients of one round.
+
+        Parameters
+        ----------
+        round_number, contributions, stream : int, sequence, str
+            As in :meth:`FirstLayerServer.step`.
+        """
 
     def state(self) -> dict[str, Any]: ...  # noqa: D102
 
@@ -122,7 +129,13 @@ class Frozen:
     def step(
         self, round_number: int, contributions: Sequence[tuple[Gradient, int]], stream: str = "first-layer"
     ) -> None:
-        """Do nothing."""
+        """Do nothing.
+
+        Parameters
+        ----------
+        round_number, contributions, stream : int, sequence, str
+            As in :meth:`FirstLayerServer.step`.
+        """
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold besides the weights: nothing."""
@@ -192,14 +205,20 @@ class FirstLayerServer:
     def step(
         self, round_number: int, contributions: Sequence[tuple[Gradient, int]], stream: str = "first-layer"
     ) -> None:
-        """Apply (sum of gradients, record count) pairs, in the order given.
+        """Apply the gradients of one round, in the order given.
 
-        ``stream`` names the random numbers of a step: the last round has two.
+        Parameters
+        ----------
+        round_number : int
+        contributions : sequence of (mapping of str to float64 array, int)
+            The sum of gradients by parameter name, and the number of records that it is over.
+        stream : str
+            Names the step's random numbers. The last round has two steps, each with its own name.
 
         Raises
         ------
         RunError
-            If the strategy refuses them, or makes weights that are not finite.
+            If the strategy refuses the gradients, or returns weights that are not finite.
         """
         if not contributions:
             return

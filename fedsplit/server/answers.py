@@ -38,7 +38,23 @@ class PendingBlock:
 
 
 def check_size(size: int, asked: Download, width: int, parameters: int, targets: Targets) -> None:
-    """Refuse a payload that is larger than any answer to a download; raises WireError."""
+    """Refuse a payload that is larger than any answer to a download.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of the payload.
+    asked : Download
+    width, parameters : int
+        Outputs and parameters of the first layer.
+    targets : Targets
+        What each record's target is.
+
+    Raises
+    ------
+    WireError
+        If the payload is too large.
+    """
     records = int((asked.schedule[:, 3] - asked.schedule[:, 2]).sum())
     devices = len(asked.schedule) + sum(len(block.devices) for block in asked.pending)
     target = 4 * (targets.columns or 1)

@@ -51,14 +51,20 @@ class Body(Trunk):
         return np.concatenate([p.detach().numpy().ravel() for p in self._cut[1].parameters()]).astype(np.float32)
 
     def train_features(self, batches: Batches, round_number: int, epoch: int = 0) -> FloatArray:
-        """Return the features ``(records, features)`` that the body makes of a round's records, and begin a step.
+        """Begin a step, and return the features ``(records, features)`` that the body makes of a round's records.
 
-        ``epoch`` counts the round's steps from 0.
+        Parameters
+        ----------
+        batches : Batches
+            The round's records.
+        round_number : int
+        epoch : int
+            Counts the round's steps from 0.
 
         Raises
         ------
         RunError
-            If they are not finite.
+            If the features are not finite.
         """
         self._begin(round_number)
         # as in Trunk.train: the same order and the same random numbers

@@ -188,8 +188,8 @@ def _restore(folder: Path, strategy: SplitStrategy) -> float:
     replay = _load_replay(_replay_folder(folder), state["replayed"])
     strategy.first_layer.load_state(weights, state["first_layer"])
     strategy.schedule.position = state["position"]
-    strategy.schedule.heard = state["heard"]
-    strategy.pace.load_state(state["pace"])
+    strategy.schedule.heard = state.get("heard", {})  # which earlier versions did not count
+    strategy.pace.load_state(state.get("pace", state.get("clock", {})))  # as earlier versions call it
     pending = [_pending_block(block) for block in state["pending"]]
     strategy.roster.offences = state["offences"]
     strategy.resume(

@@ -49,7 +49,20 @@ class Pace(Protocol):
         """
 
     def answering(self, now: Round, releases: Sequence[Release], head: Head) -> Sequence[Release]:
-        """Return the parts of releases whose devices will be heard when their labels are asked; raises RunError."""
+        """Return the parts of releases whose devices will be heard when their labels are asked.
+
+        Parameters
+        ----------
+        now : Round
+        releases : sequence of Release
+        head : Head
+            Its sizes determine how much each device is sent and sends.
+
+        Raises
+        ------
+        RunError
+            If too few devices will be heard.
+        """
 
     def report(self) -> dict[str, Any]:
         """Return what a round's metrics tell of time."""
@@ -98,14 +111,31 @@ class RealTime:
         return now.by_node(self.parts.schedule.rows(now.number))
 
     def exchange(self, now: Round, rows: Rows, pending: Sequence[PendingBlock], *, needed: int | None = None) -> Heard:
-        """Ask for both in one message; raises RunError if fewer nodes than ``needed`` answer well."""
+        """Ask for releases and answers in one message.
+
+        Parameters
+        ----------
+        now, rows, pending, needed : Round, dict, sequence of PendingBlock, int or None
+            As in :meth:`Pace.exchange`.
+
+        Raises
+        ------
+        RunError
+            If fewer nodes than ``needed`` answer well.
+        """
         enough = self.parts.schedule.enough(sum(map(len, rows.values())))
         least = self.parts.options.min_nodes if needed is None else needed
         uploads = now.exchange(rows, pending, needed=least, enough=enough)
         return Heard([u.release for u in uploads], [u.gradients for u in uploads])
 
     def answering(self, now: Round, releases: Sequence[Release], head: Head) -> Sequence[Release]:
-        """Return all of them: who does not answer is seen when it is asked."""
+        """Return all releases: only the question itself shows which devices do not answer.
+
+        Parameters
+        ----------
+        now, releases, head : Round, sequence of Release, Head
+            As in :meth:`Pace.answering`.
+        """
         return releases
 
     def report(self) -> dict[str, Any]:

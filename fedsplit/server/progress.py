@@ -90,7 +90,16 @@ class Totals:
     test_refused: dict[str, int] = field(default_factory=dict)
 
     def add(self, upload: Upload, width: int, *, test: bool) -> None:
-        """Count an upload; ``width`` is the first layer's."""
+        """Count an upload.
+
+        Parameters
+        ----------
+        upload : Upload
+        width : int
+            Outputs of the first layer.
+        test : bool
+            Whether its records are test records, which have their own totals.
+        """
         self.dense_bytes_up += 4 * width * len(upload.release.targets)
         self.failures += len(upload.failed)
         exposures = int(upload.ledger.exposures)

@@ -97,7 +97,22 @@ class SplitStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Begin a round: drop what has waited too long, look who is there."""
+        """Begin a round: drop pending chunks that are too old, and register the nodes that are connected.
+
+        Parameters
+        ----------
+        server_round : int
+            Counts from 1, since the run was started or resumed.
+        arrays, config : ArrayRecord, ConfigRecord
+            Flower's; not used.
+        grid : Grid
+            Reaches the nodes.
+
+        Raises
+        ------
+        RunError
+            If too few nodes are connected.
+        """
         number = self.progress.round_number = self._resumed_at + server_round
         mode, options = self.options.mode, self.options
         oldest = number - mode.delay - options.max_staleness
@@ -158,7 +173,13 @@ class SplitStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Flush the last round's cut gradients, and look who is there."""
+        """After the last round answer the pending cut gradients, and register the nodes that are connected.
+
+        Parameters
+        ----------
+        server_round, arrays, config, grid : int, ArrayRecord, ConfigRecord, Grid
+            As in :meth:`configure_train`.
+        """
         if self._is_last:
             if self.progress.pending:
                 self._flush(self._now)

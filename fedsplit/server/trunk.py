@@ -195,7 +195,20 @@ class Trunk:
 
 
 def trunk_outputs(module: nn.Module, cut_shape: tuple[int, ...], batches: Batches) -> FloatArray:
-    """Return what a trunk in evaluation mode makes of released records, ``(records, outputs)``."""
+    """Return a trunk's outputs for released records.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        In evaluation mode.
+    cut_shape : tuple of int
+        Shape of a record's outputs at the cut.
+    batches : Batches
+
+    Returns
+    -------
+    float32 array (records, outputs)
+    """
     parts = []
     with torch.no_grad():
         for start in range(0, len(batches), 512):
@@ -219,7 +232,7 @@ def _optimizer(module: nn.Module, options: TrunkOptions) -> torch.optim.Optimize
 
 
 def thinned(cut: Tensor, most: float) -> Tensor:
-    """Drop of each record a share of its outputs that is drawn from 0..``most``; without any, nothing is drawn."""
+    """Drop a random share, 0..``most``, of each record's outputs; if ``most`` is 0, no random number is used."""
     if not most:
         return cut
     share = most * torch.rand((len(cut), *[1] * (cut.ndim - 1)))

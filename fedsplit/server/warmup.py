@@ -51,7 +51,17 @@ class WarmUp:
 
 
 def warm_up(model: SplitModel, public: Records, task: Task, dropping: Policy, options: WarmUp, seed: int) -> None:
-    """Train both halves in place on public records, dropping as the devices will.
+    """Train both halves of a model in place on public records, dropping as the devices will.
+
+    Parameters
+    ----------
+    model : SplitModel
+    public : Records
+    task : Task
+    dropping : Policy
+    options : WarmUp
+    seed : int
+        The run's.
 
     Raises
     ------
@@ -141,7 +151,19 @@ def principal_factors(x: FloatArray, components: int = 128) -> Tensor:
 
 
 def public_release(model: SplitModel, public: Records, dropping: Policy, dtype: str, seed: int) -> Batches:
-    """Return the public records as if a device had released them, for the trunk to learn from beside the others'."""
+    """Return the public records as if a device had released them: the trunk learns from them, too.
+
+    Parameters
+    ----------
+    model : SplitModel
+        Its first layer's initial weights are used.
+    public : Records
+    dropping : Policy
+    dtype : str
+        The wire's type of a value.
+    seed : int
+        The run's. The secret of the public records derives from it.
+    """
     secret = simulation_secret(seed, PUBLIC)
     chunk = Chunk.of(PUBLIC, public)
     weights = model.first_layer.flatten(model.first_layer.initial_weights())

@@ -274,7 +274,14 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def problem(request: Request, status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return an error as problem+json."""
+    """Return an error as problem+json (RFC 9457).
+
+    Parameters
+    ----------
+    request : Request
+    status, detail, headers : int, str, mapping or None
+        Of the response; ``detail`` is for people.
+    """
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     return JSONResponse(
         {**content, "request": request.state.id},

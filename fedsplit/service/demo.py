@@ -26,7 +26,7 @@ from fedsplit.data import Records
 from fedsplit.device.bundle import DESCRIPTION, WEIGHTS, Bundle
 from fedsplit.plan.experiment import Experiment
 from fedsplit.release.chosen import built_in
-from fedsplit.release.policies import BUILT_IN
+from fedsplit.release.policies import All, AtMost, Bits, Random, TopK, Units
 from fedsplit.release.policy import Policy
 from fedsplit.runs.folder import RunFolder
 from fedsplit.service.app import body_of
@@ -39,6 +39,7 @@ _MOST_PUBLIC = 2000  # records that the attacker knows
 _SHOWN = 4  # decimals of a reconstruction
 _ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "identity")  # those of page/layer.js, and its kinds
 _KINDS = ("Linear", "Conv1d", "Conv2d")
+_POLICIES = (All, AtMost, Bits, Random, TopK, Units)
 _TYPES = {DESCRIPTION: "application/json", WEIGHTS: "application/octet-stream"}
 
 
@@ -110,7 +111,7 @@ def _on_a_page(bundle: Bundle) -> bool:
     """Whether ``page/layer.js`` has all that the device's half is made of."""
     layer = bundle.layer
     known = layer.nonlinearity.name in _ACTIVATIONS and not layer.nonlinearity.numbers and layer.kind.name in _KINDS
-    return known and type(bundle.dropping) in BUILT_IN.values()
+    return known and type(bundle.dropping) in _POLICIES
 
 
 def _shown(guesses: dict[str, Any]) -> dict[str, list[float]]:

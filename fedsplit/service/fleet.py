@@ -148,7 +148,13 @@ class Fleet:
 def add_fleets(app: FastAPI, fleets: Sequence[Fleet], watchers: Sequence[str]) -> None:
     """Add calibration, scores and the page to a service.
 
-    With tokens a device is called what its token is called, and sees itself alone; the tokens of ``watchers`` see all.
+    Parameters
+    ----------
+    app : FastAPI
+        If it has tokens, a device has the name of its token and sees only itself.
+    fleets : sequence of Fleet
+    watchers : sequence of str
+        Names of the tokens that see all devices.
     """
     by_name = {fleet.served.name: fleet for fleet in fleets}
     busy = asyncio.Lock()  # the trunk has hooks while it works

@@ -17,7 +17,15 @@ _HEADERS = {
 
 
 def add_page(app: FastAPI, name: str, folder: Path) -> None:
-    """Serve a folder's files below ``/name/``, with headers that let the page load nothing from elsewhere."""
+    """Serve a folder's files below ``/name/``, with headers that let the page load nothing from elsewhere.
+
+    Parameters
+    ----------
+    app : FastAPI
+    name : str
+    folder : Path
+        Its ``index.html`` is the page.
+    """
 
     @app.middleware("http")
     async def _careful(request: Request, call_next: Any) -> Response:

@@ -25,10 +25,30 @@ class Suggests(Protocol):
         """Return one of some values."""
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        """Return an integer in a closed range."""
+        """Return an integer in a closed range.
+
+        Parameters
+        ----------
+        name : str
+            Of the parameter.
+        low, high : int
+            Both are in the range.
+        log : bool
+            Whether the draw is even in the logarithm.
+        """
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """Return a number in a closed range."""
+        """Return a number in a closed range.
+
+        Parameters
+        ----------
+        name : str
+            Of the parameter.
+        low, high : float
+            Both are in the range.
+        log : bool
+            Whether the draw is even in the logarithm.
+        """
 
 
 @dataclass(frozen=True)

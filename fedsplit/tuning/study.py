@@ -106,9 +106,9 @@ class Study:
         return f"sqlite:///{self.files.database.resolve()}"
 
     def front(self) -> list[Point]:
-        """Return the points within the constraints that none of them beats; best of the first objective first.
+        """Return the Pareto front of the points within the constraints, best of the first objective first.
 
-        Of trials with the same figures there is one.
+        Trials with the same figures give one point.
         """
         signs = [figure(name).sign for name in self.plan.objectives]
         costs: dict[tuple[float, ...], FrozenTrial] = {}

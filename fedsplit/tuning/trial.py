@@ -89,7 +89,17 @@ class Outcome:
 
     @classmethod
     def of(cls, seeds: list[dict[str, float]], stopped: str | None = None, *, failed: bool = False) -> "Outcome":
-        """Average over the seeds."""
+        """Average over the seeds.
+
+        Parameters
+        ----------
+        seeds : list of dict
+            What each seed's run came to, by name.
+        stopped : str, optional
+            Why not all seeds have run.
+        failed : bool
+            Whether the cause is a mistake in the settings or an error of the run.
+        """
         means = {name: fmean(found[name] for found in seeds) for name in seeds[0]} if seeds else None
         return cls(means, seeds, stopped, failed)
 
@@ -134,7 +144,22 @@ def with_seed(settings: Settings, i: int) -> Settings:
 
 
 def audited(folder: Path, settings: Settings, *, quick: bool) -> dict[str, float]:
-    """Audit a seed's run and return the objectives in :data:`fedsplit.common.figures.AUDITED`; raises FedsplitError."""
+    """Audit a seed's run, and return the objectives in :data:`fedsplit.common.figures.AUDITED`.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder of the seed.
+    settings : Settings
+        The run's; the audit takes its seed.
+    quick : bool
+        As in :func:`fedsplit.audit.audit.audit`.
+
+    Raises
+    ------
+    FedsplitError
+        If the audit fails, or its negative control does not hold.
+    """
     from fedsplit.runs.auditing import audit_run
 
     report = audit_run(folder, seed=settings.run.seed, quick=quick)

@@ -12,7 +12,8 @@ from fedsplit.guard.releaser import Releaser
 from fedsplit.release.admitted import Admitted, unguarded
 from fedsplit.release.kept import Kept
 from fedsplit.release.making import Chunk
-from fedsplit.release.policies import All, AtMost, Noisy
+from fedsplit.release.noise import Noisy
+from fedsplit.release.policies import All, AtMost
 from fedsplit.wire.release import Release
 
 LAYER = linear_model().first_layer

@@ -19,7 +19,8 @@ from fedsplit.model.layer import FirstLayer
 from fedsplit.release.chosen import built_in, from_outside, numbers_of
 from fedsplit.release.codes import Code
 from fedsplit.release.making import Chunk, forward
-from fedsplit.release.policies import BUILT_IN, All, AtMost, Bits, Noisy, Random, TopK, Units
+from fedsplit.release.noise import Noisy
+from fedsplit.release.policies import BUILT_IN, All, AtMost, Bits, Random, TopK, Units
 from fedsplit.release.policy import FACTS, Policy, name_of
 
 WIDTH = 4

@@ -284,7 +284,11 @@ def test_every_file_that_a_run_writes_is_listed(tmp_path: Path) -> None:
         place = tmp_path / filled.__name__
         place.mkdir()
         assert {path.name for path in filled(place).iterdir()} <= names
-    told = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text().partition("## What forgetting removes")[2]
+    told = (
+        (Path(__file__).parents[2] / "docs" / "design" / "privacy.md")
+        .read_text()
+        .partition("## What forgetting removes")[2]
+    )
     held = {entry.name for entry in RunFolder.files().values() if entry.holds in (Holds.RECORDS, Holds.ROWS)}
     assert all(f"`{name}" in told for name in held)
     beside = {checkpoint.NEW, checkpoint.OLD, checkpoint.RELEASES}

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from conftest import small_settings
 from references import largest_difference, moved, trained
-from test_virtual_runs import FAST, SHAKY, metrics_of, settings_for
 from torch import nn
+from virtual_devices import FAST, SHAKY, metrics_of, settings_for
 
 from fedsplit import SplitModel, simulate
 from fedsplit.plan.settings import Settings
@@ -87,7 +87,7 @@ def three_layers() -> SplitModel:
 def test_questions_about_labels_take_their_time(tmp_path: Path) -> None:
     """One device of 7 records: a release without labels, features and gradients, cut gradients and a sum.
 
-    As in ``test_virtual_runs.py``, but 4 bytes less of each record, and an array of targets with two axes: 4 more. A
+    As in ``test_virtual_time.py``, but 4 bytes less of each record, and an array of targets with two axes: 4 more. A
     question has 6 bytes of head, numbers 38, device 10, records 14, 27 parameters in 114, features 10 + 7 * 32 and
     exponents 6 + 7 * 2; its answer counts 30, loss 14, 222 for the head's gradient and as many rows.
     """

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from labels_at_home import HEAD, at_home
 from references import centralised, delayed, largest_difference, moved, trained
-from test_at_home import HEAD, at_home
 from torch import nn
 
 from fedsplit import simulate

@@ -148,4 +148,4 @@ def test_a_users_own_parts_travel_with_a_run_and_nodes_need_not_allow_them(tmp_p
     assert set(names_code(small_settings())) == set(on_nodes)
     for name in ("one", "two", "three", "four", "five"):
         (tmp_path / f"{name}.py").touch()
-    assert len(own_modules(tmp_path, list(on_server.values()))) == 5
+    assert len(own_modules(on_server.values(), [tmp_path])) == 5

@@ -1,45 +1,27 @@
-"""Public records: what they teach before any device is asked, the price of leaking, and mode release-once after it."""
+"""Public records: what they teach before any device is asked, and the price of leaking."""
 
 import copy
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import simulated_json, small_settings
-from flwr.app import Message
-from flwr.proto.node_pb2 import NodeInfo
+from conftest import small_settings
+from digit_runs import parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import largest_difference, moved, trained
 
-from fedsplit import simulate
-from fedsplit.common.errors import ConfigError, DataError, RunError
+from fedsplit.common.errors import RunError
 from fedsplit.data import Records
 from fedsplit.data.pooled import load_pool
-from fedsplit.flower.grid import InProcessGrid
-from fedsplit.flower.record import from_record
 from fedsplit.model.split import SplitModel
 from fedsplit.model.tasks import task_of
 from fedsplit.model.zoo import build_model
 from fedsplit.plan.experiment import Experiment
-from fedsplit.plan.settings import Settings
 from fedsplit.release.chosen import numbers_of
-from fedsplit.release.policies import All, AtMost, Bits, Noisy, Random, TopK, Units
+from fedsplit.release.noise import Noisy
+from fedsplit.release.policies import All, AtMost, Bits, Random, TopK, Units
 from fedsplit.release.policy import Policy
 from fedsplit.release.streams import KEYED_ROUND, simulation_secret
-from fedsplit.runs import observing
-from fedsplit.runs.client_app import client_app
-from fedsplit.runs.folder import RunFolder
-from fedsplit.runs.training import TrainingRun
 from fedsplit.server.batches import Batches
 from fedsplit.server.trunk import Trunk, TrunkOptions
 from fedsplit.server.warmup import (
@@ -51,13 +33,8 @@ from fedsplit.server.warmup import (
     public_release,
     warm_up,
 )
-from fedsplit.wire import exchange as wire
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes most of a small run's time, and is not looked at here."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # --- what leaks ------------------------------------------------------------------------------------------------
@@ -120,7 +97,10 @@ def test_principal_factors_are_the_largest_of_the_covariance(shape: tuple[int, .
 
 # --- warming up ------------------------------------------------------------------------------------------------
 
+
 WIDTH = 64
+
+
 POLICIES = [
     (All(), 0.85),
     (TopK(6), 0.8),
@@ -131,6 +111,8 @@ POLICIES = [
     (Units(WIDTH), 0.85),
     (Noisy(All(), clip=4.0, noise=0.1), 0.7),
 ]
+
+
 BY_NAME = {f"{numbers_of(d)[0]}{d.code.bits or ''}{'+noise' * bool(d.noisy)}": d for d, _ in POLICIES}
 
 
@@ -152,10 +134,6 @@ def options(epochs: int = 25, lr: float = 0.01, penalty: float = 0.0) -> WarmUp:
 def trunk_of(model: SplitModel, task: str = "classification", outputs: int = 10) -> Trunk:
     chosen = TrunkOptions("adam", 0.01, 0.0, 0.0, "constant", 32, 1)
     return Trunk(model.trunk, model.first_layer.cut_shape, task_of(task), outputs, chosen, rounds=3, seed=4)
-
-
-def parameters(model: SplitModel) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for m in (model.first_layer.layer, model.trunk) for p in m.parameters()])
 
 
 def penalty_of(model: SplitModel, public: Records) -> float:
@@ -334,416 +312,3 @@ def test_for_regression_the_public_only_model_has_an_r2() -> None:
     for number in (1, 2):
         trunk.train(public, 0, number)
     assert alone.compare(trunk, test) == {"public_only_r2": trunk.evaluate(test)["test_r2"]}
-
-
-# --- release-once ----------------------------------------------------------------------------------------------
-
-
-def digits(**changes: dict[str, Any]) -> Settings:
-    """Ten nodes of one device: two give their digits, six train, two test."""
-    base: dict[str, dict[str, Any]] = {
-        "run": {"rounds": 5},
-        "data": {"name": "digits", "builder": None, "task": None, "outputs": None},
-        "devices": {"count": 10, "test": 2, "partition": "iid"},
-        "model": {"name": "mlp", "builder": None, "width": 32},
-        "dropping": {"policy": "top-k", "k": 6},
-        "protocol": {"mode": "release-once", "dtype": "float16"},
-        "public": {"devices": [0, 1], "epochs": 4, "lr": 0.005},
-        "trunk": {"optimizer": "adam", "lr": 0.005},
-    }
-    for section, values in changes.items():
-        base.setdefault(section, {}).update(values)
-        base[section] = {k: v for k, v in base[section].items() if v is not None or section in ("data", "model")}
-    return small_settings(**base)
-
-
-class Watched(InProcessGrid):
-    """Notes what goes to and fro, and hides some partitions' nodes."""
-
-    parameters = 65 * 32
-
-    def __init__(self, *args: Any, hidden: Sequence[int] = ()) -> None:
-        super().__init__(*args)
-        self.hidden = set(hidden)
-        self.sent: list[tuple[str, int, wire.Download]] = []
-        self.received: list[tuple[str, int, wire.Upload]] = []
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        return [info for info in super().get_nodes() if info.node_id - 2 not in self.hidden]
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            (identifier,) = super().push_messages([message])
-            kind, partition = message.metadata.message_type, message.metadata.dst_node_id - 2
-            if kind != "query":
-                down, up = (from_record(m.content) for m in (message, self._replies[identifier]))
-                self.sent.append((kind, partition, wire.Download.from_bytes(down, parameters=self.parameters)))
-                self.received.append((kind, partition, wire.Upload.from_bytes(up, parameters=self.parameters)))
-            ids.append(identifier)
-        return ids
-
-
-def watch(
-    chosen: Settings, folder: Path, hidden: Sequence[int] = (), after: Callable[[int, Watched], None] | None = None
-) -> tuple[TrainingRun, Watched, list[int]]:
-    """Train; return the run, its grid and how many messages there had been after each round."""
-    RunFolder(folder).open(chosen, resume=False)
-    exchanges: list[int] = []
-
-    def report(metrics: dict[str, Any]) -> None:
-        exchanges.append(run.strategy.progress.totals.exchanges)
-        if after:
-            after(metrics["round"], grid)
-
-    run = TrainingRun(chosen, folder, report)
-    grid = Watched(
-        client_app(simulated_json(chosen), str(folder / "nodes")), Experiment(chosen).nodes, hidden=list(hidden)
-    )
-    run.train(grid)
-    return run, grid, exchanges
-
-
-def sizes(run: TrainingRun, devices: Iterable[int]) -> dict[int, int]:
-    return {d: len(run.source.device(d).train) for d in devices}
-
-
-def exposures(folder: Path, ledger: str) -> list[int]:
-    """How often each record that left has left, from the nodes' own files."""
-    counts: list[int] = []
-    for path in sorted((folder / "nodes").glob(f"*/*/ledger-{ledger}.npz")):
-        with np.load(path) as file:
-            counts += np.unique(file["sent"][:, 0], return_counts=True)[1].tolist()
-    return counts
-
-
-def released(grid: Watched, kind: str = "train") -> dict[int, int]:
-    """How many records each device released, all exchanges together."""
-    found: dict[int, int] = {}
-    for k, _, upload in grid.received:
-        for device, count in zip(upload.release.devices.tolist(), upload.release.records.tolist(), strict=True):
-            if k == kind:
-                found[device] = found.get(device, 0) + count
-    return found
-
-
-@pytest.mark.parametrize("policy", [{"policy": "top-k", "k": 6}, {"policy": "random", "keep": 0.3, "k": None}])
-def test_release_once_exposes_every_record_once_and_then_is_silent(policy: dict[str, Any], out: Path) -> None:
-    run, grid, exchanges = watch(digits(dropping=policy), out)
-    assert run.result is not None
-    private = sizes(run, range(2, 8))
-    assert released(grid) == private
-    assert run.result["samples"] == sum(private.values())
-    assert run.result["exposures_max"] == run.result["test_exposures_max"] == 1
-    assert exposures(out, "train") == [1] * sum(private.values())
-    tested = sum(len(run.source.device(d).test) for d in (8, 9))
-    assert exposures(out, "test") == [1] * tested
-    # ten registrations and six messages, then nothing until the two test devices are asked
-    assert exchanges == [16, 16, 16, 16, 18]
-    assert [p for kind, p, _ in grid.sent if kind == "train"] == [2, 3, 4, 5, 6, 7]
-    assert [p for kind, p, _ in grid.sent if kind == "evaluate"] == [8, 9]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["FedAdam", "frozen"])
-def test_release_once_moves_no_first_layer_and_sends_no_gradients(strategy: str, out: Path) -> None:
-    chosen = digits(first_layer={"strategy": strategy, "lr": 0.1}, protocol={"chunk": 40})
-    run, grid, _ = watch(chosen, out)
-    model = Experiment(chosen).model
-    assert run.public is not None
-    warm_up(
-        model,
-        run.public,
-        task_of("classification"),
-        Experiment(chosen).policy,
-        WarmUp(4, 0.005, 64, 0.0),
-        chosen.run.seed,
-    )
-    weights = model.first_layer.flatten(model.first_layer.initial_weights())
-    assert len(grid.sent) > 20
-    for _, _, download in grid.sent:
-        assert np.array_equal(download.weights, weights)
-        assert download.pending == ()
-    assert all(len(upload.gradients.devices) == 0 for _, _, upload in grid.received)
-    assert moved(chosen, trained(out)) > 0.01  # by the warm-up
-
-
-@pytest.mark.parametrize("bits", [1, 3])
-def test_bits_are_what_is_sent(bits: int, out: Path) -> None:
-    run, grid, _ = watch(digits(dropping={"policy": "bits", "bits": bits, "k": None}), out)
-    assert run.result is not None
-    assert len(grid.received) == 8
-    for _, _, upload in grid.received:
-        assert upload.release.bits == bits
-        assert 0 < upload.release.codes.min() <= upload.release.codes.max() < 2**bits
-    # a bit of the pattern for each of 32 outputs, and codes that one bit does not need
-    assert 32 < run.result["ledger"]["bits"] <= 32 + 32 * bits if bits > 1 else run.result["ledger"]["bits"] == 32
-
-
-def test_release_once_in_chunks_is_silent_once_all_is_released(out: Path) -> None:
-    run, grid, exchanges = watch(digits(run={"rounds": 7}, protocol={"chunk": 50}), out)
-    private = sizes(run, range(2, 8))
-    assert all(150 < n <= 200 for n in private.values())  # so that four rounds it takes
-    assert released(grid) == private
-    assert np.diff([10, *exchanges]).tolist() == [6, 6, 6, 6, 0, 0, 2]
-    assert set(exposures(out, "train")) == {1}
-
-
-@pytest.mark.slow
-def test_release_once_learns_more_than_the_public_records_teach(out: Path) -> None:
-    chosen = digits(
-        run={"rounds": 20},
-        devices={"count": 20, "per-node": 5, "test": 4},
-        public={"devices": [0], "epochs": 10},
-        trunk={"lr": 0.01},
-    )
-    result = simulate(chosen, out=out)
-    assert result["test_accuracy"] > 0.7
-    assert result["gain_over_public"] == pytest.approx(result["test_accuracy"] - result["public_only_accuracy"])
-    assert result["gain_over_public"] > result["gain_interval"] > 0
-    assert json.loads((out / "result.json").read_text())["public_only_accuracy"] == result["public_only_accuracy"]
-
-
-@pytest.mark.slow
-def test_without_private_records_the_gain_is_nothing(out: Path) -> None:
-    """An independent run of the public-only model: no device that trains is there."""
-    run, _, _ = watch(digits(protocol={"timeout": 0.1}), out, hidden=range(2, 8))
-    assert run.result is not None and run.result["samples"] == 0
-    assert (run.result["gain_over_public"], run.result["gain_interval"]) == (0.0, 0.0)
-    alone = run.result["test_accuracy"]
-    assert run.result["public_only_accuracy"] == alone
-    other, _, _ = watch(digits(), out.with_name("whole"))
-    assert other.result is not None
-    assert other.result["public_only_accuracy"] == alone != other.result["test_accuracy"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk", ["epoch", 70])
-def test_a_device_that_joins_late_is_welcome(chunk: int | str, out: Path) -> None:
-    def join(round_number: int, grid: Watched) -> None:
-        if round_number == 2:
-            grid.hidden.clear()
-
-    chosen = digits(run={"rounds": 6}, protocol={"timeout": 0.1, "chunk": chunk})
-    run, grid, _ = watch(chosen, out, hidden=[5], after=join)
-    assert run.result is not None
-    rounds = {p: [d.round_number for kind, q, d in grid.sent if (kind, q) == ("train", p)] for p in range(10)}
-    assert rounds[5] == ([3] if chunk == "epoch" else [3, 4, 5])
-    assert rounds[4] == ([1] if chunk == "epoch" else [1, 2, 3])  # nobody is asked again because of it
-    private = sizes(run, range(2, 8))
-    assert released(grid) == private
-    assert run.result["samples"] == sum(private.values())
-    assert run.result["exposures_max"] == 1
-    assert exposures(out, "train") == [1] * sum(private.values())
-
-
-# --- going on after an interruption ----------------------------------------------------------------------------
-
-COMPARED = (
-    *("test_accuracy", "test_loss", "public_only_accuracy", "gain_over_public", "gain_interval"),
-    *("exposures_max", "test_exposures_max", "samples", "rounds", "ledger", "guard"),
-)
-
-
-def assert_same_end(
-    whole: dict[str, Any], resumed: dict[str, Any], folder: Path, names: Sequence[str] = COMPARED
-) -> None:
-    assert {name: resumed[name] for name in names} == {name: whole[name] for name in names}
-    assert largest_difference(trained(folder / "whole"), trained(folder / "cut")) == 0.0
-
-
-INTERRUPTED = [
-    ({"mode": "release-once", "chunk": "epoch"}, {"policy": "top-k", "k": 6}),
-    ({"mode": "release-once", "chunk": 50}, {"policy": "random", "keep": 0.3, "k": None}),
-    ({"mode": "release-once", "chunk": 50}, {"policy": "none", "clip": 2.0, "noise": 2.0, "k": None}),
-    ({"mode": "pipelined", "chunk": 50}, {"policy": "bits", "bits": 2, "k": None}),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("protocol", "policy"), INTERRUPTED)
-def test_an_interrupted_run_resumes_exactly(protocol: dict[str, Any], policy: dict[str, Any], tmp_path: Path) -> None:
-    chosen = digits(protocol=protocol, dropping=policy, first_layer={"strategy": "FedAdam", "lr": 0.01})
-    whole = simulate(chosen, out=tmp_path / "whole")
-
-    def interrupt(metrics: dict[str, Any]) -> None:
-        if metrics["round"] == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        simulate(chosen, out=tmp_path / "cut", report=interrupt)
-    resumed = simulate(chosen, out=tmp_path / "cut", resume=True)
-    assert_same_end(whole, resumed, tmp_path)
-    assert moved(chosen, trained(tmp_path / "cut")) > 0.01
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("killed_in", [1, 2, 5])
-def test_what_left_before_its_round_was_saved_leaves_as_the_same_bytes(
-    killed_in: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed after the devices' answers and before the checkpoint: asked again, they have nothing new to say."""
-    chosen = digits(protocol={"chunk": 50}, dropping={"policy": "random", "keep": 0.3, "k": None})
-    whole = simulate(chosen, out=tmp_path / "whole")
-    saved = []
-
-    def kill(*args: Any) -> None:
-        saved.append(args)
-        if len(saved) == killed_in:
-            raise KeyboardInterrupt
-        save(*args)
-
-    save = observing.save_checkpoint
-    monkeypatch.setattr(observing, "save_checkpoint", kill)
-    with pytest.raises(KeyboardInterrupt):
-        simulate(chosen, out=tmp_path / "cut")
-    monkeypatch.setattr(observing, "save_checkpoint", save)
-    resumed = simulate(chosen, out=tmp_path / "cut", resume=True)
-    # what is nothing new is not refused a second time, so that its refusals are in no answer that was kept
-    assert_same_end(whole, resumed, tmp_path, [name for name in COMPARED if name != "guard"])
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_exactly(tmp_path: Path) -> None:
-    file = tmp_path / "digits.toml"
-    file.write_text(digits(run={"rounds": 24}, protocol={"chunk": 8}).to_toml())
-    command = [sys.executable, "-m", "fedsplit.cli", "simulate", str(file), "--out"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    process = subprocess.Popen([*command, str(tmp_path / "cut")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics, deadline = tmp_path / "cut" / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 5) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "cut" / "result.json").exists()
-    subprocess.run([*command, str(tmp_path / "cut"), "--resume"], check=True, capture_output=True)
-    whole, cut = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut"))
-    assert_same_end(whole, cut, tmp_path)
-
-
-# --- public records in other modes -----------------------------------------------------------------------------
-
-
-def test_other_modes_begin_where_the_warm_up_ended(out: Path) -> None:
-    chosen = digits(protocol={"mode": "pipelined"}, first_layer={"strategy": "FedAvg", "lr": 0.1}, run={"rounds": 2})
-    run, grid, _ = watch(chosen, out)
-    model = Experiment(chosen).model
-    assert run.public is not None and run.result is not None
-    warm_up(
-        model,
-        run.public,
-        task_of("classification"),
-        Experiment(chosen).policy,
-        WarmUp(4, 0.005, 64, 0.0),
-        chosen.run.seed,
-    )
-    weights = model.first_layer.flatten(model.first_layer.initial_weights())
-    by_round = {d.round_number: d.weights for _, _, d in grid.sent}
-    assert np.array_equal(by_round[1], weights)
-    assert not np.array_equal(by_round[2], weights)
-    assert {device for _, _, u in grid.received for device in u.release.devices.tolist()} == set(range(2, 10))
-    assert run.result["samples"] == 2 * sum(sizes(run, range(2, 8)).values())
-    assert run.result["public_only_accuracy"] is not None
-
-
-def test_public_records_without_epochs_teach_nothing_and_their_devices_still_give_them(out: Path) -> None:
-    chosen = digits(protocol={"mode": "pipelined"}, public={"epochs": 0}, first_layer={"strategy": "frozen"})
-    run, grid, _ = watch(chosen, out)
-    assert run.result is not None and "public_only_accuracy" not in run.result
-    assert moved(chosen, trained(out), ["first."]) == 0
-    assert set(released(grid)) == set(range(2, 8))
-
-
-# --- where public records come from ----------------------------------------------------------------------------
-
-
-def public_file(folder: Path, x: np.ndarray, y: np.ndarray) -> str:
-    np.savez(folder / "public.npz", x=x, y=y)
-    return str(folder / "public.npz")
-
-
-def from_file(folder: Path, *borrowed: np.ndarray) -> Settings:
-    """Settings with a public file of 30 records of noise and some that are borrowed."""
-    x = np.concatenate([np.random.default_rng(0).random((30, 64)), *borrowed])
-    file = public_file(folder, x, np.arange(len(x)) % 10)
-    return digits(public={"devices": None, "file": file})
-
-
-def test_a_public_file_teaches_too(tmp_path: Path, out: Path) -> None:
-    pool = load_pool("digits")
-    rng = np.random.default_rng(0)
-    x = np.clip(pool.x + 0.05 * rng.normal(size=pool.x.shape), 0, 1)[:300]
-    chosen = digits(public={"devices": None, "file": public_file(tmp_path, x, pool.y[:300])})
-    source = Experiment(chosen).source
-    public = Experiment(chosen).public
-    assert public is not None
-    np.testing.assert_array_equal(public.x, x.astype(np.float32))
-    result = simulate(chosen, out=out)
-    assert result["samples"] == sum(len(source.device(d).train) for d in range(8))  # nobody gives anything away
-    assert result["public_only_accuracy"] > 0.3
-
-
-def test_devices_that_give_their_records_are_joined_in_the_order_of_their_ids() -> None:
-    chosen = digits(public={"devices": [5, 2, 5]})
-    source = Experiment(chosen).source
-    public = Experiment(chosen).public
-    assert public is not None
-    given = [source.device(d).train for d in (2, 5)]
-    np.testing.assert_array_equal(public.x, np.concatenate([r.x for r in given]))
-    np.testing.assert_array_equal(public.y, np.concatenate([r.y for r in given]))
-    assert Experiment(small_settings()).public is None
-
-
-@pytest.mark.parametrize(("device", "part"), [(0, "train"), (7, "train"), (9, "test")])
-def test_a_public_file_that_overlaps_private_records_is_refused(
-    device: int, part: str, tmp_path: Path, out: Path
-) -> None:
-    source = Experiment(digits()).source
-    taken = getattr(source.device(device), part).x[3:4]
-    with pytest.raises(DataError, match=f"^public records overlap with those of device {device}, which does not give"):
-        simulate(from_file(tmp_path, taken.astype(np.float64)), out=out)
-    assert not out.exists()
-    nearly = taken.copy()
-    nearly[0, 20] += 0.25  # another record
-    assert Experiment(from_file(tmp_path, nearly)).public is not None
-
-
-def test_a_device_that_gives_what_another_holds_too_is_refused(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for device in range(4):
-        x = np.random.default_rng(device).normal(size=(9, 12))
-        if device == 2:
-            x[4] = np.random.default_rng(0).normal(size=(9, 12))[7]
-        np.savez(tmp_path / f"{device}.npz", x=x, y=np.arange(9) % 3, x_test=x + 9, y_test=np.arange(9) % 3)
-    data = {"folder": str(tmp_path), "builder": None}
-    chosen = small_settings(data=data, devices={"count": 4, "test": [3]}, public={"devices": [0]})
-    with pytest.raises(DataError, match="overlap with those of device 2,"):
-        simulate(chosen, out=out)
-    both = small_settings(data=data, devices={"count": 4, "test": [3]}, public={"devices": [0, 2]})
-    assert Experiment(both).public is not None
-
-
-@pytest.mark.parametrize(
-    ("donors", "refusal"),
-    [
-        ([0, 9], r"public\.devices: device 9 is a test device"),
-        ([8, 9], r"public\.devices: device 8 is a test device"),
-        ([0, 10], r"public\.devices: device 10 does not exist: ids are 0\.\.9"),
-    ],
-)
-def test_devices_that_cannot_give_their_records(donors: list[int], refusal: str, out: Path) -> None:
-    with pytest.raises(ConfigError, match=refusal):
-        simulate(digits(public={"devices": donors}), out=out)
-    assert not out.exists()
-
-
-def test_a_device_with_test_records_cannot_give_its_others_if_all_are_tested(out: Path) -> None:
-    chosen = small_settings(devices={"test": "all"}, public={"devices": [0]})
-    with pytest.raises(ConfigError, match=r"public\.devices: device 0 is a test device"):
-        simulate(chosen, out=out)
-
-
-def test_no_public_devices_are_refused_in_one_line(out: Path) -> None:
-    with pytest.raises(ConfigError, match="public"):
-        simulate(small_settings(public={"devices": []}), out=out)

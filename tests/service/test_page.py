@@ -1,6 +1,7 @@
 """The demo page's JavaScript sends byte for byte what the Python client sends."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from fedsplit.device.predictor import Predictor
 from fedsplit.model.activations import ACTIVATIONS
 from fedsplit.model.layer import FirstLayer
 from fedsplit.model.tasks import task_of
-from fedsplit.release.policies import All, AtMost, Bits, Random, TopK
+from fedsplit.release.policies import BUILT_IN, All, AtMost, Bits, Random, TopK, settings_name
 from fedsplit.release.policy import Policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")]
@@ -124,3 +125,13 @@ def test_the_page_can_send_under_another_policy(tmp_path: Path) -> None:
     made = bundle("dense", Bits(1))
     ours, theirs = sent(tmp_path, [Asked(made, records(made, 5), TopK(5))])
     assert theirs == ours
+
+
+def test_the_page_knows_the_policies_that_it_is_offered_for() -> None:
+    """A policy that the page does not know must not send all outputs."""
+    from fedsplit.service import demo
+
+    script = (Path(demo.__file__).parent / "page" / "layer.js").read_text(encoding="utf-8")
+    names = {name for name, kind in BUILT_IN.items() if kind in demo._POLICIES}
+    assert set(re.findall(r'case "([\w-]+)":', script)) == names and len(names) == len(demo._POLICIES)
+    assert settings_name(All()) in names and "default: // and nothing leaves\n        throw" in script

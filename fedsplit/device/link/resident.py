@@ -42,10 +42,21 @@ if not started:
 def ask(path: str, kind: str, terms_json: str, payload: bytes) -> bytes:
     """Have the resident process at a socket answer a payload.
 
+    Parameters
+    ----------
+    path : str
+        Of the socket.
+    kind : str
+        Of the message.
+    terms_json : str
+        The run's terms.
+    payload : bytes
+        Packed for the wire, as the answer is.
+
     Raises
     ------
     FedsplitError
-        What it raised, or that it is not there.
+        If the process raises one, or is not there.
     """
     try:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -138,7 +149,13 @@ class Resident:
 
 @contextmanager
 def resident(answer: Answer, client: Client, program: str) -> Iterator[Resident]:
-    """Open a resident process's socket in a new folder that only this user can enter; see :class:`Resident`."""
+    """Open a resident process's socket in a new folder that only this user can enter.
+
+    Parameters
+    ----------
+    answer, client, program : Answer, Client, str
+        As of :class:`Resident`.
+    """
     with tempfile.TemporaryDirectory(prefix="fedsplit-") as folder:  # a home's own path may be too long for a socket
         yield Resident(Path(folder), answer, client, program)
 

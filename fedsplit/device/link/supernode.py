@@ -64,7 +64,21 @@ def check_superlink(address: str, authority: bytes | None) -> bool:
 
 
 def wait_for_superlink(address: str, authority: bytes | None, stop: threading.Event) -> None:
-    """Wait until a server answers or ``stop`` is set; raises ConfigError as :func:`check_superlink`."""
+    """Wait until a server answers or ``stop`` is set.
+
+    Parameters
+    ----------
+    address : str
+        HOST:PORT.
+    authority : bytes or None
+        The certificate authority (PEM); None is without TLS.
+    stop : threading.Event
+
+    Raises
+    ------
+    ConfigError
+        As :func:`check_superlink`.
+    """
     said = False
     while not check_superlink(address, authority):
         if not said:
@@ -75,7 +89,19 @@ def wait_for_superlink(address: str, authority: bytes | None, stop: threading.Ev
 
 
 def supernode_command(address: str, authority: Path | None, key: Path, node_config: dict[str, str]) -> list[str]:
-    """Return the command that starts a SuperNode; its own port on this machine is a free one."""
+    """Return the command that starts a SuperNode, with a free port of this machine as its own.
+
+    Parameters
+    ----------
+    address : str
+        The SuperLink's, HOST:PORT.
+    authority : Path or None
+        File of the certificate authority (PEM); None is without TLS.
+    key : Path
+        File of the node's private key, which is used with TLS only.
+    node_config : dict
+        The node's settings by name.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -65,17 +65,40 @@ class Task(ABC):
         return outputs
 
     def check_targets(self, y: NDArray[Any], outputs: int, where: str) -> NDArray[Any]:
-        """Return the targets ``(records, ...)`` of a user's records as the task has them.
+        """Return a user's targets as the task has them.
+
+        Parameters
+        ----------
+        y : array (records, ...)
+        outputs : int
+            Of the model.
+        where : str
+            Begins the text of an error: whose targets they are.
 
         Raises
         ------
         DataError
-            If they are others, with ``where`` first. The text never holds a record's values.
+            If the targets do not fit the task. The text never holds a record's values.
         """
         return self.targets(outputs).read(y, where, f"{self.noun} with {outputs} outputs")
 
     def check_training(self, y: NDArray[Any], outputs: int, where: str) -> None:  # noqa: B027  # most refuse nothing
-        """Refuse targets, checked already, that only test records can have; raises DataError."""
+        """Refuse targets that only test records can have.
+
+        Parameters
+        ----------
+        y : array (records, ...)
+            Targets from :meth:`check_targets`.
+        outputs : int
+            Of the model.
+        where : str
+            Begins the text of an error.
+
+        Raises
+        ------
+        DataError
+            If there are such targets.
+        """
 
     # ------------------------------------------------------------------------------------------------ the trunk
 
@@ -84,7 +107,16 @@ class Task(ABC):
         return outputs
 
     def to_trunk(self, targets: NDArray[Any], outputs: int, device: int) -> NDArray[Any]:
-        """Return a device's targets as the trunk's outputs stand for them."""
+        """Return a device's targets as the trunk's outputs number them.
+
+        Parameters
+        ----------
+        targets : array (records, ...)
+        outputs : int
+            Of one device.
+        device : int
+            The device's id.
+        """
         return targets
 
     def from_trunk(self, targets: NDArray[Any], outputs: int) -> NDArray[Any]:

@@ -32,7 +32,18 @@ class Novelty(Classification):
         return super(Classification, self).check_outputs(outputs)
 
     def check_training(self, y: NDArray[Any], outputs: int, where: str) -> None:
-        """Refuse something new."""
+        """Refuse the label that stands for something new.
+
+        Parameters
+        ----------
+        y, outputs, where : int64 array (records,), int, str
+            As in :meth:`Task.check_training`.
+
+        Raises
+        ------
+        DataError
+            If a training record has this label.
+        """
         if (y == outputs).any():
             raise DataError(f"{where}: label {outputs} is for something new, which only test records can be")
 
@@ -41,7 +52,13 @@ class Novelty(Classification):
         return devices * outputs
 
     def to_trunk(self, targets: NDArray[Any], outputs: int, device: int) -> NDArray[Any]:
-        """Count a device's recordings through all devices'."""
+        """Number a device's recordings through all devices.
+
+        Parameters
+        ----------
+        targets, outputs, device : int64 array (records,), int, int
+            As in :meth:`Task.to_trunk`.
+        """
         return targets + device * outputs
 
     def from_trunk(self, targets: NDArray[Any], outputs: int) -> NDArray[Any]:

@@ -54,7 +54,13 @@ class Classes(Targets):
     classes: int
 
     def read(self, y: NDArray[Any], where: str, said: str) -> NDArray[np.int64]:
-        """Convert labels ``(records,)`` of integers or bools; see :meth:`Targets.read`."""
+        """Convert labels ``(records,)`` of integers or bools.
+
+        Parameters
+        ----------
+        y, where, said : array (records,), str, str
+            As in :meth:`Targets.read`.
+        """
         if len(y) == 0:  # np.array([]) is float64: there is no label that could be wrong
             return np.empty(0, np.int64)
         if y.ndim != 1:
@@ -81,7 +87,13 @@ class Columns(Targets):
     high: float = inf
 
     def read(self, y: NDArray[Any], where: str, said: str) -> NDArray[np.float32]:
-        """Convert numbers; see :meth:`Targets.read`."""
+        """Convert numbers to float32 ``(records, columns)``.
+
+        Parameters
+        ----------
+        y, where, said : array (records, columns), str, str
+            As in :meth:`Targets.read`. A vector ``(records,)`` is one column.
+        """
         if len(y) == 0:
             return np.empty((0, self.columns), np.float32)
         rows = y.reshape(-1, 1) if y.ndim == 1 else y
@@ -109,7 +121,13 @@ class Withheld(Targets):
     columns = 0
 
     def read(self, y: NDArray[Any], where: str, said: str) -> NDArray[np.float32]:
-        """Return what stands in the place of targets, whatever they are."""
+        """Return an empty float32 array ``(records, 0)`` in the place of any targets.
+
+        Parameters
+        ----------
+        y, where, said : array (records, ...), str, str
+            As in :meth:`Targets.read`; only the number of records counts.
+        """
         return np.zeros((len(y), 0), dtype=np.float32)
 
     def check(self, targets: NDArray[Any]) -> None:

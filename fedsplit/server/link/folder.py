@@ -116,7 +116,23 @@ class ServerFolder:
 
 
 def superlink_command(server: ServerFolder, host: str, port: int, *, insecure: bool) -> list[str]:
-    """Return the command that starts a SuperLink; raises ConfigError if something is missing or the port in use."""
+    """Return the command that starts a SuperLink.
+
+    Parameters
+    ----------
+    server : ServerFolder
+        Holds the certificates.
+    host : str
+        Name or address to listen at.
+    port : int
+    insecure : bool
+        Whether to go without TLS and without the nodes' keys.
+
+    Raises
+    ------
+    ConfigError
+        If a file is missing, or the port is in use.
+    """
     check_port_free(host, port)
     command = [flower("flower-superlink"), "--host", host, "--port", str(port)]
     command += ["--database", _IN_MEMORY, "--disable-runtime-dependency-installation"]

@@ -17,13 +17,26 @@ from fedsplit.server.link.folder import server_of
 def submit(terms_json: str, name: str, folder: Path, *, resume: bool, modules: Sequence[Path] = ()) -> str:
     """Start a run on a SuperLink and return its id.
 
-    The app that goes there holds no code of fedsplit's, which nodes and server have installed, but the nodes' terms,
-    and the ``modules`` that the settings name. The settings themselves are in the run folder.
+    The app that is sent holds the nodes' terms and ``modules``. It holds none of fedsplit's code, which nodes and
+    server have installed. The settings themselves are in the run folder.
+
+    Parameters
+    ----------
+    terms_json : str
+        The nodes' terms.
+    name : str
+        Of the SuperLink.
+    folder : Path
+        The run folder.
+    resume : bool
+        Whether the run goes on from its last checkpoint.
+    modules : sequence of Path
+        The user's own modules and packages that the settings name.
 
     Raises
     ------
     ConfigError
-        If the SuperLink is not known, has no nodes, or refuses it.
+        If the SuperLink is not known, has no nodes, or refuses the run.
     """
     server = server_of(name)
     if server is not None and not server.owners():
@@ -36,7 +49,17 @@ def submit(terms_json: str, name: str, folder: Path, *, resume: bool, modules: S
 
 
 def write_app(folder: Path, config: dict[str, str | bool], modules: Sequence[Path] = ()) -> None:
-    """Write the Flower app of a run: its run config, and files of the user's own."""
+    """Write the Flower app of a run.
+
+    Parameters
+    ----------
+    folder : Path
+        Is there already.
+    config : dict
+        The run config.
+    modules : sequence of Path
+        The user's own files and folders, which are copied.
+    """
     for side in ("server", "client"):
         text = f"from fedsplit.{side}_app import app\n__all__ = ['app']\n"
         (folder / f"run_{side}.py").write_text(text, encoding="utf-8")

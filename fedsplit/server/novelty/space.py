@@ -28,7 +28,20 @@ _OWN = 0.75  # weight of a recording's own spread against the mean of all: it co
 
 
 def features(trunk: nn.Module, cut_shape: tuple[int, ...], batches: Batches) -> Features:
-    """Return what every activation of the trunk gives, ``(records, features)``: each channel's mean and largest value.
+    """Return the mean and the largest value of each channel, over every activation of the trunk.
+
+    Parameters
+    ----------
+    trunk : torch.nn.Module
+        It is put into evaluation mode.
+    cut_shape : tuple of int
+        Shape of a record's outputs at the cut.
+    batches : Batches
+        Released records.
+
+    Returns
+    -------
+    float64 array (records, features)
 
     Raises
     ------

@@ -35,7 +35,13 @@ class NoveltyTrunk(Trunk):
         return super().files() | ({DETECTOR: self.detector.to_bytes()} if self.detector else {})
 
     def train(self, batches: Batches, fresh: int, round_number: int) -> tuple[FloatArray, dict[str, float]]:
-        """Train on all that are of recordings; there are no cut gradients, since the first layer is frozen."""
+        """Train on all records that belong to a recording. There are no cut gradients, since the first layer is frozen.
+
+        Parameters
+        ----------
+        batches, fresh, round_number : Batches, int, int
+            As in :meth:`Trunk.train`; ``fresh`` does not matter.
+        """
         public = batches.devices < 0  # whose targets count through all devices already
         known = batches.take(np.flatnonzero(public | (batches.targets < self.outputs)))
         self.known = replace(known, targets=np.maximum(known.devices, 0) * self.outputs + known.targets)
@@ -117,9 +123,20 @@ class Judged:
 
 
 def judge(normal: Normal, units: Features, targets: IntArray, outputs: int) -> Judged:
-    """Score one device's records ``(records, features)``, in order; a target of ``outputs`` is something new.
+    """Score one device's records and episodes.
 
     An episode is :data:`EPISODE` consecutive records of one target, or all of them if they are fewer.
+
+    Parameters
+    ----------
+    normal : Normal
+        What has been normal for the device.
+    units : float64 array (records, features)
+        Unit vectors of the records, in order.
+    targets : int64 array (records,)
+        A target of ``outputs`` is something new.
+    outputs : int
+        The most normal recordings that a device has.
     """
     borders = np.flatnonzero(np.diff(targets)) + 1
     stretches = np.split(np.arange(len(targets)), borders)
@@ -133,7 +150,13 @@ def judge(normal: Normal, units: Features, targets: IntArray, outputs: int) -> J
 
 
 def self_calibrated(units: Features, targets: IntArray, outputs: int) -> Judged:
-    """Judge one device's records by the first third of each of its normal recordings, and test the rest."""
+    """Calibrate with the first third of each of a device's normal recordings, and judge its other records.
+
+    Parameters
+    ----------
+    units, targets, outputs : float64 array (records, features), int64 array (records,), int
+        As in :func:`judge`.
+    """
     first = np.zeros(len(targets), dtype=bool)
     for recording in np.unique(targets[targets < outputs]):
         rows = np.flatnonzero(targets == recording)

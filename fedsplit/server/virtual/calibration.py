@@ -19,6 +19,13 @@ _RECORDS, _REPEATS = 256, 7
 def record_seconds(layer: FirstLayer, dropping: Policy, dtype: str) -> tuple[float, float]:
     """Time a device's real work on random records, on one core.
 
+    Parameters
+    ----------
+    layer : FirstLayer
+    dropping : Policy
+    dtype : str
+        The wire's type of a value.
+
     Returns
     -------
     tuple of float

@@ -132,12 +132,22 @@ class VirtualClock:
         self._round = _Round(round_number)
 
     def there(self, devices: IntArray, least: int, *, must: bool = True) -> IntArray:
-        """Return which of the devices are there now, after waiting until it is at least so many.
+        """Wait until enough devices are there, and return which ones.
+
+        Parameters
+        ----------
+        devices : int64 array (devices,)
+            Ids of the devices that count.
+        least : int
+            How many of them are enough.
+        must : bool
+            Whether the round needs so many. Otherwise, if there will never be so many, those that are there are
+            returned.
 
         Raises
         ------
         RunError
-            If there never are, and there ``must`` be; else those who are there do.
+            If the round needs more devices than there will ever be at once.
         """
         presence, number = self.profile.presence, self._round.number
         for attempt in range(_ATTEMPTS):
@@ -207,7 +217,16 @@ class VirtualClock:
             (self._round.heard if name == "heard" else self._round.fates[name]).update(those.tolist())
 
     def note_records(self, work: Work, outcome: Outcome, released: IntArray, answered: IntArray) -> None:
-        """Count the records that devices have released in an exchange, and those whose gradient they have computed."""
+        """Count the records of an exchange that devices have released, and those whose gradient they have computed.
+
+        Parameters
+        ----------
+        work : Work
+        outcome : Outcome
+            The releases of devices that are not heard are wasted.
+        released, answered : int64 arrays (devices,)
+            Records of each of ``work.devices``.
+        """
         self.counts.released[work.devices] += released
         self.counts.wasted[work.devices] += np.where(outcome.heard, 0, released)
         self.counts.answered[work.devices] += answered

@@ -75,7 +75,18 @@ class OnClock:
         return now.by_node(schedule.rows(now.number))
 
     def exchange(self, now: Round, rows: Rows, pending: Sequence[PendingBlock], *, needed: int | None = None) -> Heard:
-        """Have records released, see on the clock who is heard, and have their cut gradients answered."""
+        """Have records released, find on the clock which devices are heard, and have their cut gradients answered.
+
+        Parameters
+        ----------
+        now, rows, pending, needed : Round, dict, sequence of PendingBlock, int or None
+            As in :meth:`fedsplit.server.pace.Pace.exchange`.
+
+        Raises
+        ------
+        RunError
+            If too few devices are heard.
+        """
         pending = among(pending, now.there)
         uploads = now.exchange(rows, pending if self._alone else [], needed=1, alone=self._alone)
         asked = [row for those in rows.values() for row in those]
@@ -103,7 +114,13 @@ class OnClock:
         progress.pending = settled(progress.pending, (block.cut for block in pending)) + pending
 
     def answering(self, now: Round, releases: Sequence[Release], head: Head) -> Sequence[Release]:
-        """Return the parts of devices whose answers come in time; of the head itself no time is counted."""
+        """Return the parts of devices whose answers come in time. The head's own computation counts as no time.
+
+        Parameters
+        ----------
+        now, releases, head : Round, sequence of Release, Head
+            As in :meth:`fedsplit.server.pace.Pace.answering`.
+        """
         devices, records = (np.concatenate([getattr(r, of) for r in releases]) for of in ("devices", "records"))
         order = np.argsort(devices)
         size = head.features, head.size

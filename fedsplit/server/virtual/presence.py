@@ -22,7 +22,21 @@ class Presence(ABC):
 
     @abstractmethod
     def there(self, now: int, round_number: int, attempt: int) -> NDArray[np.bool_]:
-        """Return by device whether it is there as a round begins; ``attempt`` counts how often that was asked."""
+        """Return which devices are there as a round begins.
+
+        Parameters
+        ----------
+        now : int
+            Microseconds of simulated time.
+        round_number : int
+        attempt : int
+            Counts from 0 how often the round has asked.
+
+        Returns
+        -------
+        bool array (count,)
+            By device.
+        """
 
     @abstractmethod
     def next_change(self, now: int, devices: IntArray) -> int:
@@ -44,7 +58,13 @@ class ByChance(Presence):
         self._probability, self._count, self._seed = probability, count, seed
 
     def there(self, now: int, round_number: int, attempt: int) -> NDArray[np.bool_]:
-        """Draw for a round; see :meth:`Presence.there`."""
+        """Draw which devices are there in a round.
+
+        Parameters
+        ----------
+        now, round_number, attempt : int
+            As in :meth:`Presence.there`; the draw does not depend on the time.
+        """
         draws = np.random.default_rng(seed_of(self._seed, "there", round_number, attempt)).random(self._count)
         return np.asarray(draws < self._probability)
 
@@ -84,7 +104,13 @@ class ByTurns(Presence):
             self._until[those] += self._lasting(turn + 1)[those]
 
     def there(self, now: int, round_number: int, attempt: int) -> NDArray[np.bool_]:
-        """Return whose turn it is to be there; times must not go backwards."""
+        """Return the devices whose turn it is to be there.
+
+        Parameters
+        ----------
+        now, round_number, attempt : int
+            As in :meth:`Presence.there`. Times must not go backwards; the other two do not matter.
+        """
         self._advance(now)
         return self._on.copy()
 
@@ -111,7 +137,13 @@ class ByTrace(Presence):
         self._trace = trace
 
     def there(self, now: int, round_number: int, attempt: int) -> NDArray[np.bool_]:
-        """Return who is there at a time."""
+        """Return the devices that the trace has as available.
+
+        Parameters
+        ----------
+        now, round_number, attempt : int
+            As in :meth:`Presence.there`; only the time matters.
+        """
         return np.asarray(self._trace.at(now)["available"] == 1)
 
     def next_change(self, now: int, devices: IntArray) -> int:

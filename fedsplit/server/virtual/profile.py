@@ -40,14 +40,22 @@ class Profile:
 
     @classmethod
     def of(cls, settings: ProfileSettings, count: int, seed: int) -> "Profile":
-        """Draw the devices of a run from its seed; device i is the same whatever ``count``.
+        """Draw the devices of a run from its seed.
+
+        Parameters
+        ----------
+        settings : ProfileSettings
+        count : int
+            Devices. Device i is the same whatever the count.
+        seed : int
+            The run's.
 
         Raises
         ------
         ConfigError
-            If nothing says how fast the links are, or the trace cannot be read.
+            If the speed of the links is not given, or the trace cannot be read.
         DataError
-            If the trace is not one of these devices.
+            If the trace does not describe these devices.
         """
         settings = settings.filled()
         trace = Trace.read(settings.trace, count, settings.trace_period) if settings.trace else None

@@ -160,8 +160,10 @@ export class Device {
         return smallest(new Uint32Array((await this.#stream(raw, 4 * width)).buffer, 0, width), dropping.k);
       case "top-k":
         return smallest(outputs.map((v) => -Math.abs(v)), dropping.k);
-      default:
+      case "none": case "units": case "bits":
         return new Array(width).fill(true);
+      default: // and nothing leaves
+        throw new Error(`policy ${dropping.policy} is not for this page`);
     }
   }
 

@@ -77,7 +77,7 @@ function policies(own, width) {
   const says = { random: `each output with probability ${own.keep}`, "at-most": `${own.k} outputs at random`,
     "top-k": `the ${own.k} largest outputs`, units: "all outputs", none: "all outputs",
     bits: `all outputs as ${own.bits}-bit codes` };
-  const found = [[`as trained: ${says[own.policy]}`, own]];
+  const found = [[`as trained: ${says[own.policy] ?? own.policy}`, own]];
   const shares = [...new Set([16, 8, 4, 2].map((part) => Math.max(1, Math.floor(width / part))))];
   for (const k of shares) found.push([`the ${k} largest of ${width} outputs`, { ...plain, policy: "top-k", k }]);
   return [...found, [`nothing is dropped: all ${width} outputs`, plain]];

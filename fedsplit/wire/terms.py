@@ -12,7 +12,7 @@ from fedsplit.common.errors import ConfigError
 from fedsplit.wire.container import MAX_DEVICES
 from fedsplit.wire.description import Description, Strict, Word, refusal
 
-MOST_ROUNDS = 10**6
+MOST_ROUNDS = 10**5  # a node looks at every round before the first message: seconds
 _LONGEST = 2**20  # characters
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Device = Annotated[int, Field(ge=0, lt=MAX_DEVICES)]

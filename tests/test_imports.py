@@ -12,6 +12,8 @@ from blocked import EXTRA, fedsplit, without
 from fedsplit.device.home import Home
 from fedsplit.runs.folder import run_bundle
 
+pytestmark = pytest.mark.slow  # starts processes
+
 PACKAGE = Path(__file__).parents[1] / "fedsplit"
 DEVICES = ("common", "data", "model", "release", "wire", "guard", "device")
 OTHERS = ("server", "runs", "plan.settings", "audit", "service", "tuning", "cli", "flower")

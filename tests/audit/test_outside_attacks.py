@@ -102,6 +102,7 @@ def _originals(chosen: Settings) -> np.ndarray:
     return x.reshape(len(x), -1).astype(np.float64)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_attacked_with_more(
     module: Path, main: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

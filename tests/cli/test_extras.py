@@ -10,6 +10,8 @@ from conftest import CONFIGS
 
 from fedsplit.cli.extras import EXTRAS
 
+pytestmark = pytest.mark.slow  # starts processes
+
 PROJECT = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())["project"]
 COMMANDS = {
     ("simulate", CONFIGS / "digits.toml", "--out", "run"): ("ray", "simulation"),

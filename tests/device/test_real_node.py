@@ -31,6 +31,8 @@ from fedsplit.runs.client_app import client_app
 from fedsplit.runs.nodes import simulated_by, simulated_node, terms_by
 from fedsplit.wire.exchange import Download, Registration, Upload
 
+pytestmark = pytest.mark.slow  # starts processes
+
 DEVICES = 5
 FROZEN = {"first_layer": {"strategy": "frozen"}, "dropping": {"policy": "top-k", "k": 4, "mask": "keyed"}}
 LIMITS = "equations = 1.0\nleverage = 1.0\nactive = 1.0\n"

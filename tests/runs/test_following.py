@@ -170,6 +170,7 @@ with working(folder):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_told(out: Path) -> None:
     watched, errors = Watched(), []
 

@@ -27,6 +27,8 @@ from fedsplit.runs.following import working
 from fedsplit.runs.forgetting import Forgotten, forget_device
 from fedsplit.server import checkpoint
 
+pytestmark = pytest.mark.slow  # trains and attacks whole runs
+
 DEVICE = 4
 LIMITS = "releases = 50\nequations = 1.0\nleverage = 1.0\nrefusals = 10000\n" + (
     "gradients = true\ngradient-records = 2\ngradient-share = 1.0\ngradient-leverage = 1.0\n"

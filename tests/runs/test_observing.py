@@ -184,6 +184,7 @@ def test_seconds_are_those_of_the_clock(out: Path) -> None:
     assert [line["seconds"] for line in lines(out)] == 4 * [1.0]
 
 
+@pytest.mark.slow
 def test_the_page_about_observers_runs(
     main: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,7 @@ REFUSALS = (
         "A replayed record has no label at the server. Its device would have to answer for it again in every round, "
         "which these modes promise not to ask. In synchronous mode a frozen first layer with keyed masks releases the "
         "same bytes again, which tell nothing new, and the trunk learns from them as from a replay.",
-        lambda s: s.protocol.labels == "at-home" and s.protocol.facts.replays,
+        lambda s: s.protocol.at_home and s.protocol.facts.replays,
     ),
     Refusal(
         "protocol.chunk 'spread' is for mode 'single-pass', not {mode}",

@@ -62,7 +62,7 @@ class Experiment:
                 f"{source.task.noun} is for protocol.mode 'release-once', not {protocol.mode!r}: only releases of one "
                 "first layer tell what is normal"
             )
-        if protocol.labels == "at-home" and not source.task.labels_at_home:
+        if protocol.at_home and not source.task.labels_at_home:
             raise ConfigError(f"protocol.labels 'at-home' is not for {source.task.noun}: its loss may be negative")
         return source
 
@@ -79,7 +79,7 @@ class Experiment:
                 shape = self.source.input_shape
                 built = build_model(chosen.name, shape, self._trunk_outputs, chosen.width, chosen.activation)
         self._check_fit(built)
-        if self.settings.protocol.labels == "at-home":
+        if self.settings.protocol.at_home:
             cut_head(built.trunk)  # raises
         self.policy.fits(built.first_layer)
         return built
@@ -107,7 +107,7 @@ class Experiment:
             asked=self._asked_terms(),
             seed=settings.run.seed,
             keyed=settings.dropping.mask == "keyed",
-            head=self._head_terms() if protocol.labels == "at-home" else None,
+            head=self._head_terms() if protocol.at_home else None,
         )
 
     def _layer_terms(self) -> Layer | BuiltLayer:

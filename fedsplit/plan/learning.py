@@ -67,6 +67,11 @@ class ProtocolSettings(Section):
     max_offences: Positive = 3
 
     @property
+    def at_home(self) -> bool:
+        """Whether labels never leave their devices."""
+        return self.labels == "at-home"
+
+    @property
     def facts(self) -> Mode:
         """What the mode is."""
         return MODES[self.mode]

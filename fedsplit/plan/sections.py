@@ -240,6 +240,11 @@ class GuardSettings(Section):
     mode: Literal["observe", "enforce"] = "observe"
     limits: str | None = None
 
+    @property
+    def enforces(self) -> bool:
+        """Whether refusals hold, if the limits enforce, too."""
+        return self.mode == "enforce"
+
 
 class AuditSettings(Section):
     """``[audit]``: what a simulated run records for ``fedsplit audit``.

@@ -48,7 +48,7 @@ def split_strategy(
         Default: the trunk of the task and of where the labels are.
     """
     settings, source = experiment.settings, experiment.source
-    at_home = settings.protocol.labels == "at-home"
+    at_home = settings.protocol.at_home
     trunk = _trunk(experiment, kind or (Body if at_home else NoveltyTrunk if source.task.watches else Trunk))
     parts = Parts(
         trunk=trunk,
@@ -145,7 +145,7 @@ def _on_clock(experiment: Experiment, profile: ProfileSettings, parts: Parts) ->
         Sizes(parts.layer.size, parts.layer.width, value, experiment.policy.code.bits, parts.targets.columns),
         _record_seconds(experiment, profile),
         protocol.min_nodes,
-        alone=experiment.settings.guard.mode == "enforce",
+        alone=experiment.settings.guard.enforces,
     )
 
 

@@ -55,7 +55,7 @@ class Simulated(Section):
     def of(cls, experiment: Experiment) -> Self:
         """Return what a run's nodes are told; raises FedsplitError."""
         settings, limits = experiment.settings, experiment.limits
-        enforce = limits.enforce and settings.guard.mode == "enforce"
+        enforce = limits.enforce and settings.guard.enforces
         return cls(terms=experiment.terms, limits=limits, enforce=enforce, audited=bool(settings.audit.targets))
 
     def to_json(self) -> str:

@@ -90,7 +90,7 @@ def _prepared(settings: Settings, folder: RunFolder, report: "Report | None", *,
     settings = calibrated(settings, folder if resume else None)
     run = TrainingRun(settings, folder.path, report)
     run.check_startable()
-    if settings.guard.mode == "enforce" and (own := run.experiment.limits).enforce:
+    if settings.guard.enforces and (own := run.experiment.limits).enforce:
         check_limits(run.experiment.terms, run.source, run.model.first_layer, run.experiment.policy, own)
     folder.open(settings, resume=resume)
     return run
